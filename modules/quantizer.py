@@ -1,0 +1,452 @@
+"""LooC's quantiser: low-dimensional units, one shared codebook. Self-contained: torch only.
+
+Li, Wong, Han, "LooC: Effective Low-Dimensional Codebook for Compositional Vector Quantization",
+WACV 2026 (arXiv 2601.00222); the online re-initialisation is that of Zheng and Vedaldi, "Online
+Clustered Codebook", ICCV 2023 (arXiv 2307.15139).
+
+Symbols: B images of C channels and H × W positions; K codevectors of dimension d; m units a
+position; N = B·H·W·m features; λ commitment weight; γ decay of the usage average. No matrix of
+N × K elements ever exists: every pass over the features goes in blocks of BLOCK_ELEMENTS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK_ELEMENTS = 2**20  # similarities held at a time: 4 MiB in float32
+CONTRASTIVE_TEMPERATURE = 0.07
+USAGE_DECAY = 0.99
+
+
+class Quantized(NamedTuple):
+    """What a quantiser returns."""
+
+    latents: Tensor  # (B, C, H, W), the quantised features, with a straight-through gradient
+    loss: Tensor  # scalar
+    indices: Tensor  # (B, H, W, m), int64 in [0, K)
+
+
+# ---------------------------------------------------------------------------------- extrapolation
+
+
+def extrapolate(z: Tensor, scale: int) -> Tensor:
+    """Upsample by scale, then move the new positions into channels c·β² + i·β + j.
+
+    (B, C, H, W) → (B, C·β², H, W)
+    """
+    if scale < 2:
+        return z
+    upsampled = F.interpolate(z, scale_factor=scale, mode="bilinear", align_corners=False)
+    return F.pixel_unshuffle(upsampled, scale)
+
+
+def interpolate_back(z: Tensor, scale: int) -> Tensor:
+    """Undo `extrapolate` by average pooling: (B, C·β², H, W) → (B, C, H, W)."""
+    if scale < 2:
+        return z
+    return F.avg_pool2d(F.pixel_shuffle(z, scale), scale)
+
+
+# ------------------------------------------------------------------------------------------ split
+
+
+class Split(NamedTuple):
+    """How channels are cut into units, and put back."""
+
+    cut: Callable[[Tensor, int], Tensor]  # (B, H, W, C), d → (B, H, W, m, d)
+    join: Callable[[Tensor], Tensor]  # (B, H, W, m, d) → (B, H, W, C)
+
+
+SPLITS = {
+    # Unit s takes channels s·d … s·d + d − 1.
+    "fixed": Split(
+        cut=lambda z, dim: z.reshape(*z.shape[:-1], -1, dim),
+        join=lambda units: units.flatten(-2),
+    ),
+    # Unit s takes channels s, s + m, s + 2m, …
+    "interval": Split(
+        cut=lambda z, dim: z.reshape(*z.shape[:-1], dim, -1).transpose(-1, -2),
+        join=lambda units: units.transpose(-1, -2).flatten(-2),
+    ),
+}
+
+
+# -------------------------------------------------------------------------------------- distances
+
+
+def unit_norm(vectors: Tensor) -> Tensor:
+    """Vectors of length one: (n, d) → (n, d)."""
+    return F.normalize(vectors, dim=1)
+
+
+def dot_product(features: Tensor, codevectors: Tensor) -> Tensor:
+    """z·e of every pair: (n, d), (k, d) → (n, k)."""
+    return features @ codevectors.T
+
+
+def negative_squared_l2(features: Tensor, codevectors: Tensor) -> Tensor:
+    """−‖z − e‖² of every pair: (n, d), (k, d) → (n, k)."""
+    squares = features.square().sum(1, keepdim=True) + codevectors.square().sum(1)
+    return 2 * features @ codevectors.T - squares
+
+
+class Distance(NamedTuple):
+    """How features and codevectors are compared: prepared each alone, then pair by pair."""
+
+    prepare: Callable[[Tensor], Tensor]
+    similarity: Callable[[Tensor, Tensor], Tensor]
+
+
+DISTANCES = {
+    "cos": Distance(unit_norm, dot_product),
+    "l2": Distance(lambda vectors: vectors, negative_squared_l2),
+}
+
+
+def search(features: Tensor, codebook: Tensor, distance: str) -> Tensor:
+    """The most similar codevector of each feature, in blocks: (N, d), (K, d) → (N,), int64."""
+    # Terms that are the same for all codevectors (the feature's norm) cannot change the argmax.
+    if distance == "cos":
+        keys, offset = F.normalize(codebook, dim=1), codebook.new_zeros(len(codebook))
+    else:
+        keys, offset = codebook, -codebook.square().sum(1) / 2
+    indices = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    for start, block in blocks(features, len(codebook)):
+        scores = torch.addmm(offset, block, keys.T)  # (n, K)
+        torch.argmax(scores, dim=1, out=indices[start : start + len(block)])
+    return indices
+
+
+def blocks(features: Tensor, num_codevectors: int) -> Iterator[tuple[int, Tensor]]:
+    """Runs of features whose similarities to all codevectors fit BLOCK_ELEMENTS."""
+    size = max(1, BLOCK_ELEMENTS // max(1, num_codevectors))
+    for start in range(0, len(features), size):
+        yield start, features[start : start + size]
+
+
+# ---------------------------------------------------------------------------------------- anchors
+
+
+def most_similar_features(
+    features: Tensor, codevectors: Tensor, distance: str, *, gumbel: bool = False
+) -> Tensor:
+    """For each codevector the feature of the highest similarity: (N, d), (k, d) → (k, d).
+
+    With gumbel, similarities are perturbed by Gumbel noise, which makes the argmax a draw from the
+    softmax over all N features (Gumbel-max), in one pass.
+    """
+    prepare, similarity_of = DISTANCES[distance]
+    prepared = prepare(codevectors)
+    best = features.new_full((len(codevectors),), -torch.inf)
+    winner = torch.zeros(len(codevectors), dtype=torch.int64, device=features.device)
+    for start, block in blocks(features, len(codevectors)):
+        similarity = similarity_of(prepared, prepare(block))  # (k, n)
+        if gumbel:
+            similarity = similarity - torch.empty_like(similarity).exponential_().log()
+        value, position = similarity.max(dim=1)
+        better = value > best
+        best = torch.where(better, value, best)
+        winner = torch.where(better, position + start, winner)
+    return features[winner]
+
+
+def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:
+    """The most similar feature of the batch."""
+    return most_similar_features(features, codevectors, quantizer.distance)
+
+
+def probable_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:
+    """A feature of the batch, drawn by the softmax of its similarity."""
+    return most_similar_features(features, codevectors, quantizer.distance, gumbel=True)
+
+
+def pooled_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:
+    """A feature drawn from the pool of past features."""
+    del features
+    drawn = torch.randint(int(quantizer.pool_size), (len(codevectors),), device=codevectors.device)
+    return quantizer.pool[drawn]
+
+
+Anchor = Callable[["LooCQuantizer", Tensor, Tensor], Tensor]  # quantiser, (N, d), (k, d) → (k, d)
+ANCHORS: dict[str, Anchor | None] = {
+    "closest": closest_anchor,
+    "random": pooled_anchor,
+    "probrandom": probable_anchor,
+    "none": None,
+}
+
+
+def reinit_rate(usage: Tensor) -> Tensor:
+    """a_k = exp(−10·K·p_k / (1 − γ) − 10⁻³), the pull of codevector k to its anchor. (K,)"""
+    return torch.exp(-10 * len(usage) * usage / (1 - USAGE_DECAY) - 1e-3)
+
+
+# ------------------------------------------------------------------------------- contrastive loss
+
+
+class LateUnitNorm(torch.autograd.Function):
+    """`unit_norm` whose gradient takes the codevectors as re-initialisation left them.
+
+    The reference writes the codebook behind autograd's back, between the contrastive loss and the
+    backward pass; its gradients are reproduced: (g − (g·e')e'/‖e‖²)/‖e‖, e' the codevector now.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, codebook: Tensor) -> Tensor:
+        ctx.codebook = codebook.detach()  # not save_for_backward: later writes shall be seen
+        ctx.norm = codebook.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        unit: Tensor = codebook / ctx.norm
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (gradient,) = grad_outputs
+        along = (gradient * ctx.codebook).sum(1, keepdim=True) * ctx.codebook
+        projected: Tensor = (gradient - along / ctx.norm.square()) / ctx.norm
+        return projected
+
+
+class ContrastiveLoss(torch.autograd.Function):
+    """InfoNCE over the features of each codevector, a block of codevectors at a time.
+
+    The positive is the mean similarity of the max(1, ⌊N/K⌋) closest features, the negatives are the
+    lower half of all similarities; mean over codevectors. Takes prepared codevectors (K, d) and
+    features (N, d); the features are constants. The gradient of a block is taken in the forward
+    pass, so that no block outlives its turn.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        codevectors: Tensor,
+        features: Tensor,
+        similarity_of: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        num_codevectors, num_features = len(codevectors), len(features)
+        num_positives = max(1, num_features // num_codevectors)
+        per_block = max(1, BLOCK_ELEMENTS // num_features)
+        gradient = torch.empty_like(codevectors)
+        total = codevectors.new_zeros(())
+        for start in range(0, num_codevectors, per_block):
+            rows = slice(start, start + per_block)
+            with torch.enable_grad():
+                block = codevectors[rows].detach().requires_grad_()
+                similarity = similarity_of(block, features)  # (k, N)
+                loss = contrastive_terms(similarity, num_positives).sum() / num_codevectors
+                (gradient[rows],) = torch.autograd.grad(loss, block)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad_outputs[0] * gradient, None, None
+
+
+def contrastive_terms(similarity: Tensor, num_positives: int) -> Tensor:
+    """Cross-entropy of the positive against the lower half, without a full sort: (k, N) → (k,)."""
+    num_negatives = similarity.shape[1] // 2
+    positive = similarity.topk(num_positives, dim=1).values.mean(1) / CONTRASTIVE_TEMPERATURE
+    if num_negatives == 0:
+        return positive - positive
+    threshold = similarity.detach().kthvalue(num_negatives, dim=1, keepdim=True).values
+    # Values equal to the threshold share what is left of the lower half.
+    below, equal = similarity < threshold, similarity == threshold
+    share = (num_negatives - below.sum(1, keepdim=True)) / equal.sum(1, keepdim=True)
+    weight = torch.where(equal, share, below.to(similarity.dtype))
+    negatives = torch.logsumexp(similarity / CONTRASTIVE_TEMPERATURE + weight.log(), dim=1)
+    return torch.logaddexp(positive, negatives) - positive
+
+
+# -------------------------------------------------------------------------------------- quantiser
+
+
+class LooCQuantizer(nn.Module):
+    """Compositional vector quantisation with one small shared codebook.
+
+    Args:
+        num_embedding: codevectors K.
+        embedding_dim: dimension d of a codevector; divides C·β². With d = C and β off this is the
+            quantiser of CVQ-VAE, and with anchor "none" and distance "l2" a plain VQ.
+        commitment_cost: commitment weight λ.
+        distance: "cos" or "l2", the similarity of the match.
+        anchor: "closest", "random", "probrandom" or "none", the re-initialisation rule.
+        split: "fixed" (contiguous channels) or "interval" (every m-th channel).
+        interpolation_scale: β; 0 or 1 is off.
+        first_batch: re-initialise on the first training batch only.
+        contras_loss: add the contrastive loss in training.
+
+    State: parameter `codebook` (K, d); buffers `usage` (K,), the running average p_k of how often
+    each codevector was used; `reinitialised`, whether a training batch has passed; for "random",
+    `pool` (K, d) and `pool_size`. In training mode a call updates all of them; in evaluation mode
+    it writes nothing.
+
+    Raises:
+        ValueError: for arguments out of range, or an input that cannot be cut into units.
+    """
+
+    codebook: nn.Parameter
+    usage: Tensor
+    reinitialised: Tensor
+    pool: Tensor
+    pool_size: Tensor
+
+    def __init__(
+        self,
+        num_embedding: int,
+        embedding_dim: int,
+        *,
+        commitment_cost: float = 0.25,
+        distance: str = "cos",
+        anchor: str = "closest",
+        split: str = "fixed",
+        interpolation_scale: int = 0,
+        first_batch: bool = False,
+        contras_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, registry in (
+            ("distance", distance, DISTANCES),
+            ("anchor", anchor, ANCHORS),
+            ("split", split, SPLITS),
+        ):
+            if value not in registry:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(registry)}")
+        for name, number, least in (
+            ("num_embedding", num_embedding, 1),
+            ("embedding_dim", embedding_dim, 1),
+            ("commitment_cost", commitment_cost, 0),
+            ("interpolation_scale", interpolation_scale, 0),
+        ):
+            if not number >= least:
+                raise ValueError(f"{name} {number} is less than {least}")
+        self.num_embedding = num_embedding
+        self.embedding_dim = embedding_dim
+        self.commitment_cost = commitment_cost
+        self.distance = distance
+        self.anchor = anchor
+        self.split = split
+        self.interpolation_scale = interpolation_scale
+        self.first_batch = first_batch
+        self.contras_loss = contras_loss
+
+        bound = 1 / num_embedding
+        self.codebook = nn.Parameter(
+            torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound)
+        )
+        self.register_buffer("usage", torch.zeros(num_embedding))
+        self.register_buffer("reinitialised", torch.tensor(False))
+        if anchor == "random":
+            self.register_buffer("pool", torch.zeros(num_embedding, embedding_dim))
+            self.register_buffer("pool_size", torch.tensor(0))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_embedding}, {self.embedding_dim}, distance={self.distance!r}, "
+            f"anchor={self.anchor!r}, split={self.split!r}, "
+            f"interpolation_scale={self.interpolation_scale}"
+        )
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantise z (B, C, H, W); in training mode also re-initialise unused codevectors.
+
+        The loss is λ·mean((sg[z_q] − z)²) + mean((z_q − sg[z])²), at the extrapolated size, plus
+        the contrastive loss where it is on. The latents have the values of
+        `decode(indices)` and the gradient of z.
+        """
+        units = self._cut(z)  # (B, H, W, m, d)
+        features = units.reshape(-1, self.embedding_dim)  # (N, d)
+        constant = features.detach()
+        indices = search(constant, self.codebook.detach(), self.distance)  # (N,)
+        quantized = self.codebook[indices]  # (N, d)
+
+        commitment = F.mse_loss(features, quantized.detach())
+        loss = self.commitment_cost * commitment + F.mse_loss(quantized, constant)
+        if self.training:
+            if self.contras_loss:
+                loss = loss + self._contrastive_loss(constant)
+            self._reinitialise(constant, indices)
+
+        straight_through = quantized.detach() + (features - constant)
+        latents = self._join(straight_through.view(units.shape))
+        return Quantized(latents, loss, indices.view(units.shape[:-1]))
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """(B, C, H, W) → indices (B, H, W, m), int64. Writes nothing."""
+        units = self._cut(z)
+        features = units.reshape(-1, self.embedding_dim)
+        return search(features, self.codebook, self.distance).view(units.shape[:-1])
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices (B, H, W, m) → latents (B, C, H, W).
+
+        Raises ValueError where m units cannot be folded back into channels.
+        """
+        area = max(self.interpolation_scale, 1) ** 2
+        if indices.dim() != 4 or indices.shape[-1] * self.embedding_dim % area:
+            raise ValueError(
+                f"indices of shape {tuple(indices.shape)} are not (B, H, W, m) "
+                f"with m·{self.embedding_dim} a multiple of {area}"
+            )
+        return self._join(F.embedding(indices, self.codebook))
+
+    def _cut(self, z: Tensor) -> Tensor:
+        """(B, C, H, W) → units (B, H, W, m, d)."""
+        if z.dim() != 4:
+            raise ValueError(f"latents of shape {tuple(z.shape)} are not (B, C, H, W)")
+        extrapolated = extrapolate(z, self.interpolation_scale)
+        if extrapolated.shape[1] % self.embedding_dim:
+            raise ValueError(
+                f"embedding_dim {self.embedding_dim} does not divide "
+                f"the {extrapolated.shape[1]} channels of the latents"
+            )
+        return SPLITS[self.split].cut(extrapolated.permute(0, 2, 3, 1), self.embedding_dim)
+
+    def _join(self, units: Tensor) -> Tensor:
+        """Units (B, H, W, m, d) → (B, C, H, W)."""
+        joined = SPLITS[self.split].join(units).permute(0, 3, 1, 2)
+        return interpolate_back(joined, self.interpolation_scale)
+
+    def _contrastive_loss(self, features: Tensor) -> Tensor:
+        prepare, similarity_of = DISTANCES[self.distance]
+        late = LateUnitNorm.apply if prepare is unit_norm else prepare
+        loss: Tensor = ContrastiveLoss.apply(late(self.codebook), prepare(features), similarity_of)
+        return loss
+
+    @torch.no_grad()
+    def _reinitialise(self, features: Tensor, indices: Tensor) -> None:
+        """e_k ← (1 − a_k)·e_k + a_k·anchor_k, the last writer of the codebook."""
+        count = torch.bincount(indices, minlength=self.num_embedding)
+        self.usage.lerp_(count / len(indices), 1 - USAGE_DECAY)
+        anchor = ANCHORS[self.anchor]
+        if anchor is None or (self.first_batch and self.reinitialised):
+            return
+        self.reinitialised.fill_(True)
+        if self.anchor == "random":
+            self._fill_pool(features)
+        rate = reinit_rate(self.usage)
+        # Below eps² a pull is lost in rounding, even towards an anchor a million times longer.
+        pulled = (rate > torch.finfo(rate.dtype).eps ** 2).nonzero().squeeze(1)  # (k,)
+        if len(pulled) == 0:
+            return
+        codevectors = self.codebook[pulled]
+        target = anchor(self, features, codevectors)  # (k, d)
+        self.codebook[pulled] = codevectors.lerp(target, rate[pulled, None])
+
+    def _fill_pool(self, features: Tensor) -> None:
+        """Fill the pool with features of this batch; once full, replace a random half of it."""
+        filled, capacity = int(self.pool_size), self.num_embedding
+        if filled < capacity:
+            slots = torch.arange(filled, min(capacity, filled + len(features)))
+        else:
+            slots = torch.randperm(capacity)[: min((capacity + 1) // 2, len(features))]
+        drawn = torch.randperm(len(features))[: len(slots)]
+        self.pool[slots.to(self.pool.device)] = features[drawn.to(features.device)]
+        self.pool_size.fill_(max(filled, min(capacity, filled + len(features))))

@@ -1,0 +1,1 @@
+"""What the scripts share: flags, checkpoints, training, metrics, pictures."""

@@ -1,0 +1,201 @@
+"""Checkpoints that rebuild their model alone, and the reference's bare state dicts."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from modules import VQVAE, ModelConfig
+from utils.arguments import out_of_range
+from utils.errors import UserError, one_line
+from utils.files import whole_file
+
+FORMAT = "looc-1"
+StateDict: TypeAlias = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of ours, or the reference's, holds."""
+
+    model_config: ModelConfig
+    state_dict: StateDict
+    content: Mapping[str, Any]  # everything else: data set, seed, epoch, optimiser …; may be empty
+
+    def model(self) -> VQVAE:
+        """The model, in evaluation mode, on the CPU."""
+        model = VQVAE(self.model_config)
+        model.load_state_dict(self.state_dict)
+        return model.eval()
+
+
+def load_model(path: str | Path) -> VQVAE:
+    """Open a checkpoint of ours or a state dict of the reference; returns it in evaluation mode.
+
+    Raises UserError where the file is missing, damaged, of another architecture, or would execute
+    code when opened.
+    """
+    return read_checkpoint(path).model()
+
+
+def save_checkpoint(path: Path, model: VQVAE, content: Mapping[str, Any]) -> None:
+    """Write the model and everything in content (tensors and plain Python values), atomically."""
+    with whole_file(path) as temporary:
+        torch.save(
+            {
+                "format": FORMAT,
+                "model_config": asdict(model.config),
+                "model": model.state_dict(),
+                **content,
+            },
+            temporary,
+        )
+
+
+def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Open a checkpoint and check it against the model flags given.
+
+    A flag that contradicts the checkpoint raises UserError naming it and both values. A bare state
+    dict carries no configuration: what its shapes do not tell is taken from the flags.
+    """
+    path = Path(path)
+    flags = {name: value for name, value in (flags or {}).items() if name in MODEL_FIELDS}
+    content = open_file(path)
+    if content.get("format") == FORMAT:
+        stored = stored_config(path, content)
+        state_dict, known = content["model"], asdict(stored)
+    else:
+        state_dict = from_reference(path, content)
+        known = shapes_tell(path, state_dict, flags)
+        content = {}
+    for name, value in flags.items():
+        if name in known and known[name] != value:
+            raise UserError(f"--{name} {value} contradicts {path}, which has {known[name]}")
+    try:
+        config = ModelConfig(**{**flags, **known})
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if not content:
+        # The reference does not store every buffer; those start anew.
+        fresh = dict(VQVAE(config).quantizer.named_buffers(prefix="quantizer"))
+        state_dict = {**fresh, **state_dict}
+    checkpoint = Checkpoint(config, state_dict, content)
+    check_shapes(path, checkpoint)
+    return checkpoint
+
+
+MODEL_FIELDS = {item.name: item for item in fields(ModelConfig)}
+
+
+def open_file(path: Path) -> dict[str, Any]:
+    """The dictionary in the file, opened without executing anything."""
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise whatever the decoder stumbled over
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = "it would execute code when opened, or is no checkpoint"
+        else:
+            reason = f"it is truncated or damaged ({type(error).__name__})"
+        raise UserError(f"checkpoint {path} is refused: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def stored_config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
+    """The configuration in a checkpoint of ours, every value checked like a flag."""
+    try:
+        values = dict(content["model_config"])
+        for name, value in values.items():
+            item = MODEL_FIELDS[name]
+            if type(value) is not type(item.default):
+                raise ValueError(f"{name} is a {type(value).__name__}")
+            problem = out_of_range(value, item.metadata)
+            if problem:
+                raise ValueError(f"{name} {problem}")
+        if not isinstance(content["model"], Mapping):
+            raise ValueError("its model is not a state dict")
+        return ModelConfig(**values)
+    except KeyError as error:
+        raise UserError(f"checkpoint {path} has an unknown or missing entry {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {one_line(error)}") from error
+
+
+def from_reference(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The reference's parameter names, translated into ours."""
+    renamed = {}
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"checkpoint {path} is neither ours nor a state dict")
+        name = re.sub(r"(^|\.)_", r"\1", key)
+        name = name.replace("vq_vae.embedding.weight", "quantizer.codebook")
+        name = name.replace("vq_vae.embed_prob", "quantizer.usage")
+        # The reference counts the leading ReLU of a residual block.
+        name = re.sub(r"block\.([13])\.", lambda match: f"block.{int(match[1]) - 1}.", name)
+        renamed[name] = value
+    return renamed
+
+
+def shapes_tell(path: Path, state_dict: StateDict, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration, as far as the shapes of a bare state dict tell it."""
+    try:
+        hidden, in_channels = (
+            state_dict["encoder.conv_3.weight"].shape[0],
+            state_dict["encoder.conv_1.weight"].shape[1],
+        )
+        num_embedding, dim = state_dict["quantizer.codebook"].shape
+        channels = state_dict["pre_vq_conv.weight"].shape[0]
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} is of another architecture: "
+            f"{one_line(error)} is missing or misshapen"
+        ) from error
+    blocks = [
+        key for key in state_dict if re.search(r"^encoder.*layers\.\d+\.block\.0\.weight", key)
+    ]
+    told: dict[str, Any] = {
+        "num_embedding": num_embedding,
+        "embedding_dim": dim,
+        "hidden_size": hidden,
+        "in_channels": in_channels,
+        "num_residual_layers": len(blocks),
+    }
+    if blocks:
+        told["num_residual_hidden"] = state_dict[blocks[0]].shape[0]
+    if channels != dim:
+        told["quantizer"] = "looc"
+    elif channels != hidden:
+        # One unit a position: the reference's CVQ-VAE, or its VQ, which keeps no usage average.
+        told["quantizer"] = "cvq" if "quantizer.usage" in state_dict else "vq"
+    if told.get("quantizer", flags.get("quantizer")) == "vq":
+        told["anchor"] = "none"
+    return told
+
+
+def check_shapes(path: Path, checkpoint: Checkpoint) -> None:
+    """Raise UserError naming the first parameter that does not fit the configuration."""
+    with torch.device("meta"):
+        expected = VQVAE(checkpoint.model_config).state_dict()
+    for key in [*expected, *checkpoint.state_dict]:
+        ours = tuple(expected[key].shape) if key in expected else "nothing"
+        value = checkpoint.state_dict.get(key)
+        theirs = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
+        if ours != theirs:
+            raise UserError(
+                f"checkpoint {path} is of another architecture: "
+                f"{key} is {theirs} where the model has {ours}"
+            )
