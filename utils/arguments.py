@@ -113,6 +113,16 @@ def out_of_range(value: Any, metadata: Mapping[str, Any]) -> str | None:
     return None
 
 
+def value_problem(group: type, item: Field[Any], value: Any) -> str | None:
+    """What is wrong with a value, of any type, as this field of the group, or None."""
+    kind = str(get_type_hints(group)[item.name])
+    if value is None and "None" in kind:
+        return None
+    if type(value).__name__ not in kind:
+        return f"a {type(value).__name__} where {kind} is expected"
+    return out_of_range(value, item.metadata)
+
+
 def build(group: type[Group], flags: Mapping[str, Any]) -> Group:
     """A dataclass of the flags that belong to it; absent ones take their defaults.
 

@@ -7,24 +7,26 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from modules import VQVAE, ModelConfig
-from utils.arguments import out_of_range
+from utils.arguments import value_problem
 from utils.errors import UserError, one_line
 from utils.files import whole_file
 
 FORMAT = "looc-1"
 StateDict: TypeAlias = Mapping[str, Tensor]
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What a file of ours, or the reference's, holds."""
 
+    path: Path
     model_config: ModelConfig
     state_dict: StateDict
     content: Mapping[str, Any]  # everything else: data set, seed, epoch, optimiser …; may be empty
@@ -34,6 +36,10 @@ class Checkpoint:
         model = VQVAE(self.model_config)
         model.load_state_dict(self.state_dict)
         return model.eval()
+
+    def group(self, name: str, group: type[Group]) -> Group:
+        """A dataclass of flags that was stored under this name."""
+        return stored_group(self.path, group, self.content.get(name))
 
 
 def load_model(path: str | Path) -> VQVAE:
@@ -69,8 +75,10 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
     flags = {name: value for name, value in (flags or {}).items() if name in MODEL_FIELDS}
     content = open_file(path)
     if content.get("format") == FORMAT:
-        stored = stored_config(path, content)
-        state_dict, known = content["model"], asdict(stored)
+        known = asdict(stored_group(path, ModelConfig, content.get("model_config")))
+        state_dict = content.get("model")
+        if not isinstance(state_dict, Mapping):
+            raise UserError(f"checkpoint {path} is damaged: it holds no model")
     else:
         state_dict = from_reference(path, content)
         known = shapes_tell(path, state_dict, flags)
@@ -86,8 +94,8 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
         # The reference does not store every buffer; those start anew.
         fresh = dict(VQVAE(config).quantizer.named_buffers(prefix="quantizer"))
         state_dict = {**fresh, **state_dict}
-    checkpoint = Checkpoint(config, state_dict, content)
-    check_shapes(path, checkpoint)
+    checkpoint = Checkpoint(path, config, state_dict, content)
+    check_shapes(checkpoint)
     return checkpoint
 
 
@@ -115,22 +123,18 @@ def open_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def stored_config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
-    """The configuration in a checkpoint of ours, every value checked like a flag."""
+def stored_group(path: Path, group: type[Group], values: Any) -> Group:
+    """A dataclass of flags as a checkpoint of ours holds it, every value checked like a flag."""
     try:
-        values = dict(content["model_config"])
-        for name, value in values.items():
-            item = MODEL_FIELDS[name]
-            if type(value) is not type(item.default):
-                raise ValueError(f"{name} is a {type(value).__name__}")
-            problem = out_of_range(value, item.metadata)
+        checked = {}
+        for item in fields(group):  # type: ignore[arg-type]
+            checked[item.name] = values[item.name]
+            problem = value_problem(group, item, values[item.name])
             if problem:
-                raise ValueError(f"{name} {problem}")
-        if not isinstance(content["model"], Mapping):
-            raise ValueError("its model is not a state dict")
-        return ModelConfig(**values)
+                raise ValueError(f"{item.name}: {problem}")
+        return group(**checked)
     except KeyError as error:
-        raise UserError(f"checkpoint {path} has an unknown or missing entry {error}") from error
+        raise UserError(f"checkpoint {path} lacks the entry {error}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} is damaged: {one_line(error)}") from error
 
@@ -186,7 +190,7 @@ def shapes_tell(path: Path, state_dict: StateDict, flags: Mapping[str, Any]) -> 
     return told
 
 
-def check_shapes(path: Path, checkpoint: Checkpoint) -> None:
+def check_shapes(checkpoint: Checkpoint) -> None:
     """Raise UserError naming the first parameter that does not fit the configuration."""
     with torch.device("meta"):
         expected = VQVAE(checkpoint.model_config).state_dict()
@@ -196,6 +200,6 @@ def check_shapes(path: Path, checkpoint: Checkpoint) -> None:
         theirs = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
         if ours != theirs:
             raise UserError(
-                f"checkpoint {path} is of another architecture: "
+                f"checkpoint {checkpoint.path} is of another architecture: "
                 f"{key} is {theirs} where the model has {ours}"
             )

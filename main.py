@@ -1,0 +1,113 @@
+"""Train an image autoencoder whose latents are quantised by LooC.
+
+Writes <output_folder>/models/<exp_name>/best.pt and last.pt and TensorBoard's files under
+<output_folder>/logs/<exp_name>. The same command again continues where the run stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from datasets import BatchLoader, ImageSet, open_dataset, pixel_variance, split_validation
+from datasets.config import DataConfig
+from modules import VQVAE, ModelConfig
+from modules.vqvae import DOWNSAMPLING
+from utils.arguments import build, build_model_config, parse_flags
+from utils.checkpoint import read_checkpoint
+from utils.devices import resolve_device, seed_everything
+from utils.errors import UserError, run
+from utils.files import inside, writable_folder
+from utils.logger import log, start_logging
+from utils.trainer import TrainConfig, Trainer, contradictions
+
+
+def main() -> None:
+    flags = parse_flags(__doc__, ModelConfig, DataConfig, TrainConfig)
+    data, config = build(DataConfig, flags), build(TrainConfig, flags)
+    start_logging()
+    device = resolve_device(config.device)
+    training, validation = open_images(data, config)
+    model_config = build_model_config(flags, training.channels)
+    config = replace(config, exp_name=config.exp_name or default_name(data, model_config))
+
+    models, logs = experiment_folders(config)
+    start_logging(logs / "train.log")
+    seed_everything(config.seed, device)
+    data = replace(data, image_size=training.image_size)
+    loading = {"device": device, "seed": config.seed, "num_workers": data.num_workers}
+    trainer = Trainer(
+        VQVAE(model_config).to(device),
+        BatchLoader(training, config.batch_size, shuffle=True, **loading),
+        BatchLoader(validation, config.batch_size, **loading),
+        config,
+        data_variance=pixel_variance(training),
+        models=models,
+        logs=logs,
+        stored={"data_config": asdict(data)},
+    )
+    resume(trainer, data)
+    log.info(
+        "%d training and %d validation images of %s, %d×%d; %d steps on %s",
+        *(len(training), len(validation), data.dataset, data.image_size, data.image_size),
+        *(trainer.total_steps, device),
+    )
+    trainer.fit()
+    log.info("checkpoints: %s\nTensorBoard: %s", models / "best.pt", logs)
+
+
+def open_images(data: DataConfig, config: TrainConfig) -> tuple[ImageSet, ImageSet]:
+    """Training and validation images."""
+    if data.image_size is not None and data.image_size % DOWNSAMPLING:
+        raise UserError(
+            f"--image_size {data.image_size} is not a multiple of {DOWNSAMPLING}, "
+            "which the network needs"
+        )
+    images = open_dataset(data.dataset, data.data_folder, "train", data.image_size)
+    if config.validation == "test":
+        log.warning("--validation test chooses best.pt on the test images: its scores flatter")
+        return images, open_dataset(data.dataset, data.data_folder, "test", data.image_size)
+    return split_validation(images)
+
+
+def default_name(data: DataConfig, model: ModelConfig) -> str:
+    return f"{data.dataset}_{model.quantizer}_{model.num_embedding}x{model.embedding_dim}"
+
+
+def experiment_folders(config: TrainConfig) -> tuple[Path, Path]:
+    """The folders of checkpoints and logs, created."""
+    output = writable_folder(Path(config.output_folder), "--output_folder")
+    name = str(config.exp_name)
+    return (
+        writable_folder(inside(output / "models", name, "--exp_name"), "--output_folder"),
+        writable_folder(inside(output / "logs", name, "--exp_name"), "--output_folder"),
+    )
+
+
+def resume(trainer: Trainer, data: DataConfig) -> None:
+    """Continue from the checkpoint that --resume names, where it fits the flags."""
+    config, last = trainer.config, trainer.models / "last.pt"
+    if config.overwrite or (config.resume == "auto" and not last.exists()):
+        return
+    if config.resume == "none":
+        if last.exists():
+            raise UserError(f"--resume none: {last} exists; give --overwrite to replace it")
+        return
+    path = last if config.resume == "auto" else Path(config.resume)
+    checkpoint = read_checkpoint(path)
+    differing = [
+        *contradictions(checkpoint.model_config, trainer.model.config),
+        *contradictions(checkpoint.group("data_config", DataConfig), data),
+        *contradictions(checkpoint.group("train_config", TrainConfig), config),
+    ]
+    if differing:
+        raise UserError(
+            f"{path} was trained with other flags: {', '.join(differing)}; "
+            "choose another --exp_name, or --overwrite"
+        )
+    trainer.resume(checkpoint)
+    log.info("resumed %s at step %d", path, trainer.step)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,169 @@
+"""Reconstruct the test images of a checkpoint and analyse its codebook.
+
+Writes <output_folder>/results/<model_name>/: original/ and rec/ with one picture an image,
+analysis.json, reconstructions.png, usage.png, slots.png and codebook.png. Model flags are checks:
+one that contradicts the checkpoint is an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets import BatchLoader, ImageSet, open_dataset
+from datasets.config import DataConfig
+from modules import VQVAE, ModelConfig
+from modules.config import option
+from modules.vqvae import DOWNSAMPLING
+from utils.arguments import build, parse_flags
+from utils.checkpoint import Checkpoint, read_checkpoint
+from utils.codebook import CodebookStatistics
+from utils.devices import resolve_device
+from utils.errors import UserError, run
+from utils.files import inside, whole_folder, writable_folder, write_json
+from utils.images import save_comparison, save_picture, to_bytes, to_signed
+from utils.plots import plot_codebook, plot_slots, plot_usage
+
+NUM_SHOWN = 32
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """What is tested, and what is written."""
+
+    output_folder: str = option("output", "folder of models, logs and results")
+    model_name: str | None = option(None, "checkpoint under <output_folder>/models, <exp>/best.pt")
+    batch_size: int = option(16, "images at a time", minimum=1, maximum=2**20)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    image_format: str = option("png", "format of the pictures", choices=("png", "jpg"))
+    jpeg_quality: int = option(75, "quality of jpg pictures", minimum=1, maximum=100)
+
+
+def main() -> None:
+    flags = parse_flags(__doc__, TestConfig, ModelConfig, DataConfig)
+    config = build(TestConfig, flags)
+    device = resolve_device(config.device)
+    checkpoint = open_checkpoint(config, flags)
+    data = data_of(checkpoint, flags)
+    images = open_images(checkpoint, data)
+    results = results_folder(config)
+    model = checkpoint.model().to(device)
+    loader = BatchLoader(images, config.batch_size, device=device, num_workers=data.num_workers)
+
+    with whole_folder(results / "original") as original, whole_folder(results / "rec") as rec:
+        statistics, shown = reconstruct(model, loader, config, original, rec)
+    (results / "metrics.json").unlink(missing_ok=True)  # of the pictures just replaced
+    save_comparison(results / "reconstructions.png", *shown)
+    plot_usage(results / "usage.png", statistics)
+    plot_slots(results / "slots.png", statistics)
+    plot_codebook(results / "codebook.png", model.quantizer.codebook, statistics.counts)
+    analysis = {
+        "model": asdict(model.config),
+        "data": asdict(data),
+        "image_format": config.image_format,
+        "rate": statistics.rate(images.image_size**2),
+        "codebook": statistics.summary(),
+    }
+    write_json(results / "analysis.json", analysis)
+    report(analysis, results)
+
+
+def open_checkpoint(config: TestConfig, flags: dict[str, Any]) -> Checkpoint:
+    if config.model_name is None:
+        raise UserError("--model_name is missing: a checkpoint under <output_folder>/models")
+    models = Path(config.output_folder) / "models"
+    return read_checkpoint(inside(models, config.model_name, "--model_name"), flags)
+
+
+def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
+    """The data flags given, else those of training."""
+    if not checkpoint.content and "dataset" not in flags:
+        raise UserError(f"--dataset is missing: {checkpoint.path} does not say which it saw")
+    stored = asdict(checkpoint.group("data_config", DataConfig)) if checkpoint.content else {}
+    if flags.get("dataset", stored.get("dataset")) != stored.get("dataset"):
+        stored = {}
+    return build(DataConfig, {**stored, **flags})
+
+
+def open_images(checkpoint: Checkpoint, data: DataConfig) -> ImageSet:
+    images = open_dataset(data.dataset, data.data_folder, "test", data.image_size)
+    if images.channels != checkpoint.model_config.in_channels:
+        raise UserError(
+            f"--dataset {data.dataset} has {images.channels} channels, "
+            f"{checkpoint.path} takes {checkpoint.model_config.in_channels}"
+        )
+    if images.image_size % DOWNSAMPLING:
+        raise UserError(f"--image_size {images.image_size} is not a multiple of {DOWNSAMPLING}")
+    return images
+
+
+def results_folder(config: TestConfig) -> Path:
+    results = Path(config.output_folder) / "results"
+    folder = inside(results, str(config.model_name), "--model_name")
+    return writable_folder(folder, "--output_folder")
+
+
+@torch.no_grad()
+def reconstruct(
+    model: VQVAE, loader: BatchLoader, config: TestConfig, original: Path, rec: Path
+) -> tuple[CodebookStatistics, tuple[Tensor, Tensor]]:
+    """Write every image and its reconstruction, in the memory of one batch.
+
+    Returns the codebook's statistics and the first originals and reconstructions.
+    """
+    statistics = CodebookStatistics(model.config.num_embedding)
+    total = len(loader.images)
+    names = iter(f"{number:08d}.{config.image_format}" for number in range(total))
+    first: list[Tensor] = []
+
+    def write(name: str, pair: Tensor) -> None:
+        for folder, image in zip((original, rec), pair):
+            save_picture(folder / name, image, config.jpeg_quality)
+
+    with ThreadPoolExecutor() as pool, tqdm(total=total, unit="image") as bar:
+        for images in loader.epoch():
+            output, quantized = model(to_signed(images))
+            statistics.add(quantized.indices)
+            pairs = torch.stack([images.cpu(), to_bytes(output).cpu()], dim=1)  # (B, 2, C, H, W)
+            first.extend(pairs[: NUM_SHOWN - len(first)])
+            list(pool.map(write, itertools.islice(names, len(pairs)), pairs))
+            bar.update(len(images))
+    originals, reconstructions = torch.stack(first, dim=1)
+    return statistics, (originals, reconstructions)
+
+
+def report(analysis: dict[str, Any], results: Path) -> None:
+    """Print usage, rate and the paths of what was written."""
+    rate, codebook = analysis["rate"], analysis["codebook"]
+    rows = {
+        "images": f"{codebook['images']}",
+        "codebook usage": f"{codebook['usage_percent']:.1f} %",
+        "perplexity": f"{codebook['perplexity']:.1f} of {analysis['model']['num_embedding']}",
+        "codes per image": f"{rate['codes_per_image']}",
+        "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",
+        "bits per pixel, entropy": f"{rate['entropy_bits_per_pixel']:.3f}",
+    }
+    for name, value in rows.items():
+        sys.stdout.write(f"{name:24} {value}\n")
+    for name in (
+        "original",
+        "rec",
+        "reconstructions.png",
+        "usage.png",
+        "slots.png",
+        "codebook.png",
+        "analysis.json",
+    ):
+        sys.stdout.write(f"{results / name}\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,271 @@
+"""Properties that hold for every anchor, distance, split and interpolation scale."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import modules.quantizer as module
+from modules import LooCQuantizer
+from modules.quantizer import ANCHORS, DISTANCES, SPLITS, contrastive_terms, most_similar_features
+
+SCALES = (0, 1, 2, 3, 4)
+SETTINGS = [
+    dict(zip(("anchor", "distance", "split", "interpolation_scale"), values))
+    for values in itertools.product(ANCHORS, DISTANCES, SPLITS, SCALES)
+]
+every_setting = pytest.mark.parametrize(
+    "setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting.values()))
+)
+
+
+def make(setting: dict[str, Any], num_embedding: int = 8, dim: int = 4) -> LooCQuantizer:
+    torch.manual_seed(0)
+    quantizer = LooCQuantizer(num_embedding, dim, **setting)
+    torch.nn.init.normal_(quantizer.codebook)
+    return quantizer
+
+
+def latents(*shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (2, 8, 3, 5)), generator=torch.Generator().manual_seed(1))
+
+
+@every_setting
+def test_output_is_the_decoding_of_its_own_indices(setting: dict[str, Any]) -> None:
+    quantizer, z = make(setting).eval(), latents()
+    output, _, indices = quantizer(z)
+    units = 8 * max(1, setting["interpolation_scale"]) ** 2 // 4
+    assert indices.shape == (2, 3, 5, units)
+    assert indices.dtype == torch.int64
+    assert output.shape == z.shape
+    torch.testing.assert_close(output, quantizer.decode(indices), rtol=0, atol=1e-6)
+    assert torch.equal(quantizer.encode(z), indices)
+
+
+@every_setting
+def test_gradient_passes_straight_through(setting: dict[str, Any]) -> None:
+    quantizer, z = make(setting).eval(), latents().requires_grad_()
+    direction = torch.randn(z.shape)
+    output = quantizer(z).latents
+    (gradient,) = torch.autograd.grad((output * direction).sum(), z)
+    # What passes is the gradient of extrapolation and its inverse without a match between them.
+    scale = setting["interpolation_scale"]
+    smooth = module.interpolate_back(module.extrapolate(z, scale), scale)
+    (expected,) = torch.autograd.grad((smooth * direction).sum(), z)
+    torch.testing.assert_close(gradient, expected)
+
+
+@every_setting
+def test_evaluation_changes_nothing(setting: dict[str, Any]) -> None:
+    quantizer = make(setting).eval()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    random_state = torch.get_rng_state()
+    quantizer(latents())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+@every_setting
+def test_a_dead_codevector_moves_and_a_live_one_stays(setting: dict[str, Any]) -> None:
+    quantizer, z = make(setting), latents().abs()
+    quantizer.usage.fill_(1.0)
+    quantizer.usage[3] = 0.0
+    with torch.no_grad():
+        quantizer.codebook[3] = -50.0  # far from, and opposite to, all features
+    before = quantizer.codebook.detach().clone()
+    quantizer(z)
+    moved = (quantizer.codebook != before).any(dim=1).nonzero().flatten()
+    assert moved.tolist() == ([] if setting["anchor"] == "none" else [3])
+
+
+@every_setting
+def test_a_dead_codevector_lands_on_a_feature(setting: dict[str, Any]) -> None:
+    if setting["anchor"] == "none":
+        return
+    quantizer, z = make(setting, num_embedding=2), latents().abs()
+    with torch.no_grad():
+        quantizer.codebook[1] = torch.tensor(-1e3)
+    quantizer(z)
+    scale = setting["interpolation_scale"]
+    channels_last = module.extrapolate(z, scale).permute(0, 2, 3, 1)
+    features = SPLITS[setting["split"]].cut(channels_last, 4).reshape(-1, 4)
+    rate = module.reinit_rate(quantizer.usage)[1]
+    anchor = (quantizer.codebook[1].detach() - (1 - rate) * torch.tensor(-1e3)) / rate
+    assert (features - anchor).abs().amax(dim=1).min() < 1e-2
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_match_and_anchors_agree_with_the_whole_matrix(
+    distance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, codebook = torch.randn(1000, 4), torch.randn(37, 4)
+    prepare, similarity_of = DISTANCES[distance]
+    whole = similarity_of(prepare(features), prepare(codebook))
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1000)  # many blocks
+    assert torch.equal(module.search(features, codebook, distance), whole.argmax(1))
+    closest = most_similar_features(features, codebook, distance)
+    assert torch.equal(closest, features[whole.argmax(0)])
+
+
+def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chi-square over 20,000 draws, streamed in several blocks."""
+    torch.manual_seed(3)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 3 * 20_000)
+    features = F.normalize(torch.randn(10, 3), dim=1)
+    codevector = torch.randn(1, 3)
+    drawn = most_similar_features(features, codevector.expand(20_000, 3), "cos", gumbel=True)
+    counts = (drawn[:, None] == features).all(-1).sum(0)
+    expected = 20_000 * F.softmax(F.normalize(codevector, dim=1) @ features.T, dim=1)[0]
+    assert ((counts - expected).square() / expected).sum() < 27.9  # 99.9 % quantile, 9 degrees
+
+
+@pytest.mark.parametrize("num_features", [1, 2, 9, 64, 257])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_contrastive_loss_equals_the_sorted_definition(distance: str, num_features: int) -> None:
+    codebook = torch.randn(8, 4, requires_grad=True)
+    features = torch.randn(num_features, 4)
+    prepare, similarity_of = DISTANCES[distance]
+    ordered = similarity_of(prepare(codebook), prepare(features)).sort(dim=1).values
+    positive = ordered[:, -max(1, num_features // 8) :].mean(1, keepdim=True)
+    logits = torch.cat([positive, ordered[:, : num_features // 2]], dim=1) / 0.07
+    expected = F.cross_entropy(logits, torch.zeros(8, dtype=torch.int64))
+
+    quantizer = LooCQuantizer(8, 4, distance=distance, contras_loss=True, anchor="none")
+    with torch.no_grad():
+        quantizer.codebook.copy_(codebook)
+    with_loss = quantizer(features.T.reshape(1, 4, num_features, 1)).loss
+    without = quantizer.eval()(features.T.reshape(1, 4, num_features, 1)).loss
+    torch.testing.assert_close(with_loss - without, expected, rtol=1e-4, atol=1e-5)
+    gradient = torch.autograd.grad(with_loss, quantizer.codebook, retain_graph=True)[0]
+    base = torch.autograd.grad(without, quantizer.codebook)[0]
+    torch.testing.assert_close(
+        gradient - base, torch.autograd.grad(expected, codebook)[0], rtol=1e-3, atol=1e-5
+    )
+
+
+def test_contrastive_ties_share_the_lower_half() -> None:
+    similarity = torch.tensor([[0.0, 0.5, 0.5, 0.5, 0.5, 1.0]])
+    negatives = torch.tensor([0.0, 0.5, 0.5]) / 0.07
+    positive = torch.tensor(1.0) / 0.07
+    expected = torch.logsumexp(torch.cat([positive[None], negatives]), 0) - positive
+    torch.testing.assert_close(contrastive_terms(similarity, 1), expected[None])
+
+
+def test_interpolation_follows_the_stated_channel_order() -> None:
+    z = latents(1, 3, 4, 5)
+    upsampled = F.interpolate(z, scale_factor=2, mode="bilinear", align_corners=False)
+    extrapolated = module.extrapolate(z, 2)
+    for c, i, j in itertools.product(range(3), range(2), range(2)):
+        assert torch.equal(extrapolated[:, c * 4 + i * 2 + j], upsampled[:, c, i::2, j::2])
+
+
+def test_interval_units_take_every_mth_channel() -> None:
+    z = torch.arange(8.0).view(1, 1, 1, 8)
+    units = SPLITS["interval"].cut(z, 4)
+    assert units[0, 0, 0].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert torch.equal(SPLITS["interval"].join(units), z)
+
+
+def test_first_batch_stops_re_initialisation_but_not_counting() -> None:
+    quantizer = make({"first_batch": True})
+    quantizer(latents())
+    codebook, usage = quantizer.codebook.detach().clone(), quantizer.usage.clone()
+    restored = make({"first_batch": True})
+    restored.load_state_dict(quantizer.state_dict())
+    restored(latents())
+    assert torch.equal(restored.codebook, codebook)
+    assert not torch.equal(restored.usage, usage)
+
+
+def test_state_survives_a_round_trip() -> None:
+    """The pool of `random` included: two quantisers go on alike."""
+    one = make({"anchor": "random"}, num_embedding=32)
+    one(latents(1, 8, 2, 3))
+    assert one.pool_size == 12
+    other = LooCQuantizer(32, 4, anchor="random")
+    other.load_state_dict(one.state_dict())
+    for quantizer in (one, other):
+        torch.manual_seed(5)
+        quantizer(latents(2, 8, 3, 3))
+    assert torch.equal(one.codebook, other.codebook)
+    assert torch.equal(one.pool, other.pool)
+
+
+def test_a_full_pool_takes_new_features() -> None:
+    quantizer = make({"anchor": "random"}, num_embedding=8)
+    quantizer(latents())
+    before = quantizer.pool.clone()
+    quantizer(latents() + 10)
+    replaced = (quantizer.pool != before).any(1).sum()
+    assert quantizer.pool_size == 8
+    assert replaced == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_embedding", "dim"),
+    [((1, 4, 1, 1), 8, 4), ((1, 4, 1, 1), 1, 4), ((2, 4, 3, 3), 8, 1), ((3, 8, 2, 2), 300, 2)],
+    ids=["one feature", "one codevector", "d of one", "fewer features than codevectors"],
+)
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("zero", [False, True])
+def test_edges_stay_finite(
+    shape: tuple[int, ...], num_embedding: int, dim: int, anchor: str, zero: bool
+) -> None:
+    quantizer = make({"anchor": anchor, "contras_loss": True}, num_embedding, dim)
+    z = latents(*shape).mul(not zero).requires_grad_()
+    for _ in range(3):
+        output, loss, _ = quantizer(z)
+        (loss + output.sum()).backward()
+    assert all(torch.isfinite(value).all() for value in quantizer.state_dict().values())
+    assert z.grad is not None
+    assert torch.isfinite(z.grad).all()
+    assert quantizer.codebook.grad is not None
+    assert torch.isfinite(quantizer.codebook.grad).all()
+
+
+def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(features: torch.Tensor, codevectors: torch.Tensor) -> torch.Tensor:
+        result = features @ codevectors.T
+        seen.append(result.numel())
+        return result
+
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2000)
+    distances = {"cos": module.Distance(module.unit_norm, spy)}
+    monkeypatch.setattr(module, "DISTANCES", distances)
+    quantizer = LooCQuantizer(50, 4, anchor="probrandom")
+    quantizer(latents(4, 8, 8, 8))
+    assert seen
+    assert max(seen) <= 2000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_embedding": 0}, "num_embedding 0"),
+        ({"embedding_dim": -1}, "embedding_dim -1"),
+        ({"distance": "cosine"}, "distance 'cosine' is none of cos, l2"),
+        ({"anchor": "nearest"}, "anchor 'nearest'"),
+        ({"split": "random"}, "split 'random'"),
+        ({"interpolation_scale": -2}, "interpolation_scale -2"),
+        ({"commitment_cost": float("nan")}, "commitment_cost nan"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LooCQuantizer(**{"num_embedding": 8, "embedding_dim": 4, **arguments})
+
+
+def test_wrong_inputs_are_named() -> None:
+    quantizer = LooCQuantizer(8, 4, interpolation_scale=3)
+    with pytest.raises(ValueError, match=r"embedding_dim 4 does not divide the 45 channels"):
+        quantizer(torch.randn(1, 5, 4, 4))
+    with pytest.raises(ValueError, match=r"\(5, 4\) are not \(B, C, H, W\)"):
+        quantizer(torch.randn(5, 4))
+    with pytest.raises(ValueError, match="a multiple of 9"):
+        quantizer.decode(torch.zeros(1, 4, 4, 2, dtype=torch.int64))

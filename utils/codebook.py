@@ -1,0 +1,81 @@
+"""How a codebook is used, and what its indices cost: counted batch by batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Empirical entropy −Σ p·log2 p of a vector of counts, in bits; 0 where nothing was counted."""
+    used = counts[counts > 0].double()
+    share = used / used.sum()
+    return float(-(share * share.log2()).sum())
+
+
+def perplexity(counts: Tensor) -> float:
+    """2 to the entropy: how many codevectors, equally used, would carry as much."""
+    return 2 ** entropy_bits(counts)
+
+
+def usage(counts: Tensor) -> float:
+    """The share of codevectors that were used at all, in [0, 1]."""
+    return float((counts > 0).double().mean())
+
+
+class CodebookStatistics:
+    """Counts of every codevector in every unit slot; memory m × K, however many images."""
+
+    def __init__(self, num_embedding: int) -> None:
+        self.num_embedding = num_embedding
+        self.slot_counts = torch.zeros(0, num_embedding, dtype=torch.int64)  # (m, K)
+        self.num_images = 0
+        self.codes_per_image = 0
+
+    def add(self, indices: Tensor) -> None:
+        """Count indices (B, H, W, m)."""
+        slots = indices.shape[-1]
+        offset = torch.arange(slots, device=indices.device) * self.num_embedding
+        flat = (indices + offset).flatten()
+        counts = torch.bincount(flat, minlength=slots * self.num_embedding)
+        counts = counts.view(slots, self.num_embedding).cpu()
+        self.slot_counts = counts if self.num_images == 0 else self.slot_counts + counts
+        self.num_images += len(indices)
+        self.codes_per_image = indices[0].numel()
+
+    @property
+    def counts(self) -> Tensor:
+        """How often each codevector was used, (K,)."""
+        return self.slot_counts.sum(0)
+
+    def rate(self, num_pixels: int) -> dict[str, float]:
+        """Codes per image and bits per pixel, for images of num_pixels positions.
+
+        Nominal: log2 K bits a code. Entropy: what an ideal entropy coder needs with one table of
+        frequencies for all indices, and with one for each unit slot.
+        """
+        by_slot = sum(entropy_bits(row) for row in self.slot_counts) / len(self.slot_counts)
+        codes = self.codes_per_image / num_pixels
+        return {
+            "codes_per_image": self.codes_per_image,
+            "nominal_bits_per_pixel": codes * math.log2(self.num_embedding),
+            "entropy_bits_per_pixel": codes * entropy_bits(self.counts),
+            "entropy_bits_per_pixel_by_slot": codes * by_slot,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Usage, perplexity and counts, ready for JSON."""
+        return {
+            "images": self.num_images,
+            "usage_percent": 100 * usage(self.counts),
+            "perplexity": perplexity(self.counts),
+            "slots": len(self.slot_counts),
+            "slot_usage_percent": [100 * usage(row) for row in self.slot_counts],
+            "slot_perplexity": [perplexity(row) for row in self.slot_counts],
+            "counts": self.counts.tolist(),
+            "slot_counts": self.slot_counts.tolist(),
+            "slots_per_codevector": (self.slot_counts > 0).sum(0).tolist(),
+        }

@@ -1,0 +1,45 @@
+"""Where to compute, and the seed of all randomness."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of --device: "auto" is CUDA where there is one, else the CPU.
+
+    Raises UserError for a name that is no device, or a device this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(
+            f"--device {name} is no device; choose auto, cpu, cuda or cuda:N"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = "" if torch.version.cuda else " (this PyTorch was built without CUDA)"
+        raise UserError(f"--device {name}: there is no CUDA device here{built}; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed every generator; on CUDA choose deterministic algorithms where PyTorch has them."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002, libraries draw from the global generator
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,102 @@
+"""Pictures of a codebook: how often its codevectors are used, where, and how they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.codebook import CodebookStatistics, perplexity, usage
+from utils.files import whole_file
+
+USED, UNUSED = "#1f6f8b", "#d1495b"
+
+
+@contextmanager
+def figure(path: Path, columns: int, width: float, height: float) -> Iterator[Any]:
+    """Axes of a new figure in one row, written to path as PNG when the block ends."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    yield drawing.subplots(1, columns)
+    with whole_file(path) as temporary:
+        drawing.savefig(temporary, format="png", dpi=120)
+
+
+def plot_usage(path: Path, statistics: CodebookStatistics) -> None:
+    """Counts by codevector, and sorted."""
+    counts = statistics.counts
+    positions = range(len(counts))
+    with figure(path, 2, 11, 3.6) as (left, right):
+        left.fill_between(positions, counts.numpy(), step="mid", color=USED)
+        left.set(title="Counts by codevector", xlabel="codevector", ylabel="times used")
+        right.plot(positions, counts.sort(descending=True).values.numpy(), color=USED)
+        right.axhline(float(counts.double().mean()), color="grey", linestyle=":", label="mean")
+        if (counts > 0).any():
+            right.set_yscale("symlog")
+        right.set(title="Sorted counts", xlabel="rank", ylabel="times used")
+        right.legend(title=caption(statistics))
+        for axes in (left, right):
+            axes.set_xlim(-0.5, len(counts) - 0.5)
+            axes.set_ylim(bottom=0)
+
+
+def plot_slots(path: Path, statistics: CodebookStatistics) -> None:
+    """Which unit slots use which codevectors, and in how many slots a codevector is used."""
+    share = statistics.slot_counts / statistics.slot_counts.sum(1, keepdim=True)
+    order = statistics.counts.argsort(descending=True)
+    reach = (statistics.slot_counts > 0).sum(0)
+    slots = len(share)
+    with figure(path, 2, 11, 3.6) as (left, right):
+        mesh = left.imshow(share[:, order].numpy(), aspect="auto", cmap="viridis")
+        left.figure.colorbar(mesh, ax=left, label="share of the slot's codes")
+        left.set(title="Use by unit slot", xlabel="codevector, most used first", ylabel="slot")
+        right.bar(range(slots + 1), torch.bincount(reach, minlength=slots + 1), color=USED)
+        right.set(
+            title="Slots in which a codevector is used",
+            xlabel=f"slots, of {slots}",
+            ylabel="codevectors",
+        )
+
+
+def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Projection on the first two principal axes, and the share of variance of each.
+
+    (n, d) → (n, 2), (2,); missing axes are zero.
+    """
+    centred = (points - points.mean(0)).double()
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    padded = torch.zeros(len(points), 2, dtype=torch.float64)
+    share = torch.zeros(2, dtype=torch.float64)
+    kept = min(2, len(singular))
+    padded[:, :kept] = left[:, :kept] * singular[:kept]
+    variance = singular.square()
+    share[:kept] = variance[:kept] / variance.sum().clamp_min(1e-30)
+    return padded, share
+
+
+def plot_codebook(path: Path, codebook: Tensor, counts: Tensor) -> None:
+    """Map of the codevectors on their two principal axes; used and unused apart."""
+    points, share = principal_components(codebook.detach().cpu())
+    used = counts > 0
+    with figure(path, 1, 6, 5.4) as axes:
+        axes.scatter(*points[~used].T.numpy(), marker="x", color=UNUSED, s=22, linewidths=1)
+        area = 8 + 72 * (counts[used] / counts.max().clamp_min(1)).sqrt()
+        axes.scatter(*points[used].T.numpy(), s=area.numpy(), color=USED, alpha=0.7, linewidths=0)
+        axes.set(
+            title=f"Codebook: {int(used.sum())} used (dots, area by count), "
+            f"{int((~used).sum())} unused (crosses)",
+            xlabel=f"first principal axis ({share[0]:.0%} of variance)",
+            ylabel=f"second principal axis ({share[1]:.0%})",
+        )
+        axes.title.set_fontsize(10)
+        axes.set_aspect("equal", adjustable="datalim")
+
+
+def caption(statistics: CodebookStatistics) -> str:
+    counts = statistics.counts
+    return f"usage {usage(counts):.1%}, perplexity {perplexity(counts):.1f} of {len(counts)}"
