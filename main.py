@@ -7,6 +7,7 @@ Writes <output_folder>/models/<exp_name>/best.pt and last.pt and TensorBoard's f
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from datasets import BatchLoader, ImageSet, open_dataset, pixel_variance, split_validation
@@ -35,11 +36,11 @@ def main() -> None:
     start_logging(logs / "train.log")
     seed_everything(config.seed, device)
     data = replace(data, image_size=training.image_size)
-    loading = {"device": device, "seed": config.seed, "num_workers": data.num_workers}
+    loader = partial(BatchLoader, device=device, seed=config.seed, num_workers=data.num_workers)
     trainer = Trainer(
         VQVAE(model_config).to(device),
-        BatchLoader(training, config.batch_size, shuffle=True, **loading),
-        BatchLoader(validation, config.batch_size, **loading),
+        loader(training, config.batch_size, shuffle=True),
+        loader(validation, config.batch_size),
         config,
         data_variance=pixel_variance(training),
         models=models,

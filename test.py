@@ -60,7 +60,8 @@ def main() -> None:
 
     with whole_folder(results / "original") as original, whole_folder(results / "rec") as rec:
         statistics, shown = reconstruct(model, loader, config, original, rec)
-    (results / "metrics.json").unlink(missing_ok=True)  # of the pictures just replaced
+    for stale in ("metrics.json", "metrics.csv"):  # of the pictures just replaced
+        (results / stale).unlink(missing_ok=True)
     save_comparison(results / "reconstructions.png", *shown)
     plot_usage(results / "usage.png", statistics)
     plot_slots(results / "slots.png", statistics)
@@ -120,7 +121,7 @@ def reconstruct(
     Returns the codebook's statistics and the first originals and reconstructions.
     """
     statistics = CodebookStatistics(model.config.num_embedding)
-    total = len(loader.images)
+    total = loader.size
     names = iter(f"{number:08d}.{config.image_format}" for number in range(total))
     first: list[Tensor] = []
 

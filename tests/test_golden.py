@@ -33,7 +33,7 @@ def test_three_training_calls(path: Path) -> None:
         quantizer.codebook.copy_(torch.from_numpy(data["codebook_before"]))
     for call in range(3):
         z = torch.from_numpy(data[f"z_{call}"]).requires_grad_()
-        quantizer.codebook.grad = None
+        quantizer.zero_grad()
         latents, loss, indices = quantizer(z)
         direction = torch.linspace(-1, 1, latents.numel()).view(latents.shape)
         (loss + (latents * direction).sum()).backward()

@@ -62,16 +62,21 @@ def names(item: Field[Any]) -> tuple[str, ...]:
 
 
 def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
-    default = "" if item.default is None else f" (default: {item.default})"
-    text = (item.metadata["help"] + default).replace("%", "%%")
+    several = kind == tuple[str, ...]
+    default: Any = item.default
+    shown = "" if default is None else f" (default: {' '.join(default) if several else default})"
+    text = (item.metadata["help"] + shown).replace("%", "%%")
     common = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
     if kind is bool:
         section.add_argument(*names(item), action=argparse.BooleanOptionalAction, **common)
     else:
         metavar = "|".join(item.metadata["choices"] or ()) or number_kind(kind).__name__.upper()
-        several = {"nargs": "+"} if kind == tuple[str, ...] else {}
         section.add_argument(
-            *names(item), type=converter(item, kind), metavar=metavar, **several, **common
+            *names(item),
+            type=converter(item, kind),
+            metavar=metavar,
+            nargs="+" if several else None,
+            **common,
         )
 
 
@@ -115,7 +120,8 @@ def out_of_range(value: Any, metadata: Mapping[str, Any]) -> str | None:
 
 def value_problem(group: type, item: Field[Any], value: Any) -> str | None:
     """What is wrong with a value, of any type, as this field of the group, or None."""
-    kind = str(get_type_hints(group)[item.name])
+    hint = get_type_hints(group)[item.name]
+    kind = hint.__name__ if isinstance(hint, type) else str(hint)
     if value is None and "None" in kind:
         return None
     if type(value).__name__ not in kind:

@@ -52,10 +52,11 @@ def plot_slots(path: Path, statistics: CodebookStatistics) -> None:
     reach = (statistics.slot_counts > 0).sum(0)
     slots = len(share)
     with figure(path, 2, 11, 3.6) as (left, right):
-        mesh = left.imshow(share[:, order].numpy(), aspect="auto", cmap="viridis")
-        left.figure.colorbar(mesh, ax=left, label="share of the slot's codes")
+        root = share[:, order].sqrt().numpy()  # the root, so that rare use can be seen
+        mesh = left.imshow(root, aspect="auto", cmap="viridis", interpolation="nearest")
+        left.figure.colorbar(mesh, ax=left, label="root of the share of the slot's codes")
         left.set(title="Use by unit slot", xlabel="codevector, most used first", ylabel="slot")
-        right.bar(range(slots + 1), torch.bincount(reach, minlength=slots + 1), color=USED)
+        right.bar(range(slots + 1), torch.bincount(reach, minlength=slots + 1).tolist(), color=USED)
         right.set(
             title="Slots in which a codevector is used",
             xlabel=f"slots, of {slots}",

@@ -7,16 +7,60 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError, one_line, run
+from utils.metrics import METRICS
+
+LABELS = {
+    "checkpoint": "models/{name}",
+    "originals": "results/{name}/original",
+    "reconstructions": "results/{name}/rec",
+    "side by side": "results/{name}/reconstructions.png",
+    "codebook plots": "results/{name}/{{usage,slots,codebook}}.png",
+    "TensorBoard": "logs/{experiment}",
+}
 
 
 def main() -> None:
-    output, model_name = Path(sys.argv[1]), sys.argv[2]
-    results = output / "results" / model_name
-    analysis = json.loads((results / "analysis.json").read_text())
-    metrics = json.loads((results / "metrics.json").read_text())["metrics"]
-    sys.stdout.write("\n".join([*table(analysis, metrics), "", *paths(output, model_name)]) + "\n")
+    if len(sys.argv) != 3:
+        raise UserError("usage: python -m utils.summary <output_folder> <model_name>")
+    output, name = Path(sys.argv[1]), sys.argv[2]
+    results = output / "results" / name
+    try:
+        analysis = json.loads((results / "analysis.json").read_text())
+        metrics = json.loads((results / "metrics.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{results} has no results: {one_line(error)}") from error
+    lines = [f"{label:26} {value}" for label, value in table(analysis, metrics).items()]
+    places = [
+        f"{label:26} {output / place.format(name=name, experiment=Path(name).parent)}"
+        for label, place in LABELS.items()
+    ]
+    sys.stdout.write("\n" + "\n".join([*lines, "", *places]) + "\n")
+
+
+def table(analysis: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Quality with its rate, by label."""
+    model, data = analysis["model"], analysis["data"]
+    rate, codebook = analysis["rate"], analysis["codebook"]
+    quality = {
+        METRICS[name].label: "infinite" if score["mean"] is None else f"{score['mean']:.4f}"
+        for name, score in metrics["metrics"].items()
+    }
+    return {
+        "model": "{quantizer}, K = {num_embedding}, d = {embedding_dim}".format(**model),
+        "images": f"{codebook['images']} test images of {data['dataset']}",
+        **quality,
+        "codes per image": f"{rate['codes_per_image']}",
+        "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",
+        "bits per pixel, entropy": f"{rate['entropy_bits_per_pixel']:.3f}",
+        "codebook usage": f"{codebook['usage_percent']:.1f} %",
+        "perplexity": f"{codebook['perplexity']:.1f} of {model['num_embedding']}",
+    }
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,0 +1,64 @@
+"""CelebA: aligned faces in torchvision's layout, decoded on demand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets.images import FileImages, ImageSet, Split
+from datasets.staging import fetch
+from utils.errors import UserError
+
+IMAGES = "img_align_celeba"
+PARTITION = "list_eval_partition.txt"
+NUMBERS: dict[Split, str] = {"train": "0", "test": "2"}  # 1 is CelebA's own validation set
+
+
+def open_celeba(folder: Path, split: Split, image_size: int) -> ImageSet:
+    """CelebA (Liu, Luo, Wang, Tang, ICCV 2015): 162,770 training and 19,962 test images.
+
+    Read from <folder>/celeba or folder: img_align_celeba, a folder or .zip, and the list of
+    partitions.
+    """
+    base = find_base(folder)
+    if base is None:
+        from torchvision.datasets import CelebA
+
+        looked = f"{folder / CelebA.base_folder}, {folder}"
+        missing = f"--dataset celeba: {IMAGES} and {PARTITION} are in none of {looked}"
+        fetch(lambda root: CelebA(root, download=True), folder, missing)
+        base = folder / CelebA.base_folder
+    if not (base / IMAGES).is_dir():
+        unpack(base)
+    return FileImages(base / IMAGES, partition(base / PARTITION, NUMBERS[split]), image_size)
+
+
+def find_base(folder: Path) -> Path | None:
+    """The folder that holds the images, packed or not, and the list of partitions."""
+    for base in (folder / "celeba", folder):
+        images = (base / IMAGES).is_dir() or (base / f"{IMAGES}.zip").is_file()
+        if images and (base / PARTITION).is_file():
+            return base
+    return None
+
+
+def unpack(base: Path) -> None:
+    """img_align_celeba.zip → img_align_celeba/. Raises UserError where it is damaged."""
+    from torchvision.datasets.utils import extract_archive
+
+    archive = (base / f"{IMAGES}.zip").absolute()
+    missing = f"--dataset celeba: {base / IMAGES} is missing"
+    fetch(lambda root: extract_archive(str(archive), root), base, missing)
+    if not (base / IMAGES).is_dir():
+        raise UserError(f"{archive} holds no folder {IMAGES}")
+
+
+def partition(path: Path, number: str) -> list[str]:
+    """The names of one partition. Raises UserError naming a line that is damaged."""
+    names = []
+    for i, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        fields = line.split()
+        if len(fields) != 2 or fields[1] not in ("0", "1", "2"):
+            raise UserError(f"{path} line {i} is not an image's name and 0, 1 or 2")
+        if fields[1] == number:
+            names.append(fields[0])
+    return names

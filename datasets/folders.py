@@ -1,0 +1,106 @@
+"""Folders of image files: any folder, FFHQ and ImageNet, decoded on demand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from datasets.images import FileImages, ImageSet, Split, hold_out
+from datasets.staging import fetch
+from utils.errors import UserError
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+)
+FFHQ_TRAIN = 60_000
+FFHQ_TEST = 10_000
+IMAGENET_FOLDERS: dict[Split, str] = {"train": "train", "test": "val"}
+
+
+def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
+    """Any folder of images, at any depth.
+
+    Where it has the subfolders train and test (or val), those are the splits; else the test set is
+    a tenth of the sorted names, the same in every run.
+    """
+    held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
+    if held_out and (folder / "train").is_dir():
+        part = folder / (held_out if split == "test" else "train")
+        return FileImages(part, list_images(part), image_size)
+    names = list_images(folder)
+    if len(names) == 1:
+        raise UserError(f"--data_folder {folder} holds 1 image: training and testing need 2")
+    train, test = hold_out(len(names), "test")
+    chosen = (test if split == "test" else train).tolist()
+    return FileImages(folder, [names[i] for i in chosen], image_size)
+
+
+def open_ffhq(folder: Path, split: Split, image_size: int) -> ImageSet:
+    """FFHQ (Karras, Laine, Aila, CVPR 2019): by sorted name 60,000 to train, 10,000 to test."""
+    names = list_images(folder)
+    if len(names) != FFHQ_TRAIN + FFHQ_TEST:
+        raise UserError(
+            f"--data_folder {folder} holds {len(names):,} images; "
+            f"--dataset ffhq has {FFHQ_TRAIN + FFHQ_TEST:,}"
+        )
+    names = names[:FFHQ_TRAIN] if split == "train" else names[FFHQ_TRAIN:]
+    return FileImages(folder, names, image_size)
+
+
+def open_imagenet(folder: Path, split: Split, image_size: int) -> ImageSet:
+    """ImageNet (ILSVRC 2012): 1,281,167 training images; its 50,000 for validation as test set.
+
+    Read from <folder>/train and <folder>/val, made by torchvision from the ILSVRC2012 archives
+    where those lie in folder instead.
+    """
+    part = folder / IMAGENET_FOLDERS[split]
+    if not part.is_dir():
+        unpack_imagenet(folder, part)
+    return FileImages(part, list_images(part), image_size)
+
+
+def unpack_imagenet(folder: Path, part: Path) -> None:
+    """Let torchvision unpack one split. Raises UserError where its archives are missing."""
+    from torchvision.datasets import ImageNet
+    from torchvision.datasets.imagenet import ARCHIVE_META
+
+    archives = [ARCHIVE_META[which][0] for which in (part.name, "devkit")]
+    absent = [name for name in archives if not (folder / name).is_file()]
+    missing = f"--dataset imagenet: the folder {part} is missing"
+    if absent:
+        raise UserError(f"{missing}; to unpack it, {folder} lacks {' and '.join(absent)}")
+    fetch(lambda root: ImageNet(root, split=part.name), folder, missing, archives)
+
+
+def list_images(folder: Path) -> list[str]:
+    """The names of the images in folder and below, relative to it, sorted.
+
+    Hidden files and folders are left out; links are followed, but not in circles. Raises UserError
+    where the folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"--data_folder {folder} {problem}")
+    names: list[str] = []
+    scan(str(folder), "", frozenset(), names)
+    if not names:
+        raise UserError(f"--data_folder {folder} holds no images ({', '.join(SUFFIXES)})")
+    return sorted(names)
+
+
+def scan(place: str, prefix: str, above: frozenset[tuple[int, int]], names: list[str]) -> None:
+    """Append to names the images in place and below; above are the folders on the way to it."""
+    status = Path(place).stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            # A link may be broken or point at itself, which Path takes for "no".
+            if Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir():
+                scan(entry.path, f"{prefix}{entry.name}/", above | {identity}, names)
+            elif entry.name.lower().endswith(SUFFIXES):
+                names.append(prefix + entry.name)

@@ -1,0 +1,114 @@
+"""MNIST, Fashion-MNIST and the sample: grey images in idx files, plain or gzip'd, kept in memory.
+
+The format is that of http://yann.lecun.com/exdb/mnist/: the bytes 0 0 8 3, three big-endian 32-bit
+sizes (images, height, width), then the pixels.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datasets.images import ImageSet, Split, TensorImages
+from datasets.staging import fetch
+from utils.errors import UserError, one_line
+
+SIDE = 28  # height and width of every image, in pixels
+FILES: dict[Split, str] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+HEADER = struct.Struct(">4I")
+MAGIC = 0x00000803  # uint8, three dimensions
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
+SAMPLE = Path(__file__).parent / "fashion_mnist_sample"
+SAMPLE_SHA256: dict[Split, str] = {
+    "train": "0df3df2ca78c4b6eab18b144ec46fc520fd9ad770c009c37d5a67bf1dc78de1c",
+    "test": "acf67a3c5ab42db185cc165eda9226a7a63d0a28ffbf0d9fbc8befcb6574171c",
+}
+
+
+def open_mnist(folder: Path, split: Split, _image_size: int) -> ImageSet:
+    """MNIST (LeCun, Cortes, Burges): 60,000 training and 10,000 test images of 28 × 28."""
+    return open_idx("mnist", "MNIST", folder, split)
+
+
+def open_fashion_mnist(folder: Path, split: Split, _image_size: int) -> ImageSet:
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747), of the shape of MNIST."""
+    return open_idx("fashion-mnist", "FashionMNIST", folder, split, elsewhere=[DEBIAN])
+
+
+def open_sample(_folder: Path, split: Split, _image_size: int) -> ImageSet:
+    """Every tenth image of Fashion-MNIST, 6,000 and 1,000; part of this package."""
+    path = SAMPLE / f"{FILES[split]}.gz"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SAMPLE_SHA256[split]:
+        raise UserError(
+            f"{path} is damaged: its sha256 is {digest[:12]}…, not {SAMPLE_SHA256[split][:12]}…"
+        )
+    return TensorImages(parse_idx(content, path))
+
+
+def open_idx(
+    name: str, torchvision_class: str, folder: Path, split: Split, elsewhere: Sequence[Path] = ()
+) -> ImageSet:
+    """The split's images from torchvision's layout, the folder itself, elsewhere, or a download."""
+    places = [folder / torchvision_class / "raw", folder, *elsewhere]
+    path = find_idx(places, split)
+    if path is None:
+        looked = ", ".join(map(str, places))
+        missing = f"--dataset {name}: {FILES[split]} (or .gz) is in none of {looked}"
+        fetch(lambda root: download(torchvision_class, root), folder, missing)
+        path = find_idx(places, split)
+        if path is None:
+            raise UserError(f"{missing}, not even after the download")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return TensorImages(parse_idx(content, path))
+
+
+def download(torchvision_class: str, root: str) -> None:
+    """Let torchvision download and unpack all four files."""
+    from torchvision import datasets
+
+    getattr(datasets, torchvision_class)(root, download=True)
+
+
+def find_idx(places: Sequence[Path], split: Split) -> Path | None:
+    """The first file of the split's images, plain before gzip'd."""
+    paths = [place / (FILES[split] + suffix) for place in places for suffix in ("", ".gz")]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def parse_idx(content: bytes, path: Path) -> Tensor:
+    """An idx file's bytes, gzip'd if path says so → (n, 1, 28, 28), uint8.
+
+    Raises UserError naming path where they are anything else.
+    """
+    try:
+        if path.suffix == ".gz":
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read()
+        magic, number, height, width = HEADER.unpack_from(content)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
+    if magic != MAGIC:
+        raise UserError(f"{path} is not an idx file of images")
+    if (height, width) != (SIDE, SIDE):
+        raise UserError(f"{path} holds images of {height}×{width}, not {SIDE}×{SIDE}")
+    expected = HEADER.size + number * height * width
+    if len(content) != expected:
+        raise UserError(f"{path} is damaged: {len(content):,} bytes instead of {expected:,}")
+    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)[HEADER.size :]
+    return pixels.view(number, 1, height, width)

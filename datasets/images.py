@@ -1,0 +1,192 @@
+"""Sets of uint8 images, in memory or decoded on demand, and what is drawn and measured of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.errors import UserError, one_line
+
+Split: TypeAlias = Literal["train", "test"]
+
+VARIANCE_SAMPLE = 2048  # images decoded to measure the variance of a set on disk
+CHUNK = 2**24  # pixels counted at a time
+
+
+# --------------------------------------------------------------------------------------- the sets
+
+
+class ImageSet(Dataset[Tensor], ABC):
+    """Square images, each a uint8 tensor (channels, image_size, image_size)."""
+
+    channels: int
+    image_size: int
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many images."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Tensor:
+        """One image, (C, H, W), uint8. Raises UserError naming an image that is damaged."""
+
+
+class TensorImages(ImageSet):
+    """Images held in memory: (n, C, H, W), uint8."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.channels, self.image_size = images.shape[1], images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+class FileImages(ImageSet):
+    """Image files of any size and mode, by their names below a folder, decoded on demand to RGB."""
+
+    channels = 3
+
+    def __init__(self, folder: Path, names: Sequence[str], image_size: int) -> None:
+        self.folder = folder
+        self.names = sorted(names)
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tensor:
+        path = self.folder / self.names[index]
+        return decode(path, self.image_size, str(path))
+
+
+class ChosenImages(ImageSet):
+    """Some images of another set, by their indices (n,), int64."""
+
+    def __init__(self, images: ImageSet, chosen: Tensor) -> None:
+        self.images = images
+        self.chosen = chosen
+        self.channels, self.image_size = images.channels, images.image_size
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[int(self.chosen[index])]
+
+
+# --------------------------------------------------------------------------------------- decoding
+
+
+def decode(source: Path | IO[bytes], size: int, name: str) -> Tensor:
+    """An image file → (3, size, size), uint8: turned as its EXIF says, RGB, centre crop, bicubic.
+
+    The shorter side becomes size; Pillow's bicubic filter antialiases where it shrinks. Alpha is
+    dropped. Raises UserError naming an image that is damaged or larger than Pillow's limit.
+    """
+    try:
+        with Image.open(source) as image:
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+            square = centre_square(rgb).resize((size, size), Image.Resampling.BICUBIC)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise whatever the decoder stumbled over
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise UserError(f"image {name} cannot be decoded: {reason}") from error
+    return torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy())
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode → RGB; of 16-bit grey levels the upper 8 bits."""
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def centre_square(image: Image.Image) -> Image.Image:
+    """The largest square in the middle of an image."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+# ------------------------------------------------------------------------------- drawing, measuring
+
+
+def permutation(n: int, *key: int | str) -> Tensor:
+    """The numbers 0 … n − 1 in an order that is a function of the key alone, (n,), int64."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.randperm(n, generator=generator)
+
+
+def hold_out(n: int, purpose: str) -> tuple[Tensor, Tensor]:
+    """Indices (kept, held out), each ascending; held out is a tenth, rounded, and at least one."""
+    order = permutation(n, purpose)
+    tenth = max(1, (n + 5) // 10)
+    return order[tenth:].sort().values, order[:tenth].sort().values
+
+
+def split_validation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """(train, validation): validation is a tenth of the set, the same in every run.
+
+    Sets in memory give sets in memory. Raises UserError for fewer than two images.
+    """
+    if len(images) < 2:
+        raise UserError(f"--data_folder: a set of {len(images)} image leaves none to validate on")
+    train, validation = hold_out(len(images), "validation")
+    return choose(images, train), choose(images, validation)
+
+
+def choose(images: ImageSet, indices: Tensor) -> ImageSet:
+    """The images of those indices (n,), int64."""
+    if isinstance(images, TensorImages):
+        return TensorImages(images.images[indices])
+    return ChosenImages(images, indices)
+
+
+def pixel_variance(images: ImageSet) -> float:
+    """Variance of pixel / 255 over all pixels and channels, in [0, 1/4].
+
+    Exact for sets in memory; for others that of at most VARIANCE_SAMPLE images, the same in every
+    run. Raises UserError naming an image that is damaged.
+    """
+    if isinstance(images, TensorImages):
+        counts = sum_counts(
+            [pixel_counts(part) for part in torch.split(images.images.flatten(), CHUNK)]
+        )
+    else:
+        sample = permutation(len(images), "variance")[:VARIANCE_SAMPLE].sort().values.tolist()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            counts = sum_counts(list(pool.map(lambda i: pixel_counts(images[i]), sample)))
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = counts.double() / counts.sum()  # (256,), of each of the 256 values
+    mean = (share * levels).sum()
+    return float((share * (levels - mean).square()).sum())
+
+
+def pixel_counts(pixels: Tensor) -> Tensor:
+    """How often each of the 256 values occurs: uint8 of any shape → (256,), int64."""
+    return torch.bincount(pixels.flatten().cpu(), minlength=256)
+
+
+def sum_counts(counts: list[Tensor]) -> Tensor:
+    """(256,) of each part → (256,) of all."""
+    return torch.stack(counts).sum(0)

@@ -1,0 +1,88 @@
+"""LSUN: the published lmdb databases, or folders of images; decoded on demand.
+
+torchvision's own class is not used: it keeps its list of keys in a pickle, opened unchecked.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from datasets.folders import open_folder
+from datasets.images import ImageSet, Split, decode
+from utils.errors import UserError, one_line
+
+ENDINGS: dict[Split, str] = {"train": "train_lmdb", "test": "val_lmdb"}
+
+# A process may have a database open once at a time; opening takes some 40 µs.
+opening = threading.Lock()
+
+
+def open_lsun(category: str, folder: Path, split: Split, image_size: int) -> ImageSet:
+    """LSUN (Yu et al., arXiv 1506.03365), one category; its validation set is the test set.
+
+    Read from <folder>/<category>_train_lmdb and …_val_lmdb where either exists, else from image
+    files as `open_folder` does.
+    """
+    databases = {which: folder / f"{category}_{ending}" for which, ending in ENDINGS.items()}
+    if not any(path.is_dir() for path in databases.values()):
+        return open_folder(folder, split, image_size)
+    if not databases[split].is_dir():
+        raise UserError(f"--data_folder {folder} has no {databases[split].name}")
+    return LmdbImages(databases[split], image_size)
+
+
+class LmdbImages(ImageSet):
+    """The images of an lmdb database, in the order of its keys.
+
+    Nothing stays open, so that worker processes and threads may share it. Raises UserError where
+    the lmdb package is missing or the database is damaged.
+    """
+
+    channels = 3
+
+    def __init__(self, path: Path, image_size: int) -> None:
+        self.path = path
+        self.image_size = image_size
+        self.keys = read_keys(path)  # (n,), bytes of fixed length: millions need little memory
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Tensor:
+        key = bytes(self.keys[index])
+        with opening, open_database(self.path) as database, database.begin() as transaction:
+            content = transaction.get(key)
+        name = f"{key.decode(errors='replace')} in {self.path}"
+        return decode(io.BytesIO(content), self.image_size, name)
+
+
+def read_keys(path: Path) -> np.ndarray:
+    """All keys of a database, in its order: (n,), bytes."""
+    with opening, open_database(path) as database:
+        pages = database.info()["last_pgno"] + 1
+        if (path / "data.mdb").stat().st_size < pages * database.stat()["psize"]:
+            raise UserError(f"{path} is truncated")
+        with database.begin() as transaction:
+            return np.array(list(transaction.cursor().iternext(values=False)), dtype=np.bytes_)
+
+
+@contextmanager
+def open_database(path: Path) -> Iterator[Any]:
+    """A database, read-only and without a lock file. Raises UserError naming it."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError(f"{path} needs the lmdb package: pip install lmdb") from error
+    try:
+        with lmdb.open(str(path), readonly=True, lock=False, readahead=False) as database:
+            yield database
+    except lmdb.Error as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error

@@ -1,0 +1,72 @@
+"""The data sets by name. A new one is one entry of DATASETS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from datasets.celeba import open_celeba
+from datasets.cifar import open_cifar10
+from datasets.folders import open_ffhq, open_folder, open_imagenet
+from datasets.idx import open_fashion_mnist, open_mnist, open_sample
+from datasets.images import ImageSet, Split
+from datasets.lsun import open_lsun
+from utils.errors import UserError, one_line, unknown_name
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """What is known of a data set before it is opened."""
+
+    channels: int
+    image_size: int  # height and width in pixels; the default where resizable
+    open: Callable[[Path, Split, int], ImageSet]  # folder, split, image_size → the images
+    resizable: bool = False
+
+
+DATASETS = {
+    "mnist": DatasetEntry(1, 28, open_mnist),
+    "fashion-mnist": DatasetEntry(1, 28, open_fashion_mnist),
+    "fashion-mnist-sample": DatasetEntry(1, 28, open_sample),
+    "cifar10": DatasetEntry(3, 32, open_cifar10),
+    "celeba": DatasetEntry(3, 128, open_celeba, resizable=True),
+    "imagenet": DatasetEntry(3, 256, open_imagenet, resizable=True),
+    "ffhq": DatasetEntry(3, 256, open_ffhq, resizable=True),
+    "lsun-bedroom": DatasetEntry(3, 256, partial(open_lsun, "bedroom"), resizable=True),
+    "lsun-church": DatasetEntry(3, 256, partial(open_lsun, "church_outdoor"), resizable=True),
+    "folder": DatasetEntry(3, 256, open_folder, resizable=True),
+}
+
+
+def open_dataset(
+    name: str, data_folder: str | None, split: Split, image_size: int | None = None
+) -> ImageSet:
+    """Open one split of a data set, downloading it where torchvision can.
+
+    data_folder None is data/<name>; image_size None is the entry's. Raises UserError, one line
+    naming the flag or the file, where the set is missing, empty, damaged or not of that size.
+    """
+    if name not in DATASETS:
+        raise UserError(unknown_name("--dataset", name, DATASETS))
+    entry = DATASETS[name]
+    size = entry.image_size if image_size is None else image_size
+    if size != entry.image_size and not entry.resizable:
+        raise UserError(
+            f"--image_size {size} contradicts --dataset {name}, whose images are "
+            f"{entry.image_size}×{entry.image_size}"
+        )
+    if size < 1:
+        raise UserError(f"--image_size {size} is less than 1")
+    if data_folder == "":
+        raise UserError("--data_folder is empty")
+    folder = Path("data") / name if data_folder is None else Path(data_folder)
+    try:
+        images = entry.open(folder, split, size)
+    except OSError as error:
+        place, reason = error.filename or folder, error.strerror or one_line(error)
+        raise UserError(f"--data_folder {place} cannot be read: {reason}") from error
+    if len(images) == 0:
+        raise UserError(f"--data_folder {folder} holds no {split} images of --dataset {name}")
+    return images

@@ -1,0 +1,1 @@
+"""The tests; conftest.py runs the scripts as a user would."""

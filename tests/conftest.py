@@ -1,0 +1,82 @@
+"""Running the scripts as a user would, and tiny data sets in the real layout."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def script(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Outcome]:
+    """Run a script in this process, which saves importing torch anew, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *words: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        streams = capfd.readouterr()
+        return Outcome(code, streams.out, streams.err)
+
+    return run
+
+
+def run_process(words: Sequence[str], folder: Path) -> Outcome:
+    """Run `python words…` in a folder as a process of its own."""
+    result = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Outcome(result.returncode, result.stdout, result.stderr)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """A uint8 array as the IDX file of MNIST."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    """40 + 12 pictures of soft blobs in the files of MNIST."""
+    raw = tmp_path / "data" / "mnist" / "MNIST" / "raw"
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:28, :28]
+    for name, count in (("train", 40), ("t10k", 12)):
+        centres = random.uniform(6, 22, (count, 2, 1, 1))
+        distance = (x - centres[:, 0]) ** 2 + (y - centres[:, 1]) ** 2
+        images = (255 * np.exp(-distance / 30)).astype(np.uint8)
+        write_idx(raw / f"{name}-images-idx3-ubyte", images)
+        write_idx(raw / f"{name}-labels-idx1-ubyte", np.zeros(count, np.uint8))
+    return tmp_path / "data" / "mnist"

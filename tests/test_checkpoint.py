@@ -1,0 +1,148 @@
+"""Checkpoints rebuild their model, check flags, and refuse whatever is not one."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modules import VQVAE, ModelConfig
+from utils.checkpoint import load_model, read_checkpoint, save_checkpoint
+from utils.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = ModelConfig(num_embedding=8, hidden_size=16, num_residual_hidden=4, in_channels=3)
+
+
+@pytest.mark.parametrize("name", ["looc", "cvq"])
+def test_reference_checkpoint_reconstructs_the_same_image(name: str) -> None:
+    model, data = (
+        load_model(GOLDEN / f"checkpoint_{name}.pt"),
+        np.load(GOLDEN / f"checkpoint_{name}_io.npz"),
+    )
+    with torch.no_grad():
+        reconstruction, quantized = model(torch.from_numpy(data["images"]))
+    assert model.config.quantizer == name
+    np.testing.assert_allclose(reconstruction, data["reconstruction"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(quantized.loss, data["loss"], rtol=1e-5)
+    assert np.array_equal(quantized.indices.flatten(), data["indices"])
+
+
+@pytest.mark.parametrize("anchor", ["closest", "random"])
+def test_a_checkpoint_rebuilds_its_model(anchor: str, tmp_path: Path) -> None:
+    config = ModelConfig(
+        num_embedding=8, hidden_size=16, num_residual_hidden=4, in_channels=3, anchor=anchor,
+        embedding_dim=2, interpolation_scale=2, distance="l2", split="interval",
+    )  # fmt: skip
+    model, images = VQVAE(config), torch.rand(2, 3, 16, 24) * 2 - 1
+    model(images)  # moves usage and pool
+    save_checkpoint(tmp_path / "m.pt", model, {"step": 3})
+    loaded = load_model(tmp_path / "m.pt")
+    assert loaded.config == config
+    assert not loaded.training
+    assert torch.equal(loaded(images)[0], model.eval()(images)[0])
+    assert torch.equal(loaded.decode(loaded.encode(images)), loaded(images)[0])
+    assert read_checkpoint(tmp_path / "m.pt").content["step"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_flags_are_checks(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    save_checkpoint(path, VQVAE(SMALL), {})
+    assert read_checkpoint(path, {"num_embedding": 8, "output_folder": "x"}).model_config == SMALL
+    with pytest.raises(UserError, match=r"--num_embedding 512 contradicts .*m.pt, which has 8"):
+        read_checkpoint(path, {"num_embedding": 512})
+
+
+def test_flags_complete_a_bare_state_dict() -> None:
+    path = GOLDEN / "checkpoint_looc.pt"
+    flags = {"interpolation_scale": 2, "distance": "l2"}
+    config = read_checkpoint(path, flags).model_config
+    assert (config.interpolation_scale, config.distance) == (2, "l2")
+    with pytest.raises(UserError, match=r"--embedding_dim 8 contradicts .*, which has 4"):
+        read_checkpoint(path, {"embedding_dim": 8})
+    with pytest.raises(UserError, match=r"--quantizer cvq contradicts .*, which has looc"):
+        read_checkpoint(path, {"quantizer": "cvq"})
+
+
+def test_a_reference_vq_keeps_no_usage(tmp_path: Path) -> None:
+    state = torch.load(GOLDEN / "checkpoint_cvq.pt", weights_only=True)
+    del state["_vq_vae.embed_prob"]
+    torch.save(state, tmp_path / "vq.pt")
+    assert load_model(tmp_path / "vq.pt").config.quantizer == "vq"
+
+
+class Exploit:
+    """Creates a file when unpickled."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (eval, (f"open({str(self.victim)!r}, 'w')",))
+
+
+def test_nothing_is_executed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    torch.save({"format": "looc-1", "model": Exploit(victim)}, tmp_path / "bad.pt")
+    (tmp_path / "bad.pickle").write_bytes(pickle.dumps(Exploit(victim)))
+    for name in ("bad.pt", "bad.pickle"):
+        with pytest.raises(UserError, match="would execute code"):
+            load_model(tmp_path / name)
+    assert not victim.exists()
+
+
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    with pytest.raises(UserError, match=r"m\.pt does not exist"):
+        load_model(path)
+    save_checkpoint(path, VQVAE(SMALL), {})
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"m\.pt is refused") as caught:
+            load_model(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_embedding": -3}, "num_embedding: -3 is less than 1"),
+        ({"num_embedding": "many"}, "num_embedding: a str where int is expected"),
+        ({"num_embedding": 2**19, "embedding_dim": 2**14}, "does not divide"),
+        ({"num_embedding": 2**20}, "another architecture"),
+        ({"distance": "cosine"}, "cosine is unknown"),
+        ({"hidden_size": 32}, "another architecture"),
+    ],
+)
+def test_a_configuration_is_checked(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.pt"
+    save_checkpoint(path, VQVAE(SMALL), {})
+    content = torch.load(path, weights_only=True)
+    content["model_config"].update(change)
+    torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"a": 1}, {"weight": torch.zeros(3)}, {"format": "looc-1"}, {}]
+)
+def test_other_contents_are_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(UserError, match=r"m\.pt"):
+        load_model(tmp_path / "m.pt")
+
+
+def test_images_the_network_cannot_take() -> None:
+    model = VQVAE(SMALL)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        model(torch.zeros(1, 3, 30, 28))
+    with pytest.raises(ValueError, match=r"\(1, 1, 28, 28\) are not \(B, 3, height, width\)"):
+        model(torch.zeros(1, 1, 28, 28))
