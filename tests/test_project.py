@@ -10,6 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from modules import VQVAE, ModelConfig
+from utils.checkpoint import save_checkpoint
+from utils.flag_table import updated
 
 ROOT = Path(__file__).parent.parent
 # Each layer may import those before it.
@@ -58,3 +63,21 @@ def test_the_quantiser_works_alone(tmp_path: Path) -> None:
                          ids=lambda path: str(path.relative_to(ROOT)))  # fmt: skip
 def test_every_file_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
+def test_the_readme_lists_the_flags_as_declared() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert updated(readme) == readme, "run: python -m utils.flag_table"
+    assert readme.count("| `--") > 30
+
+
+def test_the_readmes_python_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    model, z = VQVAE(ModelConfig(hidden_size=8, num_residual_hidden=4)), torch.randn(2, 8, 3, 5)
+    save_checkpoint(tmp_path / "best.pt", model, {})
+    names = {"z": z, "images": torch.rand(2, 1, 8, 12)}
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block.replace("output/models/demo/best.pt", str(tmp_path / "best.pt")), names)
+    assert names["indices"].shape == (2, 3, 5, 2)
+    assert names["reconstruction"].shape == (2, 1, 8, 12)
