@@ -30,9 +30,7 @@ def tables() -> str:
         for group in groups(script):
             users.setdefault(group.__name__, []).append(script)
             found[group.__name__] = group
-    return "\n".join(
-        table(found[name], users[name]) for name in sorted(found, key=users.__getitem__)
-    )
+    return "\n".join(table(found[name], users[name]) for name in found)
 
 
 def table(group: type, scripts: list[str]) -> str:
@@ -47,6 +45,7 @@ def table(group: type, scripts: list[str]) -> str:
         choices = item.metadata["choices"]
         text = item.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
         shown = "" if default is None else f"`{default}`"
+        text = text.replace("<", "&lt;")  # else Markdown takes it for HTML
         lines.append(f"| {', '.join(f'`{name}`' for name in names(item))} | {shown} | {text} |")
     return "\n".join(lines) + "\n"
 
