@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from datasets import BatchLoader, ImageSet, open_dataset, pixel_variance, split_validation
 from datasets.config import DataConfig
 from modules import VQVAE, ModelConfig
@@ -17,14 +19,15 @@ from modules.vqvae import DOWNSAMPLING
 from utils.arguments import build, build_model_config, parse_flags
 from utils.checkpoint import read_checkpoint
 from utils.devices import resolve_device, seed_everything
-from utils.errors import UserError, run
+from utils.errors import UserError, one_line, run
 from utils.files import inside, writable_folder
 from utils.logger import log, start_logging
+from utils.search import SearchConfig, apply_search
 from utils.trainer import TrainConfig, Trainer, contradictions
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, ModelConfig, DataConfig, TrainConfig)
+    flags = parse_flags(__doc__, ModelConfig, DataConfig, TrainConfig, SearchConfig)
     data, config = build(DataConfig, flags), build(TrainConfig, flags)
     start_logging()
     device = resolve_device(config.device)
@@ -32,13 +35,16 @@ def main() -> None:
     model_config = build_model_config(flags, training.channels)
     config = replace(config, exp_name=config.exp_name or default_name(data, model_config))
 
+    seed_everything(config.seed, device)
+    model = prepare(VQVAE(model_config), config, device)
+    apply_search(build(SearchConfig, flags), model, device)
+
     models, logs = experiment_folders(config)
     start_logging(logs / "train.log")
-    seed_everything(config.seed, device)
     data = replace(data, image_size=training.image_size)
     loader = partial(BatchLoader, device=device, seed=config.seed, num_workers=data.num_workers)
     trainer = Trainer(
-        VQVAE(model_config).to(device),
+        model,
         loader(training, config.batch_size, shuffle=True),
         loader(validation, config.batch_size),
         config,
@@ -69,6 +75,24 @@ def open_images(data: DataConfig, config: TrainConfig) -> tuple[ImageSet, ImageS
         log.warning("--validation test chooses best.pt on the test images: its scores flatter")
         return images, open_dataset(data.dataset, data.data_folder, "test", data.image_size)
     return split_validation(images)
+
+
+def prepare(model: VQVAE, config: TrainConfig, device: torch.device) -> VQVAE:
+    """The model on its device, in the layout and form that the flags ask for."""
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs CUDA; on --device cpu choose bf16 or fp32")
+    model = model.to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.compile:
+        model.encoder.compile()
+        model.decoder.compile()
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, model.config.in_channels, 8, 8, device=device))
+        except Exception as error:  # compilers fail in ways of their own
+            raise UserError(f"--compile failed, go without: {one_line(error)[:200]}") from error
+    return model
 
 
 def default_name(data: DataConfig, model: ModelConfig) -> str:

@@ -31,6 +31,7 @@ from utils.errors import UserError, run
 from utils.files import inside, whole_folder, writable_folder, write_json
 from utils.images import save_comparison, save_picture, to_bytes, to_signed
 from utils.plots import plot_codebook, plot_slots, plot_usage
+from utils.search import SearchConfig, apply_search
 
 NUM_SHOWN = 32
 
@@ -48,7 +49,7 @@ class TestConfig:
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, TestConfig, ModelConfig, DataConfig)
+    flags = parse_flags(__doc__, TestConfig, ModelConfig, DataConfig, SearchConfig)
     config = build(TestConfig, flags)
     device = resolve_device(config.device)
     checkpoint = open_checkpoint(config, flags)
@@ -56,6 +57,7 @@ def main() -> None:
     images = open_images(checkpoint, data)
     results = results_folder(config)
     model = checkpoint.model().to(device)
+    apply_search(build(SearchConfig, flags), model, device)
     loader = BatchLoader(images, config.batch_size, device=device, num_workers=data.num_workers)
 
     with whole_folder(results / "original") as original, whole_folder(results / "rec") as rec:

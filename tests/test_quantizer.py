@@ -105,7 +105,7 @@ def test_match_and_anchors_agree_with_the_whole_matrix(
     features, codebook = torch.randn(1000, 4), torch.randn(37, 4)
     prepare, similarity_of = DISTANCES[distance]
     whole = similarity_of(prepare(features), prepare(codebook))
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1000)  # many blocks
+    monkeypatch.setattr(module, "block_elements", lambda *_: 1000)  # many blocks
     assert torch.equal(module.search(features, codebook, distance), whole.argmax(1))
     closest = most_similar_features(features, codebook, distance)
     assert torch.equal(closest, features[whole.argmax(0)])
@@ -114,7 +114,7 @@ def test_match_and_anchors_agree_with_the_whole_matrix(
 def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chi-square over 20,000 draws, streamed in several blocks."""
     torch.manual_seed(3)
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 3 * 20_000)
+    monkeypatch.setattr(module, "block_elements", lambda *_: 3 * 20_000)
     features = F.normalize(torch.randn(10, 3), dim=1)
     codevector = torch.randn(1, 3)
     drawn = most_similar_features(features, codevector.expand(20_000, 3), "cos", gumbel=True)
@@ -235,7 +235,7 @@ def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch)
         seen.append(result.numel())
         return result
 
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(module, "block_elements", lambda *_: 2000)
     distances = {"cos": module.Distance(module.unit_norm, spy)}
     monkeypatch.setattr(module, "DISTANCES", distances)
     quantizer = LooCQuantizer(50, 4, anchor="probrandom")

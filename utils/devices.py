@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import numpy as np
@@ -33,6 +34,17 @@ def resolve_device(name: str) -> torch.device:
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices"
         )
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the blocks it is given back, rather than fault them in anew every step."""
+    trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        pass  # another C library, with thresholds of its own
 
 
 def seed_everything(seed: int, device: torch.device) -> None:

@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.images import comparison, mean_squared_errors, psnr, to_bytes, to_signed
 from utils.logger import log
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIGNED_PEAK = 2.0  # the width of [−1, 1]
 NUM_SHOWN = 16  # validation images in TensorBoard
 
@@ -46,6 +47,11 @@ class TrainConfig:
         choices=("split", "test"),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = option(
+        "fp32", "of the network in training; the codebook is always fp32", choices=tuple(PRECISIONS)
+    )
+    compile: bool = option(False, "compile encoder and decoder (torch.compile)")
+    channels_last: bool = option(False, "hold images and weights channels last")
     log_every: int = option(20, "steps between two looks at the loss", minimum=1, maximum=10**9)
     resume: str = option("auto", "auto (continue last.pt where there is one), none, or a path")
     overwrite: bool = option(False, "replace an experiment of the same name")
@@ -140,7 +146,12 @@ class Trainer:
         self.stored = stored
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
         self.device = next(model.parameters()).device
+        # Only fp16 is narrow enough to need its gradients scaled.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.meter = Meter(model.config.num_embedding, self.device)
+        self.memory_format = (
+            torch.channels_last if config.channels_last else torch.contiguous_format
+        )
         self.step = self.epoch = self.batch = 0  # batch: batches of this epoch already seen
         self.best = -float("inf")
         steps = config.num_epochs * len(train_loader)
@@ -170,7 +181,7 @@ class Trainer:
         """The rest of this epoch, or as much of it as --max_steps allows."""
         self.clock = time.perf_counter()
         for images in self.train_loader.epoch(self.epoch, start=self.batch):
-            self.train_step(to_signed(images))
+            self.train_step(to_signed(images).contiguous(memory_format=self.memory_format))
             if self.step % self.config.log_every == 0:
                 self.show()
             if self.step == self.total_steps:
@@ -178,12 +189,15 @@ class Trainer:
 
     def train_step(self, images: Tensor) -> None:
         """loss = mse / data_variance + quantiser loss; images (b, C, H, W) in [−1, 1]."""
-        reconstruction, quantized = self.model(images)
-        mse = F.mse_loss(reconstruction, images)
+        dtype = PRECISIONS[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            reconstruction, quantized = self.model(images)
+        mse = F.mse_loss(reconstruction.float(), images)
         loss = mse / self.data_variance + quantized.loss
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
         self.batch += 1
         self.meter.add(self.step, (loss, mse, quantized.loss), quantized.indices)
@@ -263,6 +277,7 @@ class Trainer:
             "best": self.best,
             "data_variance": self.data_variance,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "random_state": random_state(),
             "train_config": asdict(self.config),
         }
@@ -274,6 +289,7 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint.state_dict)
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
             self.step, self.epoch = int(state["step"]), int(state["epoch"])
             self.batch, self.best = int(state["batch"]), float(state["best"])
             restore_random_state(state["random_state"])
