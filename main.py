@@ -6,6 +6,7 @@ Writes <output_folder>/models/<exp_name>/best.pt and last.pt and TensorBoard's f
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from modules import VQVAE, ModelConfig
 from modules.vqvae import DOWNSAMPLING
 from utils.arguments import build, build_model_config, parse_flags
 from utils.checkpoint import read_checkpoint
-from utils.devices import resolve_device, seed_everything
+from utils.devices import keep_freed_memory, resolve_device, seed_everything
 from utils.errors import UserError, one_line, run
 from utils.files import inside, writable_folder
 from utils.logger import log, start_logging
@@ -30,18 +31,17 @@ def main() -> None:
     flags = parse_flags(__doc__, ModelConfig, DataConfig, TrainConfig, SearchConfig)
     data, config = build(DataConfig, flags), build(TrainConfig, flags)
     start_logging()
+    keep_freed_memory()
     device = resolve_device(config.device)
     training, validation = open_images(data, config)
     model_config = build_model_config(flags, training.channels)
-    config = replace(config, exp_name=config.exp_name or default_name(data, model_config))
-
+    data, config = complete(data, config, model_config, training)
     seed_everything(config.seed, device)
     model = prepare(VQVAE(model_config), config, device)
     apply_search(build(SearchConfig, flags), model, device)
 
-    models, logs = experiment_folders(config)
-    start_logging(logs / "train.log")
-    data = replace(data, image_size=training.image_size)
+    output, name = writable_folder(Path(config.output_folder), "--output_folder"), config.exp_name
+    models, logs = (inside(output / kind, str(name), "--exp_name") for kind in ("models", "logs"))
     loader = partial(BatchLoader, device=device, seed=config.seed, num_workers=data.num_workers)
     trainer = Trainer(
         model,
@@ -51,16 +51,17 @@ def main() -> None:
         data_variance=pixel_variance(training),
         models=models,
         logs=logs,
-        stored={"data_config": asdict(data)},
+        stored={"data_config": asdict(data), "num_images": len(training)},
     )
-    resume(trainer, data)
+    resume(trainer, data, len(training))
+    start_logging(writable_folder(logs, "--output_folder") / "train.log")
     log.info(
         "%d training and %d validation images of %s, %d×%d; %d steps on %s",
         *(len(training), len(validation), data.dataset, data.image_size, data.image_size),
         *(trainer.total_steps, device),
     )
     trainer.fit()
-    log.info("checkpoints: %s\nTensorBoard: %s", models / "best.pt", logs)
+    log.info("checkpoints: %s\nTensorBoard: %s", models, logs)
 
 
 def open_images(data: DataConfig, config: TrainConfig) -> tuple[ImageSet, ImageSet]:
@@ -95,28 +96,27 @@ def prepare(model: VQVAE, config: TrainConfig, device: torch.device) -> VQVAE:
     return model
 
 
-def default_name(data: DataConfig, model: ModelConfig) -> str:
-    return f"{data.dataset}_{model.quantizer}_{model.num_embedding}x{model.embedding_dim}"
-
-
-def experiment_folders(config: TrainConfig) -> tuple[Path, Path]:
-    """The folders of checkpoints and logs, created."""
-    output = writable_folder(Path(config.output_folder), "--output_folder")
-    name = str(config.exp_name)
+def complete(
+    data: DataConfig, config: TrainConfig, model: ModelConfig, images: ImageSet
+) -> tuple[DataConfig, TrainConfig]:
+    """The flags with what was left to default, as a checkpoint stores them."""
+    name = f"{data.dataset}_{model.quantizer}_{model.num_embedding}x{model.embedding_dim}"
+    folder = None if data.data_folder is None else str(Path(data.data_folder).absolute())
     return (
-        writable_folder(inside(output / "models", name, "--exp_name"), "--output_folder"),
-        writable_folder(inside(output / "logs", name, "--exp_name"), "--output_folder"),
+        replace(data, image_size=images.image_size, data_folder=folder),
+        replace(config, exp_name=name if config.exp_name is None else config.exp_name),
     )
 
 
-def resume(trainer: Trainer, data: DataConfig) -> None:
-    """Continue from the checkpoint that --resume names, where it fits the flags."""
+def resume(trainer: Trainer, data: DataConfig, num_images: int) -> None:
+    """Continue from the checkpoint that --resume names, where it fits flags and images."""
     config, last = trainer.config, trainer.models / "last.pt"
-    if config.overwrite or (config.resume == "auto" and not last.exists()):
-        return
-    if config.resume == "none":
-        if last.exists():
-            raise UserError(f"--resume none: {last} exists; give --overwrite to replace it")
+    if config.overwrite:
+        for path in (last, last.with_name("best.pt")):
+            path.unlink(missing_ok=True)
+    if config.resume == "none" and last.exists():
+        raise UserError(f"--resume none: {last} exists; give --overwrite to replace it")
+    if config.resume == "none" or (config.resume == "auto" and not last.exists()):
         return
     path = last if config.resume == "auto" else Path(config.resume)
     checkpoint = read_checkpoint(path)
@@ -130,7 +130,12 @@ def resume(trainer: Trainer, data: DataConfig) -> None:
             f"{path} was trained with other flags: {', '.join(differing)}; "
             "choose another --exp_name, or --overwrite"
         )
+    if checkpoint.content.get("num_images") != num_images:
+        before = checkpoint.content.get("num_images")
+        raise UserError(f"{path} was trained on {before} images, --data_folder gives {num_images}")
     trainer.resume(checkpoint)
+    if not last.with_name("best.pt").exists():
+        trainer.best = -math.inf  # the best of another experiment is not ours
     log.info("resumed %s at step %d", path, trainer.step)
 
 

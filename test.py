@@ -55,9 +55,9 @@ def main() -> None:
     checkpoint = open_checkpoint(config, flags)
     data = data_of(checkpoint, flags)
     images = open_images(checkpoint, data)
-    results = results_folder(config)
     model = checkpoint.model().to(device)
     apply_search(build(SearchConfig, flags), model, device)
+    results = results_folder(config)
     loader = BatchLoader(images, config.batch_size, device=device, num_workers=data.num_workers)
 
     with whole_folder(results / "original") as original, whole_folder(results / "rec") as rec:

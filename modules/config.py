@@ -72,7 +72,9 @@ class ModelConfig:
     num_residual_layers: int = option(
         2, "residual blocks in encoder and decoder", minimum=0, maximum=1024
     )
-    in_channels: int = option(1, "image channels, set by the data set", flag=False)
+    in_channels: int = option(
+        1, "image channels, set by the data set", minimum=1, maximum=1024, flag=False
+    )
 
     def __post_init__(self) -> None:
         if self.hidden_size % 2:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -285,7 +286,8 @@ def most_similar_features(
     """For each codevector the feature of the highest similarity: (N, d), (k, d) → (k, d).
 
     With gumbel, similarities are perturbed by Gumbel noise, which makes the argmax a draw from the
-    softmax over all N features (Gumbel-max), in one pass.
+    softmax over all N features (Gumbel-max), in one pass. Features that are not finite are left
+    out; where none is left, the codevector itself is returned.
     """
     prepare, similarity_of = DISTANCES[distance]
     prepared = prepare(codevectors)
@@ -295,11 +297,12 @@ def most_similar_features(
         similarity = similarity_of(prepared, prepare(block))  # (k, n)
         if gumbel:
             similarity = similarity - torch.empty_like(similarity).exponential_().log()
+        similarity = similarity.where(similarity.isfinite(), -torch.inf)
         value, position = similarity.max(dim=1)
         better = value > best
         best = torch.where(better, value, best)
         winner = torch.where(better, position + start, winner)
-    return features[winner]
+    return torch.where((best > -torch.inf)[:, None], features[winner], codevectors)
 
 
 def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:
@@ -330,9 +333,37 @@ ANCHORS: dict[str, Anchor | None] = {
 }
 
 
+# Below it (eps² of float32) a pull is lost in rounding, even towards an anchor 10⁷ times longer.
+NEGLIGIBLE_RATE = torch.finfo(torch.float32).eps ** 2
+
+
 def reinit_rate(usage: Tensor) -> Tensor:
     """a_k = exp(−10·K·p_k / (1 − γ) − 10⁻³), the pull of codevector k to its anchor. (K,)"""
     return torch.exp(-10 * len(usage) * usage / (1 - USAGE_DECAY) - 1e-3)
+
+
+def steps_settled(usage: Tensor) -> int:
+    """For how many steps no rate can exceed NEGLIGIBLE_RATE, p_k shrinking by γ a step at most.
+
+    Until then nothing needs to be known of the usage, so that no step waits for the device.
+    """
+    bound = -math.log(NEGLIGIBLE_RATE) * (1 - USAGE_DECAY) / (10 * len(usage))
+    least = float(usage.min())
+    return max(0, int(math.log(1.01 * bound / least) / math.log(USAGE_DECAY)))
+
+
+def unsettle(quantizer: LooCQuantizer, incompatible_keys: Any) -> None:
+    """Look at the usage anew after another has been loaded."""
+    del incompatible_keys
+    quantizer._settled_steps = 0
+
+
+def count_indices(indices: Tensor, length: int) -> Tensor:
+    """How often each of 0 … length − 1 occurs: (N,) → (length,), int64."""
+    if indices.is_cuda:  # where bincount would make the host wait
+        ones = torch.ones((), dtype=torch.int64, device=indices.device).expand(len(indices))
+        return indices.new_zeros(length).scatter_add_(0, indices, ones)
+    return torch.bincount(indices, minlength=length)
 
 
 # ----------------------------------------------------------------------- straight-through and loss
@@ -472,9 +503,9 @@ class LooCQuantizer(nn.Module):
     held at a time, None for a default) change speed and memory, not results.
 
     State: parameter `codebook` (K, d); buffers `usage` (K,), the running average p_k of how often
-    each codevector was used; `reinitialised`, whether a training batch has passed; for "random",
-    `pool` (K, d) and `pool_size`. In training mode a call updates all of them; in evaluation mode
-    it writes nothing.
+    each codevector was used; `reinitialised`, whether a training batch has passed; `pool` (K, d)
+    and `pool_size`, past features, which "random" alone fills. In training mode a call updates
+    them; in evaluation mode it writes nothing.
 
     Raises:
         ValueError: for arguments out of range, or an input that cannot be cut into units.
@@ -533,9 +564,10 @@ class LooCQuantizer(nn.Module):
         )
         self.register_buffer("usage", torch.zeros(num_embedding))
         self.register_buffer("reinitialised", torch.tensor(False))
-        if anchor == "random":
-            self.register_buffer("pool", torch.zeros(num_embedding, embedding_dim))
-            self.register_buffer("pool_size", torch.tensor(0))
+        self.register_buffer("pool", torch.zeros(num_embedding, embedding_dim))
+        self.register_buffer("pool_size", torch.tensor(0))
+        self._settled_steps = 0
+        self.register_load_state_dict_post_hook(unsettle)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return (
@@ -548,8 +580,8 @@ class LooCQuantizer(nn.Module):
         """Quantise z (B, C, H, W); in training mode also re-initialise unused codevectors.
 
         The loss is λ·mean((sg[z_q] − z)²) + mean((z_q − sg[z])²), at the extrapolated size, plus
-        the contrastive loss where it is on. The latents have the values of
-        `decode(indices)` and the gradient of z.
+        the contrastive loss where it is on. The latents have the gradient of z and the values of
+        `decode(indices)`, as the codebook was before re-initialisation.
         """
         with torch.autocast(z.device.type, enabled=False):
             units = self._cut(z)  # (B, H, W, m, d)
@@ -621,25 +653,30 @@ class LooCQuantizer(nn.Module):
     @torch.no_grad()
     def _reinitialise(self, features: Tensor, indices: Tensor) -> None:
         """e_k ← (1 − a_k)·e_k + a_k·anchor_k, the last writer of the codebook."""
-        count = torch.bincount(indices, minlength=self.num_embedding)
-        self.usage.lerp_(count / len(indices), 1 - USAGE_DECAY)
+        share = count_indices(indices, self.num_embedding) / len(indices)
+        self.usage.lerp_(share.to(self.usage.dtype), 1 - USAGE_DECAY)
         anchor = ANCHORS[self.anchor]
         if anchor is None or (self.first_batch and self.reinitialised):
             return
         self.reinitialised.fill_(True)
         if self.anchor == "random":
             self._fill_pool(features)
+        if self._settled_steps > 0:
+            self._settled_steps -= 1
+            return
         rate = reinit_rate(self.usage)
-        # Below eps² a pull is lost in rounding, even towards an anchor a million times longer.
-        pulled = (rate > torch.finfo(rate.dtype).eps ** 2).nonzero().squeeze(1)  # (k,)
+        pulled = (rate > NEGLIGIBLE_RATE).nonzero().squeeze(1)  # (k,)
         if len(pulled) == 0:
+            self._settled_steps = steps_settled(self.usage)
             return
         codevectors = self.codebook[pulled]
         target = anchor(self, features, codevectors)  # (k, d)
-        self.codebook[pulled] = codevectors.lerp(target, rate[pulled, None])
+        weight = rate[pulled, None].to(codevectors.dtype)
+        self.codebook[pulled] = codevectors.lerp(target, weight)
 
     def _fill_pool(self, features: Tensor) -> None:
         """Fill the pool with features of this batch; once full, replace a random half of it."""
+        features = features[features.isfinite().all(1)]
         filled, capacity = int(self.pool_size), self.num_embedding
         if filled < capacity:
             slots = torch.arange(filled, min(capacity, filled + len(features)))

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from utils.logger import log
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -40,6 +42,7 @@ def script(
             runpy.run_path(str(ROOT / name), run_name="__main__")
         except SystemExit as stop:
             code = int(stop.code or 0)
+        log.handlers.clear()
         streams = capfd.readouterr()
         return Outcome(code, streams.out, streams.err)
 

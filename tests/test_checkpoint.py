@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +74,8 @@ def test_a_reference_vq_keeps_no_usage(tmp_path: Path) -> None:
     state = torch.load(GOLDEN / "checkpoint_cvq.pt", weights_only=True)
     del state["_vq_vae.embed_prob"]
     torch.save(state, tmp_path / "vq.pt")
-    assert load_model(tmp_path / "vq.pt").config.quantizer == "vq"
+    config = load_model(tmp_path / "vq.pt").config
+    assert (config.quantizer, config.distance, config.anchor) == ("vq", "l2", "none")
 
 
 class Exploit:
@@ -138,6 +141,25 @@ def test_other_contents_are_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "m.pt")
     with pytest.raises(UserError, match=r"m\.pt"):
         load_model(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [torch.Tensor.int, torch.Tensor.half, torch.Tensor.to_sparse, lambda x: x * float("nan")],
+)
+def test_weights_are_checked(spoil: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    save_checkpoint(path, VQVAE(SMALL), {})
+    content = torch.load(path, weights_only=True)
+    content["model"]["encoder.conv_1.weight"] = spoil(content["model"]["encoder.conv_1.weight"])
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"m\.pt is .*encoder\.conv_1\.weight is"):
+        load_model(path)
+
+
+def test_a_whole_number_may_stand_for_a_float(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "m.pt", VQVAE(replace(SMALL, commitment_cost=1)), {})
+    assert load_model(tmp_path / "m.pt").config.commitment_cost == 1
 
 
 def test_images_the_network_cannot_take() -> None:

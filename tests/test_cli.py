@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, Outcome, run_process
+from tests.conftest import ROOT, Outcome, run_process, write_idx
 from utils.checkpoint import load_model, read_checkpoint
 
 Script = Callable[..., Outcome]
@@ -202,6 +202,14 @@ def test_the_same_command_continues(script: Script, mnist: Path, tmp_path: Path)
     assert "--lr 0.01 (it has 0.0003)" in error_line(train(script, mnist, "--lr", "0.01"))
     assert "--overwrite" in error_line(train(script, mnist, "--resume", "none"))
     assert last.read_bytes() == before
+    other = (tmp_path / "out/models/f/last.pt", "--resume", str(last), "--max_steps", "5")
+    assert train(script, mnist, *other[1:], name="f").code == 0
+    assert not other[0].exists()  # nothing was left to train
+    (mnist / "MNIST/raw/train-images-idx3-ubyte").unlink()
+    write_idx(mnist / "MNIST/raw/train-images-idx3-ubyte", np.zeros((20, 28, 28), np.uint8))
+    write_idx(mnist / "MNIST/raw/train-labels-idx1-ubyte", np.zeros(20, np.uint8))
+    message = error_line(train(script, mnist, "--max_steps", "9"))
+    assert "was trained on 36 images, --data_folder gives 18" in message
     outcome = train(script, mnist, "--lr", "0.01", "--overwrite")
     assert outcome.code == 0, outcome.err
     assert read_checkpoint(last).content["step"] == 3
@@ -235,6 +243,10 @@ def test_cuda_where_there_is_none(name: str, script: Script, mnist: Path) -> Non
         ("--lr -1", "argument --lr: -1.0 is not greater than 0"),
         ("--batch_size 0", "argument --batch_size: 0 is less than 1"),
         ("--device tpu", "--device tpu"),
+        ("--device cpu --precision fp16", "--precision fp16 needs CUDA"),
+        ("--search_memory 0", "argument --search_memory: 0 is less than 1"),
+        ("--search fais", "did you mean faiss?"),
+        ("--exp_name .", "--exp_name '.' is no name"),
     ],
 )
 def test_main_refuses_in_one_line(words: str, message: str, script: Script, tmp_path: Path) -> None:
@@ -269,6 +281,28 @@ def test_test_refuses_in_one_line(words: str, message: str, script: Script, tmp_
     torch.save({"weight": torch.zeros(3)}, models / "other.pt")
     assert message in error_line(script("test.py", *words.split()))
     assert not (tmp_path / "output/results").exists()
+
+
+def test_faiss_where_it_is_not_installed(
+    script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("utils.search.faiss_installed", lambda: False)
+    message = error_line(script("main.py", "--search", "faiss", "--device", "cpu"))
+    assert "--search faiss: faiss is not installed" in message
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("words", ["--precision bf16", "--channels_last", "--search torch"])
+def test_ways_to_run(words: str, script: Script, mnist: Path, tmp_path: Path) -> None:
+    """Layout, search and precision change rounding, and what hangs on it, but little else."""
+    outcome = train(script, mnist, *words.split())
+    assert outcome.code == 0, outcome.err
+    train(script, mnist, name="plain")
+    models = tmp_path / "out/models"
+    ours, plain = (
+        read_checkpoint(models / name / "last.pt").content["best"] for name in ("e", "plain")
+    )
+    assert ours == pytest.approx(plain, abs=0.1)  # dB
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

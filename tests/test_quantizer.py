@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 from typing import Any
 
 import pytest
@@ -11,7 +12,14 @@ import torch.nn.functional as F
 
 import modules.quantizer as module
 from modules import LooCQuantizer
-from modules.quantizer import ANCHORS, DISTANCES, SPLITS, contrastive_terms, most_similar_features
+from modules.quantizer import (
+    ANCHORS,
+    DISTANCES,
+    SEARCHES,
+    SPLITS,
+    contrastive_terms,
+    most_similar_features,
+)
 
 SCALES = (0, 1, 2, 3, 4)
 SETTINGS = [
@@ -225,6 +233,125 @@ def test_edges_stay_finite(
     assert torch.isfinite(z.grad).all()
     assert quantizer.codebook.grad is not None
     assert torch.isfinite(quantizer.codebook.grad).all()
+
+
+SCALES_OF_FEATURES = (1e-3, 1.0, 1e3)
+
+
+@pytest.mark.parametrize("backend", SEARCHES)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize(
+    ("num_features", "num_embedding", "dim"), [(1, 1, 1), (300, 48, 4), (9000, 33, 3), (50, 64, 20)]
+)
+def test_every_search_is_exact(
+    backend: str, distance: str, num_features: int, num_embedding: int, dim: int
+) -> None:
+    """The similarity found equals the best in float64; a codevector of zeros included."""
+    if backend == "faiss":
+        pytest.importorskip("faiss")
+    torch.manual_seed(0)
+    codebook = torch.randn(num_embedding, dim)
+    codebook[0] = 0
+    prepare, similarity_of = DISTANCES[distance]
+    for scale in SCALES_OF_FEATURES:
+        features = torch.randn(num_features, dim) * scale
+        indices = module.search(features, codebook, distance, backend)
+        whole = similarity_of(prepare(features.double()), prepare(codebook.double()))
+        found = whole.gather(1, indices[:, None])[:, 0]
+        tolerance = 1e-6 * (1 if distance == "cos" else max(1, scale**2))
+        assert (whole.amax(1) - found).max() <= 10 * tolerance
+    assert not module.failed_searches
+
+
+def test_the_compiled_search_holds_no_matrix() -> None:
+    """1.6 GB of similarities, found with less than a tenth of it."""
+    features, codebook = torch.randn(200_000, 2), torch.randn(2000, 2)
+    module.search(features[:9000], codebook, "l2", "compiled")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    module.search(features, codebook, "l2", "compiled")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160_000  # KiB
+
+
+def test_a_search_that_fails_is_replaced_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("no\ncompiler")
+
+    monkeypatch.setitem(SEARCHES, "compiled", broken)
+    monkeypatch.setattr(module, "failed_searches", set())
+    features, codebook = torch.randn(50, 4), torch.randn(8, 4)
+    expected = module.search(features, codebook, "cos", "torch")
+    for _ in range(2):
+        assert torch.equal(module.search(features, codebook, "cos", "compiled"), expected)
+    assert [record.getMessage() for record in caplog.records] == [
+        "search by compiled failed (no compiler); using torch instead"
+    ]
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_row_argmax(groups: int) -> None:
+    scores = torch.randn(40, 3 * groups)
+    assert torch.equal(module.row_argmax(scores), scores.argmax(1))
+
+
+def test_usage_that_is_settled_needs_no_look() -> None:
+    """Skipping the look at a settled usage changes nothing, and ends before a code can die."""
+    one, other = make({}, num_embedding=2), make({}, num_embedding=2)
+    z = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)) + 1
+    looks = 0
+    with torch.no_grad():
+        for quantizer in (one, other):
+            quantizer.codebook.copy_(torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]]))
+    for step in range(800):
+        direction = -1 if step < 40 and step % 2 else 1  # from step 40 on codevector 1 is dead
+        for quantizer in (one, other):
+            quantizer(direction * z)
+        looks += one._settled_steps == 0
+        other._settled_steps = 0
+        assert torch.equal(one.codebook, other.codebook)
+    assert looks < 790
+    assert one.codebook[1].sum() > 0  # it was pulled over to the features
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_features_do_not_reach_the_codebook(anchor: str, distance: str, bad: float) -> None:
+    quantizer, z = make({"anchor": anchor, "distance": distance}, num_embedding=64), latents()
+    z[0, 0, 0, 0] = bad
+    for _ in range(3):
+        quantizer(z)
+    quantizer(torch.full_like(z, bad))
+    assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_types(dtype: torch.dtype) -> None:
+    """Latents of any type meet a float32 codebook; a codebook of another type works as well."""
+    z = latents().to(dtype)
+    output, loss, indices = make({})(z)
+    assert (output.dtype, loss.dtype) == (dtype, torch.float32)
+    assert torch.equal(indices, make({})(z.float()).indices)
+    if dtype == torch.float64:
+        assert make({}).double()(z).loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_autocast_changes_no_index(anchor: str) -> None:
+    one, other = make({"anchor": anchor}), make({"anchor": anchor})
+    torch.manual_seed(1)
+    plain = one(latents())
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = other(latents())
+    assert torch.equal(plain.indices, cast.indices)
+    assert torch.equal(one.codebook, other.codebook)
+
+
+def test_state_moves_between_anchors() -> None:
+    make({"anchor": "closest"}).load_state_dict(make({"anchor": "random"}).state_dict())
+    make({"anchor": "random"}).load_state_dict(make({"anchor": "closest"}).state_dict())
 
 
 def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:

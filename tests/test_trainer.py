@@ -113,11 +113,45 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
         step(images * float("nan") if trainer.step == 4 else images)
 
     trainer.train_step = poisoned  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="the loss is not finite at step 5;"):
+    with pytest.raises(UserError, match=r"not finite at step 5; .*last\.pt is the last good one"):
         trainer.fit()
     last = read_checkpoint(tmp_path / "models" / "last.pt")
     assert last.content["step"] == 3
     assert all(torch.isfinite(value).all() for value in last.state_dict.values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    """The loss of the last step before a checkpoint was finite, what the step did is not."""
+    trainer = make(tmp_path, replace(TRAIN, lr=10.0))
+    with torch.no_grad():
+        trainer.model.decoder.conv_trans_2.weight.fill_(3e37)
+    with pytest.raises(UserError, match=r"not finite at step \d; stopped, nothing was saved yet"):
+        trainer.fit()
+    assert not (tmp_path / "models").exists()
+
+
+def test_best_is_written_before_last_tells_its_score(tmp_path: Path) -> None:
+    trainer = make(tmp_path, replace(TRAIN, max_steps=1))
+    names: list[str] = []
+    trainer.save = names.append  # type: ignore[assignment, method-assign]
+    trainer.fit()
+    assert names == ["best.pt", "last.pt"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"batch": -1}, {"batch": 3}, {"epoch": -1}, {"step": float("inf")}, {"optimizer": {}}],
+)
+def test_a_damaged_state_is_not_resumed(change: dict[str, object], tmp_path: Path) -> None:
+    make(tmp_path).fit()
+    checkpoint = read_checkpoint(tmp_path / "models" / "last.pt")
+    damaged = replace(checkpoint, content={**checkpoint.content, **change})
+    with pytest.raises(UserError, match=r"last\.pt cannot be resumed"):
+        make(tmp_path).resume(damaged)
+    content = {**checkpoint.content}
+    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    with pytest.raises(UserError, match="misshapen"):
+        make(tmp_path).resume(replace(checkpoint, content=content))
 
 
 def test_the_meter_weighs_images() -> None:

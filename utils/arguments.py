@@ -124,8 +124,9 @@ def value_problem(group: type, item: Field[Any], value: Any) -> str | None:
     kind = hint.__name__ if isinstance(hint, type) else str(hint)
     if value is None and "None" in kind:
         return None
-    if type(value).__name__ not in kind:
-        return f"a {type(value).__name__} where {kind} is expected"
+    given = type(value).__name__
+    if given not in kind and not (given == "int" and "float" in kind):
+        return f"a {given} where {kind} is expected"
     return out_of_range(value, item.metadata)
 
 

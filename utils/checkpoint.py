@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modules import VQVAE, ModelConfig
+from modules.config import QUANTIZERS
 from utils.arguments import value_problem
 from utils.errors import UserError, one_line
 from utils.files import whole_file
@@ -53,16 +54,17 @@ def load_model(path: str | Path) -> VQVAE:
 
 def save_checkpoint(path: Path, model: VQVAE, content: Mapping[str, Any]) -> None:
     """Write the model and everything in content (tensors and plain Python values), atomically."""
+    whole = {
+        "format": FORMAT,
+        "model_config": asdict(model.config),
+        "model": model.state_dict(),
+        **content,
+    }
     with whole_file(path) as temporary:
-        torch.save(
-            {
-                "format": FORMAT,
-                "model_config": asdict(model.config),
-                "model": model.state_dict(),
-                **content,
-            },
-            temporary,
-        )
+        try:
+            torch.save(whole, temporary)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise UserError(f"cannot write {path}: {one_line(error)[:100]}") from error
 
 
 def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -81,7 +83,8 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
             raise UserError(f"checkpoint {path} is damaged: it holds no model")
     else:
         state_dict = from_reference(path, content)
-        known = shapes_tell(path, state_dict, flags)
+        known = shapes_tell(path, state_dict)
+        flags = {**QUANTIZERS[known.get("quantizer", flags.get("quantizer", "looc"))], **flags}
         content = {}
     for name, value in flags.items():
         if name in known and known[name] != value:
@@ -105,7 +108,7 @@ MODEL_FIELDS = {item.name: item for item in fields(ModelConfig)}
 def open_file(path: Path) -> dict[str, Any]:
     """The dictionary in the file, opened without executing anything."""
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+        raise UserError(f"checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -125,6 +128,8 @@ def open_file(path: Path) -> dict[str, Any]:
 
 def stored_group(path: Path, group: type[Group], values: Any) -> Group:
     """A dataclass of flags as a checkpoint of ours holds it, every value checked like a flag."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"checkpoint {path} does not hold the flags of its {group.__name__}")
     try:
         checked = {}
         for item in fields(group):  # type: ignore[arg-type]
@@ -154,7 +159,7 @@ def from_reference(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     return renamed
 
 
-def shapes_tell(path: Path, state_dict: StateDict, flags: Mapping[str, Any]) -> dict[str, Any]:
+def shapes_tell(path: Path, state_dict: StateDict) -> dict[str, Any]:
     """The configuration, as far as the shapes of a bare state dict tell it."""
     try:
         hidden, in_channels = (
@@ -185,8 +190,6 @@ def shapes_tell(path: Path, state_dict: StateDict, flags: Mapping[str, Any]) -> 
     elif channels != hidden:
         # One unit a position: the reference's CVQ-VAE, or its VQ, which keeps no usage average.
         told["quantizer"] = "cvq" if "quantizer.usage" in state_dict else "vq"
-    if told.get("quantizer", flags.get("quantizer")) == "vq":
-        told["anchor"] = "none"
     return told
 
 
@@ -195,11 +198,20 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     with torch.device("meta"):
         expected = VQVAE(checkpoint.model_config).state_dict()
     for key in [*expected, *checkpoint.state_dict]:
-        ours = tuple(expected[key].shape) if key in expected else "nothing"
         value = checkpoint.state_dict.get(key)
-        theirs = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
-        if ours != theirs:
+        ours, theirs = describe(expected.get(key)), describe(value)
+        if ours != theirs or value is None:
             raise UserError(
                 f"checkpoint {checkpoint.path} is of another architecture: "
                 f"{key} is {theirs} where the model has {ours}"
             )
+        if value.device.type != "cpu" or not value.isfinite().all():
+            raise UserError(f"checkpoint {checkpoint.path} is damaged: {key} is not finite")
+
+
+def describe(value: Any) -> str:
+    """Shape and type of a tensor in words, "nothing" for anything else."""
+    if not isinstance(value, Tensor):
+        return "nothing"
+    sparse = "" if value.layout == torch.strided else " sparse"
+    return f"{tuple(value.shape)} {value.dtype}{sparse}"

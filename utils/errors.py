@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the host or of a device ran out."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line and exit code 2."""
     try:
@@ -32,6 +40,14 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {one_line(error)}\n")
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: out of memory: {one_line(error)}\n")
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: interrupted\n")
         sys.exit(130)

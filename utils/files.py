@@ -37,12 +37,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Whatever was at path stays untouched until then. Raises UserError where it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, retired = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
+        for left_over in (temporary, retired):  # by a run that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
-            retired = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(retired)
             temporary.rename(path)
             shutil.rmtree(retired)
@@ -75,6 +76,8 @@ def writable_folder(path: Path, flag: str) -> Path:
 def inside(folder: Path, name: str, flag: str) -> Path:
     """folder / name; raise UserError where the name would leave the folder."""
     path = folder / name
-    if not name or not path.resolve().is_relative_to(folder.resolve()):
+    if path.resolve() == folder.resolve():
+        raise UserError(f"{flag} {name!r} is no name")
+    if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{flag} {name!r} leaves the folder {folder}")
     return path

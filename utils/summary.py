@@ -32,9 +32,10 @@ def main() -> None:
     try:
         analysis = json.loads((results / "analysis.json").read_text())
         metrics = json.loads((results / "metrics.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{results} has no results: {one_line(error)}") from error
-    lines = [f"{label:26} {value}" for label, value in table(analysis, metrics).items()]
+        rows = table(analysis, metrics)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{results} has no whole results: {one_line(error)}") from error
+    lines = [f"{label:26} {value}" for label, value in rows.items()]
     places = [
         f"{label:26} {output / place.format(name=name, experiment=Path(name).parent)}"
         for label, place in LABELS.items()
@@ -52,7 +53,7 @@ def table(analysis: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
     }
     return {
         "model": "{quantizer}, K = {num_embedding}, d = {embedding_dim}".format(**model),
-        "images": f"{codebook['images']} test images of {data['dataset']}",
+        "images": f"{metrics['pairs']} test images of {data['dataset']}",
         **quality,
         "codes per image": f"{rate['codes_per_image']}",
         "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",

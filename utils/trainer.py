@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from modules import VQVAE
 from modules.config import option
+from modules.quantizer import count_indices
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.codebook import CodebookStatistics, perplexity, usage
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.images import comparison, mean_squared_errors, psnr, to_bytes, to_signed
 from utils.logger import log
 
@@ -85,7 +86,7 @@ class Meter:
         """Take (loss, mse, quantiser loss) and the indices of one batch."""
         values = torch.stack([term.detach() for term in terms])
         self.sums += values * len(indices)
-        self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
+        self.counts += count_indices(indices.flatten(), len(self.counts))
         bad = ~values.isfinite().all() & (self.first_bad_step == 0)
         self.first_bad_step += bad * step
         self.num_images += len(indices)
@@ -172,9 +173,11 @@ class Trainer:
                     self.train_epoch()
                     self.finish_epoch()
             except FloatingPointError as error:
+                last = self.models / "last.pt"
+                kept = f"{last} is the last good one" if last.exists() else "nothing was saved yet"
                 raise UserError(
-                    f"the loss is not finite at step {error}; stopped, and {self.models} keeps the "
-                    f"last good checkpoint (try a --lr below {self.config.lr})"
+                    f"the loss or a weight is not finite at step {error}; stopped, {kept} "
+                    f"(try a --lr below {self.config.lr})"
                 ) from error
 
     def train_epoch(self) -> None:
@@ -221,6 +224,7 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Validate, save last.pt, and best.pt where this is the best so far."""
         self.show()
+        self.check_weights()
         scores = self.validate()
         if self.batch == len(self.train_loader):
             self.epoch, self.batch = self.epoch + 1, 0
@@ -231,9 +235,14 @@ class Trainer:
             *(self.epoch, self.step, scores["psnr"], scores["usage_percent"]),
             " (best)" if improved else "",
         )
-        self.save("last.pt")
         if improved:
             self.save("best.pt")
+        self.save("last.pt")  # after best.pt, of whose score it tells
+
+    def check_weights(self) -> None:
+        """The last step's loss was finite; raise FloatingPointError if its outcome is not."""
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            raise FloatingPointError(self.step)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -288,13 +297,27 @@ class Trainer:
         state = checkpoint.content
         try:
             self.model.load_state_dict(checkpoint.state_dict)
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"]["state"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.epoch = int(state["step"]), int(state["epoch"])
             self.batch, self.best = int(state["batch"]), float(state["best"])
             restore_random_state(state["random_state"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"checkpoint {checkpoint.path} cannot be resumed: {error!r}") from error
+            if not (0 <= self.batch < len(self.train_loader) and 0 <= self.epoch <= self.step):
+                raise ValueError(f"it stands at batch {self.batch} of epoch {self.epoch}")
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as e:
+            reason = f"{type(e).__name__}: {one_line(e)}"
+            raise UserError(f"checkpoint {checkpoint.path} cannot be resumed: {reason}") from e
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
+    """Load Adam's averages; settings stay those of the flags. Raises ValueError if misshapen."""
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    for index, parameter in enumerate(parameters):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[index][name].shape != parameter.shape:
+                raise ValueError(f"{name} of parameter {index} is misshapen")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def random_state() -> dict[str, Any]:
