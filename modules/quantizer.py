@@ -210,6 +210,8 @@ def faiss_threads(count: int) -> ThreadPoolExecutor:
     """
     import faiss
 
+    # By default fewer than 128,000 numbers are searched pair by pair, ten times as long.
+    faiss.cvar.distance_compute_blas_threshold = 1
     return ThreadPoolExecutor(count, "faiss", faiss.omp_set_num_threads, (1,))
 
 
