@@ -278,18 +278,13 @@ SEARCHES: dict[str, Search] = {
 
 
 def most_similar_features(
-    features: Tensor,
-    codevectors: Tensor,
-    distance: str,
-    memory: int | None = None,
-    *,
-    gumbel: bool = False,
+    features: Tensor, codevectors: Tensor, distance: str, memory: int | None, *, gumbel: bool
 ) -> Tensor:
-    """For each codevector the feature of the highest similarity: (N, d), (k, d) → (k, d).
+    """For each codevector the finite feature of the highest similarity: (N, d), (k, d) → (k, d).
 
     With gumbel, similarities are perturbed by Gumbel noise, which makes the argmax a draw from the
-    softmax over all N features (Gumbel-max), in one pass. Features that are not finite are left
-    out; where none is left, the codevector itself is returned.
+    softmax over all N features (Gumbel-max), in one pass. Where no feature is finite, the
+    codevector itself is returned.
     """
     prepare, similarity_of = DISTANCES[distance]
     prepared = prepare(codevectors)
@@ -308,15 +303,20 @@ def most_similar_features(
 
 
 def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:
-    """The most similar feature of the batch."""
-    return most_similar_features(features, codevectors, quantizer.distance, quantizer.search_memory)
+    """The most similar feature of the batch: the same search, features and codevectors swapped."""
+    distance, memory = quantizer.distance, quantizer.search_memory
+    by_faiss = quantizer.search in ("auto", "faiss") and not features.is_cuda and faiss_installed()
+    backend = "faiss" if by_faiss else "torch"
+    closest = features[search(codevectors, features, distance, backend, memory)]
+    if closest.isfinite().all():
+        return closest
+    return most_similar_features(features, codevectors, distance, memory, gumbel=False)
 
 
 def probable_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:
     """A feature of the batch, drawn by the softmax of its similarity."""
-    return most_similar_features(
-        features, codevectors, quantizer.distance, quantizer.search_memory, gumbel=True
-    )
+    distance, memory = quantizer.distance, quantizer.search_memory
+    return most_similar_features(features, codevectors, distance, memory, gumbel=True)
 
 
 def pooled_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:

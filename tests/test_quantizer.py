@@ -115,8 +115,13 @@ def test_match_and_anchors_agree_with_the_whole_matrix(
     whole = similarity_of(prepare(features), prepare(codebook))
     monkeypatch.setattr(module, "block_elements", lambda *_: 1000)  # many blocks
     assert torch.equal(module.search(features, codebook, distance), whole.argmax(1))
-    closest = most_similar_features(features, codebook, distance)
-    assert torch.equal(closest, features[whole.argmax(0)])
+    closest = features[whole.argmax(0)]
+    for backend in SEARCHES:
+        quantizer = LooCQuantizer(37, 4, distance=distance)
+        quantizer.search = backend
+        assert torch.equal(module.closest_anchor(quantizer, features, codebook), closest)
+    found = most_similar_features(features, codebook, distance, None, gumbel=False)
+    assert torch.equal(found, closest)
 
 
 def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +130,8 @@ def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "block_elements", lambda *_: 3 * 20_000)
     features = F.normalize(torch.randn(10, 3), dim=1)
     codevector = torch.randn(1, 3)
-    drawn = most_similar_features(features, codevector.expand(20_000, 3), "cos", gumbel=True)
+    codevectors = codevector.expand(20_000, 3)
+    drawn = most_similar_features(features, codevectors, "cos", None, gumbel=True)
     counts = (drawn[:, None] == features).all(-1).sum(0)
     expected = 20_000 * F.softmax(F.normalize(codevector, dim=1) @ features.T, dim=1)[0]
     assert ((counts - expected).square() / expected).sum() < 27.9  # 99.9 % quantile, 9 degrees
@@ -366,6 +372,7 @@ def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch)
     distances = {"cos": module.Distance(module.unit_norm, spy)}
     monkeypatch.setattr(module, "DISTANCES", distances)
     quantizer = LooCQuantizer(50, 4, anchor="probrandom")
+    quantizer.search = "torch"
     quantizer(latents(4, 8, 8, 8))
     assert seen
     assert max(seen) <= 2000
