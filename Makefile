@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv once; nothing is installed twice.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check-python
+.PHONY: help demo test lint bench check-python
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,6 +14,7 @@ help:
 	@echo "make demo   train, test and evaluate on bundled Fashion-MNIST images, about 5 minutes on 2 cores"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
+	@echo "make bench  speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -30,6 +31,13 @@ $(VENV)/.installed: requirements.txt | $(PY)
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+
+$(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
+bench: $(VENV)/.installed-bench
+	$(PY) -m benchmarks
 
 demo: $(VENV)/.installed
 	$(PY) main.py --output_folder $(OUTPUT) --exp_name $(EXP) --overwrite $(DEMO_FLAGS)

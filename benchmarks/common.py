@@ -1,0 +1,109 @@
+"""Interleaved timing, and tables with the machine they were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SEED = 0
+PACKAGES = ("torch", "faiss-cpu", "vector-quantize-pytorch", "numpy", "scikit-image", "lpips")
+
+
+@dataclass
+class Table:
+    """Rows of measurements under a title; cells are text or seconds as (median, min, max)."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[Any]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        lines = [f"### {self.title}", ""]
+        for row in (self.columns, ["---"] * len(self.columns), *self.rows):
+            lines.append("| " + " | ".join(map(cell, row)) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, Times):
+        return f"{value.median:.3g} ({value.least:.3g}–{value.most:.3g})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds over several rounds."""
+
+    median: float
+    least: float
+    most: float
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], rounds: int = 7, slow: float = 5.0
+) -> dict[str, Times]:
+    """Time contenders in turn, after a round that is not counted.
+
+    One that took longer than `slow` seconds in that round is timed once more, no oftener.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    first = {name: timed(run) for name, run in contenders.items()}
+    for number in range(rounds):
+        for name, run in contenders.items():
+            if number == 0 or first[name] < slow:
+                seconds[name].append(timed(run))
+    return {
+        name: Times(statistics.median(values), min(values), max(values))
+        for name, values in seconds.items()
+    }
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "seed": SEED,
+        "versions": {name: installed(name) for name in PACKAGES},
+    }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def both_thread_counts() -> list[int]:
+    """One, and all."""
+    return sorted({1, os.cpu_count() or 1})
+
+
+def seeded() -> None:
+    torch.manual_seed(SEED)

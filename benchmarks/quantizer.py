@@ -1,0 +1,162 @@
+"""The quantiser alone: forward and backward against dense code, a library and the bare search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import Table, both_thread_counts, interleaved, seeded
+from modules import LooCQuantizer
+from modules.quantizer import USAGE_DECAY, reinit_rate
+from utils.plots import figure
+
+SHAPE = (256, 128, 7, 7)  # z of a batch of 256 at 28 × 28
+SETTINGS = [(k, 4) for k in (64, 256, 1024, 4096, 16384)] + [(512, d) for d in (2, 4, 8, 16, 64)]
+DENSE_LIMIT = 8e9  # bytes of the N × K matrix that the dense form may take
+LIBRARY_LIMIT = 1024  # codevectors up to which the library is timed
+
+
+def well_used(num_embedding: int, dim: int, features: Tensor) -> LooCQuantizer:
+    """A quantiser in the midst of training: its codevectors are features, all of them in use."""
+    quantizer = LooCQuantizer(num_embedding, dim)
+    with torch.no_grad():
+        quantizer.codebook.copy_(features[torch.randperm(len(features))[:num_embedding]])
+        quantizer.usage.fill_(1 / num_embedding)
+    return quantizer
+
+
+def dense_step(z: Tensor, codebook: Tensor, usage: Tensor) -> Tensor:
+    """The method as it is written down, with the whole N × K matrix; returns latents and loss."""
+    batch, channels, height, width = z.shape
+    num_embedding, dim = codebook.shape
+    features = z.permute(0, 2, 3, 1).reshape(-1, dim)
+    similarity = F.normalize(features.detach()) @ F.normalize(codebook.detach()).T  # (N, K)
+    indices = similarity.argmax(1)
+    quantized = F.embedding(indices, codebook)
+    loss = 0.25 * F.mse_loss(quantized.detach(), features) + F.mse_loss(
+        quantized, features.detach()
+    )
+    with torch.no_grad():
+        share = torch.bincount(indices, minlength=num_embedding) / len(features)
+        usage.lerp_(share, 1 - USAGE_DECAY)
+        anchors = features[similarity.argmax(0)]
+        codebook.lerp_(anchors, reinit_rate(usage)[:, None])
+    latents = features + (quantized - features).detach()
+    return latents.view(batch, height, width, channels).permute(0, 3, 1, 2).sum() + loss
+
+
+def contenders(num_embedding: int, dim: int) -> dict[str, Callable[[], object]]:
+    """What is timed at one size."""
+    import faiss
+
+    seeded()
+    z = torch.randn(SHAPE)
+    features = z.permute(0, 2, 3, 1).reshape(-1, dim)
+
+    def ours(search: str) -> Callable[[], object]:
+        quantizer, input = well_used(num_embedding, dim, features), z.clone().requires_grad_()
+        quantizer.search = search
+
+        def run() -> None:
+            latents, loss, _ = quantizer(input)
+            torch.autograd.backward((latents, loss), (torch.ones_like(latents), None))
+
+        return run
+
+    index = faiss.IndexFlatL2(dim)
+    index.add(F.normalize(features[:num_embedding]).numpy())
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    runs: dict[str, Callable[[], object]] = {
+        "bare search": lambda: index.search(features.numpy(), 1),
+        "ours": ours("faiss"),
+        "ours, no faiss": ours("compiled" if dim <= 8 else "torch"),
+    }
+    if 4 * len(features) * num_embedding <= DENSE_LIMIT:
+        codebook = features[:num_embedding].clone().requires_grad_()
+        usage, dense_input = torch.full((num_embedding,), 1 / num_embedding), z.clone()
+        dense_input.requires_grad_()
+        runs["dense"] = lambda: torch.autograd.backward((dense_step(dense_input, codebook, usage),))
+    if num_embedding <= LIBRARY_LIMIT:
+        runs["library"] = library(num_embedding, dim, z)
+    return runs
+
+
+def library(num_embedding: int, dim: int, z: Tensor) -> Callable[[], object]:
+    """vector-quantize-pytorch: cosine, one head a unit, all sharing one codebook."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    quantizer = VectorQuantize(
+        dim=z.shape[1], codebook_size=num_embedding, codebook_dim=dim, heads=z.shape[1] // dim,
+        separate_codebook_per_head=False, use_cosine_sim=True,
+    )  # fmt: skip
+    input = z.flatten(2).transpose(1, 2).contiguous().requires_grad_()  # (B, H·W, C)
+
+    def run() -> None:
+        latents, _, loss = quantizer(input)
+        torch.autograd.backward((latents.sum() + loss.sum(),))
+
+    return run
+
+
+def step_table(threads: int, settings: list[tuple[int, int]]) -> Table:
+    names = ["bare search", "ours", "ours, no faiss", "dense", "library"]
+    table = Table(
+        f"Quantiser, forward and backward, z {SHAPE}, {threads} thread(s): seconds",
+        ["K", "d", *names, "ours / bare", "no faiss / faiss", "dense / ours", "library / ours"],
+    )
+    torch.set_num_threads(threads)
+    for num_embedding, dim in settings:
+        times = interleaved(contenders(num_embedding, dim))
+        ratio = {name: value.median / times["ours"].median for name, value in times.items()}
+        table.rows.append(
+            [
+                *(num_embedding, dim, *(times.get(name, "–") for name in names)),
+                *(1 / ratio["bare search"], ratio["ours, no faiss"]),
+                *(ratio.get("dense", "–"), ratio.get("library", "–")),
+            ]
+        )
+    return table
+
+
+def scaling(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """How cost grows with N, K, d and the interpolation scale, on all cores; drawn to path."""
+    torch.set_num_threads(both_thread_counts()[-1])
+    curves: dict[str, list[tuple[float, float]]] = {
+        "batch (N = 1568 · batch)": [
+            (batch, seconds(batch=batch)) for batch in (16, 64, 256, 1024)
+        ],
+        "codevectors K": [(k, seconds(num_embedding=k)) for k in (64, 256, 1024, 4096, 16384)],
+        "dimension d": [(d, seconds(dim=d)) for d in (2, 4, 8, 16, 32, 64, 128)],
+        "interpolation scale": [(s, seconds(scale=s)) for s in (1, 2, 3, 4)],
+    }
+    with figure(path, 4, 13, 3.2) as axes:
+        for ax, (name, points) in zip(axes, curves.items()):
+            ax.plot(*zip(*points), marker="o", color="#1f6f8b")
+            if name != "interpolation scale":
+                ax.set_xscale("log", base=2)
+            ax.set(xlabel=name, ylabel="seconds", ylim=(0, None))
+        axes[0].figure.suptitle("Quantiser, forward and backward (batch 256, K = 256, d = 4)")
+    return curves
+
+
+def seconds(batch: int = 256, num_embedding: int = 256, dim: int = 4, scale: int = 1) -> float:
+    seeded()
+    z = torch.randn(batch, *SHAPE[1:]).requires_grad_()
+    features = z.detach().permute(0, 2, 3, 1).reshape(-1, dim)
+    quantizer = well_used(num_embedding, dim, features)
+    quantizer.interpolation_scale = scale
+
+    def run() -> None:
+        latents, loss, _ = quantizer(z)
+        torch.autograd.backward((latents, loss), (torch.ones_like(latents), None))
+
+    return interleaved({"ours": run}, rounds=5)["ours"].median
+
+
+def tables(quick: bool) -> list[Table]:
+    settings = SETTINGS[:1] if quick else SETTINGS
+    return [step_table(threads, settings) for threads in both_thread_counts()]

@@ -1,0 +1,186 @@
+"""The whole training step against the same network without a quantiser: time and memory."""
+
+from __future__ import annotations
+
+import io
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from benchmarks.common import Table, both_thread_counts, interleaved, seeded
+from datasets import BatchLoader, open_dataset, pixel_variance, split_validation
+from modules import VQVAE, ModelConfig, Quantized
+from utils.devices import keep_freed_memory
+from utils.images import to_signed
+from utils.trainer import TrainConfig, Trainer
+
+WARM_UP = 20  # steps
+
+
+class NoQuantizer(nn.Module):
+    """Latents as they are."""
+
+    def forward(self, z: Tensor) -> Quantized:
+        no_indices = torch.zeros(len(z), *z.shape[2:], 1, dtype=torch.int64)
+        return Quantized(z, z.new_zeros(()), no_indices)
+
+
+def step(
+    model: VQVAE, images: Tensor, optimizer: torch.optim.Optimizer, dtype: torch.dtype
+) -> None:
+    """One step of Adam."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        reconstruction, quantized = model(images)
+    loss = F.mse_loss(reconstruction.float(), images) / 0.1 + quantized.loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def make(
+    num_embedding: int, images: Tensor, *, quantizer: bool = True,
+    dtype: torch.dtype = torch.float32, channels_last: bool = False, compiled: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    """A step that is ready to run, its model warmed up on these images."""
+    seeded()
+    model = VQVAE(ModelConfig(num_embedding=num_embedding))
+    if not quantizer:
+        model.quantizer = NoQuantizer()  # type: ignore[assignment]
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    if compiled:
+        model.encoder.compile()
+        model.decoder.compile()
+    run = partial(step, model, images, torch.optim.Adam(model.parameters(), lr=3e-4), dtype)
+    for _ in range(WARM_UP):
+        run()
+    return run
+
+
+def some_images(count: int) -> Tensor:
+    """Real images, (count, 1, 28, 28) in [−1, 1]."""
+    images = open_dataset("fashion-mnist-sample", None, "train")
+    return to_signed(torch.stack([images[index] for index in range(count)]))
+
+
+def step_table(threads: int) -> Table:
+    """The step with and without quantiser, and in the other ways to run it."""
+    torch.set_num_threads(threads)
+    images = some_images(256)
+    runs: dict[str, Callable[[], object]] = {
+        "no quantiser": make(256, images, quantizer=False),
+        "LooC": make(256, images),
+        "LooC, K = 4096": make(4096, images),
+        "LooC, --channels_last": make(256, images, channels_last=True),
+        "LooC, --precision bf16": make(256, images, dtype=torch.bfloat16),
+        "LooC, --compile": make(256, images, compiled=True),
+    }
+    table = Table(
+        f"Training step, 256 images of 28×28, K = 256, d = 4, {threads} thread(s)",
+        ["", "seconds", "ratio to no quantiser"],
+    )
+    times = interleaved(runs, rounds=9)
+    for name, value in times.items():
+        table.rows.append([name, value, value.median / times["no quantiser"].median])
+    return table
+
+
+def epoch_table() -> Table:
+    """What main.py's loop costs over bare steps: loading, meter, bar, TensorBoard."""
+    torch.set_num_threads(both_thread_counts()[-1])
+    training, validation = split_validation(open_dataset("fashion-mnist-sample", None, "train"))
+    loader = partial(BatchLoader, batch_size=256, device=torch.device("cpu"))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        SummaryWriter(folder) as board,
+        tqdm(total=10**6, file=io.StringIO()) as bar,
+    ):
+        trainer = Trainer(
+            VQVAE(ModelConfig()),
+            loader(training, shuffle=True),
+            loader(validation),
+            TrainConfig(batch_size=256),
+            data_variance=pixel_variance(training),
+            models=Path(folder),
+            logs=Path(folder),
+            stored={},
+        )
+        trainer.board, trainer.bar = board, bar
+        batches = [to_signed(images) for images in trainer.train_loader.epoch()]
+
+        def epoch() -> None:
+            trainer.batch = 0
+            trainer.train_epoch()
+
+        def bare_steps() -> None:
+            for images in batches:
+                step(trainer.model, images, trainer.optimizer, torch.float32)
+
+        times = interleaved({"epoch": epoch, "bare steps": bare_steps}, rounds=5, slow=60)
+    table = Table(
+        "An epoch of main.py and its bare steps, 5,400 images of 28×28, batch 256, all threads",
+        ["epoch", "bare steps", "ratio"],
+    )
+    ratio = times["epoch"].median / times["bare steps"].median
+    table.rows.append([times["epoch"], times["bare steps"], ratio])
+    return table
+
+
+def memory_table() -> Table:
+    """Peak memory of a few steps at batch 1024, each in a process of its own."""
+    table = Table(
+        "Peak memory of training, 1024 images of 28×28, d = 4",
+        ["", "peak GB", "above no quantiser, MB"],
+    )
+    base = peak_in_process("none")
+    table.rows.append(["no quantiser", base, 0])
+    for num_embedding in (256, 4096, 16384):
+        peak = peak_in_process(str(num_embedding))
+        table.rows.append([f"LooC, K = {num_embedding}", peak, f"{(peak - base) * 1e3:.0f}"])
+    return table
+
+
+def peak_in_process(what: str) -> float:
+    """Peak resident memory in GB of this module run with one argument, the median of three."""
+    command = [sys.executable, "-m", "benchmarks.training", what]
+    return statistics.median(
+        float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+        for _ in range(3)
+    )
+
+
+def tables(quick: bool) -> list[Table]:
+    counts = both_thread_counts()[-1:] if quick else both_thread_counts()
+    return [*(step_table(count) for count in counts), epoch_table(), memory_table()]
+
+
+def main() -> None:
+    keep_freed_memory()
+    what = sys.argv[1]
+    images = some_images(1024)
+    seeded()
+    config = ModelConfig(num_embedding=256 if what == "none" else int(what))
+    model = VQVAE(config)
+    if what == "none":
+        model.quantizer = NoQuantizer()  # type: ignore[assignment]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    for _ in range(5):
+        step(model, images, optimizer, torch.float32)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    sys.stdout.write(f"{peak}\n")
+
+
+if __name__ == "__main__":
+    main()
