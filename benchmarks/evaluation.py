@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +137,8 @@ def loading_table(quick: bool) -> Table:
         for label, value in times.items():
             table.rows.append([label, value, f"{loaders[label].size / value.median:.0f}"])
     return table
+
+
+def read_all(loader: BatchLoader) -> None:
+    for _ in loader.epoch():
+        pass
