@@ -40,10 +40,27 @@ def main() -> None:
     model = prepare(VQVAE(model_config), config, device)
     apply_search(build(SearchConfig, flags), model, device)
 
+    trainer = make_trainer(model, training, validation, data, config)
+    resume(trainer, data, len(training))
+    start_logging(writable_folder(trainer.logs, "--output_folder") / "train.log")
+    log.info(
+        "%d training and %d validation images of %s, %d×%d; steps %d to %d on %s",
+        *(len(training), len(validation), data.dataset, data.image_size, data.image_size),
+        *(trainer.step, trainer.total_steps, device),
+    )
+    trainer.fit()
+    log.info("checkpoints: %s\nTensorBoard: %s", trainer.models, trainer.logs)
+
+
+def make_trainer(
+    model: VQVAE, training: ImageSet, validation: ImageSet, data: DataConfig, config: TrainConfig
+) -> Trainer:
+    """The trainer of this experiment, at its first step."""
+    device = next(model.parameters()).device
     output, name = writable_folder(Path(config.output_folder), "--output_folder"), config.exp_name
     models, logs = (inside(output / kind, str(name), "--exp_name") for kind in ("models", "logs"))
     loader = partial(BatchLoader, device=device, seed=config.seed, num_workers=data.num_workers)
-    trainer = Trainer(
+    return Trainer(
         model,
         loader(training, config.batch_size, shuffle=True),
         loader(validation, config.batch_size),
@@ -53,15 +70,6 @@ def main() -> None:
         logs=logs,
         stored={"data_config": asdict(data), "num_images": len(training)},
     )
-    resume(trainer, data, len(training))
-    start_logging(writable_folder(logs, "--output_folder") / "train.log")
-    log.info(
-        "%d training and %d validation images of %s, %d×%d; %d steps on %s",
-        *(len(training), len(validation), data.dataset, data.image_size, data.image_size),
-        *(trainer.total_steps, device),
-    )
-    trainer.fit()
-    log.info("checkpoints: %s\nTensorBoard: %s", models, logs)
 
 
 def open_images(data: DataConfig, config: TrainConfig) -> tuple[ImageSet, ImageSet]:

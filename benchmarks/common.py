@@ -53,13 +53,13 @@ def interleaved(
 ) -> dict[str, Times]:
     """Time contenders in turn, after a round that is not counted.
 
-    One that took longer than `slow` seconds in that round is timed once more, no oftener.
+    One that took longer than `slow` seconds in that round is not timed again.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     first = {name: timed(run) for name, run in contenders.items()}
-    for number in range(rounds):
+    seconds = {name: [value] if value > slow else [] for name, value in first.items()}
+    for _ in range(rounds):
         for name, run in contenders.items():
-            if number == 0 or first[name] < slow:
+            if first[name] <= slow:
                 seconds[name].append(timed(run))
     return {
         name: Times(statistics.median(values), min(values), max(values))

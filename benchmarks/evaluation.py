@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,9 @@ def evaluation_row(folder: Path, count: int, part: int, side: int) -> list[Any]:
     return [f"{count} of {side}×{side}", fast, slow, part, slow / fast, f"{worst:.1e}"]
 
 
-def tables(quick: bool) -> list[Table]:
-    return [evaluation_table(quick), loading_table(quick)]
+def tables(quick: bool) -> Iterator[Table]:
+    yield evaluation_table(quick)
+    yield loading_table(quick)
 
 
 def loading_table(quick: bool) -> Table:

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -161,9 +161,11 @@ def peak_in_process(what: str) -> float:
     )
 
 
-def tables(quick: bool) -> list[Table]:
-    counts = both_thread_counts()[-1:] if quick else both_thread_counts()
-    return [*(step_table(count) for count in counts), epoch_table(), memory_table()]
+def tables(quick: bool) -> Iterator[Table]:
+    for threads in both_thread_counts()[-1:] if quick else both_thread_counts():
+        yield step_table(threads)
+    yield epoch_table()
+    yield memory_table()
 
 
 def main() -> None:

@@ -150,7 +150,10 @@ def split_validation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     Sets in memory give sets in memory. Raises UserError for fewer than two images.
     """
     if len(images) < 2:
-        raise UserError(f"--data_folder: a set of {len(images)} image leaves none to validate on")
+        raise UserError(
+            f"--data_folder gives {len(images)} training image; a tenth is held out for "
+            "validation, so that 2 are needed, or --validation test"
+        )
     train, validation = hold_out(len(images), "validation")
     return choose(images, train), choose(images, validation)
 

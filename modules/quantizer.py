@@ -175,7 +175,7 @@ def choose_search(features: Tensor, keys: Tensor) -> str:
     if features.device.type == "cpu" and faiss_installed():
         return "faiss"
     worth_compiling = len(features) * len(keys) >= 2**24
-    return "compiled" if worth_compiling and features.shape[1] <= 8 else "torch"
+    return "compiled" if worth_compiling and features.shape[1] <= 4 else "torch"
 
 
 @lru_cache(maxsize=1)

@@ -163,6 +163,9 @@ class Trainer:
 
         Raises UserError when the loss is no longer finite; checkpoints on disk stay as they were.
         """
+        if self.step >= self.total_steps:
+            log.info("nothing is left to train: %d steps are done", self.step)
+            return
         with (
             SummaryWriter(str(self.logs), purge_step=self.step) as self.board,
             tqdm(total=self.total_steps, initial=self.step, unit="step", smoothing=0.1) as self.bar,
