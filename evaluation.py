@@ -28,7 +28,7 @@ from tqdm import tqdm
 from modules.config import option
 from utils import metrics
 from utils.arguments import build, parse_flags
-from utils.devices import resolve_device
+from utils.devices import keep_freed_memory, resolve_device
 from utils.errors import UserError, run
 from utils.files import whole_file, writable_folder, write_json
 from utils.logger import log, start_logging
@@ -109,6 +109,7 @@ class Scores:
 def main() -> None:
     config = build(EvaluationConfig, parse_flags(__doc__, EvaluationConfig))
     start_logging()
+    keep_freed_memory()
     device = resolve_device(config.device)
     pairs = open_pairs(config)
     check_sides(config, pairs)

@@ -26,7 +26,7 @@ from modules.vqvae import DOWNSAMPLING
 from utils.arguments import build, parse_flags
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.codebook import CodebookStatistics
-from utils.devices import resolve_device
+from utils.devices import keep_freed_memory, resolve_device
 from utils.errors import UserError, run
 from utils.files import inside, whole_folder, writable_folder, write_json
 from utils.images import save_comparison, save_picture, to_bytes, to_signed
@@ -51,6 +51,7 @@ class TestConfig:
 def main() -> None:
     flags = parse_flags(__doc__, TestConfig, ModelConfig, DataConfig, SearchConfig)
     config = build(TestConfig, flags)
+    keep_freed_memory()
     device = resolve_device(config.device)
     checkpoint = open_checkpoint(config, flags)
     data = data_of(checkpoint, flags)
