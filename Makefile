@@ -11,7 +11,7 @@ EXP := demo
 DEMO_FLAGS ?= --batch_size 64 --lr 1e-3 --max_steps 1800
 
 help:
-	@echo "make demo   train, test and evaluate on bundled Fashion-MNIST images, about 5 minutes on 2 cores"
+	@echo "make demo   train, test and evaluate on bundled Fashion-MNIST images, about 2 minutes on 2 cores"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
