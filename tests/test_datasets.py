@@ -707,7 +707,9 @@ def test_a_tenth_is_held_out(n: int, held_out: int) -> None:
 
 
 def test_split_of_one_image(tensor_images: TensorImages) -> None:
-    assert "1 image" in refusal(lambda: split_validation(TensorImages(tensor_images.images[:1])))
+    assert "gives 1 training image" in refusal(
+        lambda: split_validation(TensorImages(tensor_images.images[:1]))
+    )
 
 
 def test_pixel_variance_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
