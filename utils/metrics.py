@@ -65,7 +65,7 @@ def lpips(x: Tensor, y: Tensor, network: nn.Module) -> Values:
     size = max(1, pixels // (x.shape[2] * x.shape[3]))
     distances = [
         network(to_signed(rgb(a)), to_signed(rgb(b))).flatten()  # (b, 1, 1, 1) → (b,)
-        for a, b in zip(x.split(size), y.split(size))
+        for a, b in zip(torch.split(x, size), torch.split(y, size))
     ]
     return np.asarray(torch.cat(distances).double().cpu())
 
