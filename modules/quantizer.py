@@ -16,10 +16,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -48,6 +50,8 @@ def extrapolate(z: Tensor, scale: int) -> Tensor:
     """
     if scale < 2:
         return z
+    if not len(z):  # pixel_unshuffle would leave its channels as they are
+        return z.repeat(1, scale**2, 1, 1)
     upsampled = F.interpolate(z, scale_factor=scale, mode="bilinear", align_corners=False)
     return F.pixel_unshuffle(upsampled, scale)
 
@@ -56,6 +60,8 @@ def interpolate_back(z: Tensor, scale: int) -> Tensor:
     """Undo `extrapolate` by average pooling: (B, C·β², H, W) → (B, C, H, W)."""
     if scale < 2:
         return z
+    if not len(z):
+        return z[:, :: scale**2]
     return F.avg_pool2d(F.pixel_shuffle(z, scale), scale)
 
 
@@ -72,12 +78,12 @@ class Split(NamedTuple):
 SPLITS = {
     # Unit s takes channels s·d … s·d + d − 1.
     "fixed": Split(
-        cut=lambda z, dim: z.reshape(*z.shape[:-1], -1, dim),
+        cut=lambda z, dim: z.view(*z.shape[:-1], z.shape[-1] // dim, dim),
         join=lambda units: units.flatten(-2),
     ),
     # Unit s takes channels s, s + m, s + 2m, …
     "interval": Split(
-        cut=lambda z, dim: z.reshape(*z.shape[:-1], dim, -1).transpose(-1, -2),
+        cut=lambda z, dim: z.view(*z.shape[:-1], dim, z.shape[-1] // dim).transpose(-1, -2),
         join=lambda units: units.transpose(-1, -2).flatten(-2),
     ),
 }
@@ -106,12 +112,17 @@ class Distance(NamedTuple):
     """How features and codevectors are compared: prepared each alone, then pair by pair."""
 
     prepare: Callable[[Tensor], Tensor]
-    similarity: Callable[[Tensor, Tensor], Tensor]
+    similarity: Callable[[Tensor, Tensor], Tensor]  # (n, d), (k, d) → (n, k)
+    similarity_of_rows: Callable[[Tensor, Tensor], Tensor]  # (n, d), (n, d) → (n,)
 
 
 DISTANCES = {
-    "cos": Distance(unit_norm, dot_product),
-    "l2": Distance(lambda vectors: vectors, negative_squared_l2),
+    "cos": Distance(unit_norm, dot_product, lambda one, other: (one * other).sum(1)),
+    "l2": Distance(
+        lambda vectors: vectors,
+        negative_squared_l2,
+        lambda one, other: -(one - other).square().sum(1),
+    ),
 }
 
 
@@ -150,6 +161,8 @@ def search(
             torch, with a line in the log.
         memory: MiB of similarities that torch holds at a time.
     """
+    if not len(features):
+        return torch.empty(0, dtype=torch.int64, device=features.device)
     keys = DISTANCES[distance].prepare(codebook)
     # What is the same for all codevectors, like the feature's norm, cannot change the argmax.
     offset = codebook.new_zeros(len(codebook)) if distance == "cos" else -keys.square().sum(1) / 2
@@ -274,59 +287,142 @@ SEARCHES: dict[str, Search] = {
 }
 
 
+# -------------------------------------------------------------------------------- several processes
+
+
+def num_ranks() -> int:
+    """Processes that train together under torch.distributed; 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum over all processes, the same on each, of any shape; written in place."""
+    if num_ranks() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_first_rank(values: Tensor) -> Tensor:
+    """The first process's values, of any shape; written in place."""
+    if num_ranks() > 1:
+        dist.broadcast(values, src=0)
+    return values
+
+
+def best_over_ranks(scores: Tensor, vectors: Tensor) -> Tensor:
+    """For each row the vector of the process whose score is highest: (k,), (k, d) → (k, d).
+
+    Among equal scores the first process's, so that each process has the same result.
+    """
+    if num_ranks() == 1:
+        return vectors
+    best, ranks = scores.clone(), num_ranks()
+    dist.all_reduce(best, dist.ReduceOp.MAX)
+    rank = torch.where(scores == best, dist.get_rank(), ranks)
+    first = rank.clone()
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    return sum_over_ranks(torch.where((rank == first)[:, None], vectors, 0))
+
+
 # ---------------------------------------------------------------------------------------- anchors
+
+
+class Anchors(NamedTuple):
+    """Vectors to pull codevectors to; of several proposals the one of the highest score is taken.
+
+    The score is −∞, and the anchor the codevector itself, where no feature is finite.
+    """
+
+    scores: Tensor  # (k,)
+    vectors: Tensor  # (k, d)
 
 
 def most_similar_features(
     features: Tensor, codevectors: Tensor, distance: str, memory: int | None, *, gumbel: bool
-) -> Tensor:
+) -> Anchors:
     """For each codevector the finite feature of the highest similarity: (N, d), (k, d) → (k, d).
 
     With gumbel, similarities are perturbed by Gumbel noise, which makes the argmax a draw from the
-    softmax over all N features (Gumbel-max), in one pass. Where no feature is finite, the
-    codevector itself is returned.
+    softmax over all N features (Gumbel-max), in one pass.
     """
-    prepare, similarity_of = DISTANCES[distance]
+    prepare, similarity_of, _ = DISTANCES[distance]
     prepared = prepare(codevectors)
-    best = features.new_full((len(codevectors),), -torch.inf)
-    winner = torch.zeros(len(codevectors), dtype=torch.int64, device=features.device)
-    for start, block in blocks(features, len(codevectors), memory):
+    best = Anchors(features.new_full((len(codevectors),), -torch.inf), codevectors)
+    for _, block in blocks(features, len(codevectors), memory):
         similarity = similarity_of(prepared, prepare(block))  # (k, n)
         if gumbel:
             similarity = similarity - torch.empty_like(similarity).exponential_().log()
         similarity = similarity.where(similarity.isfinite(), -torch.inf)
-        value, position = similarity.max(dim=1)
-        better = value > best
-        best = torch.where(better, value, best)
-        winner = torch.where(better, position + start, winner)
-    return torch.where((best > -torch.inf)[:, None], features[winner], codevectors)
+        score, position = similarity.max(dim=1)
+        best = better_of(best, Anchors(score, block[position]))
+    return best
 
 
-def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:
+def better_of(one: Anchors, other: Anchors) -> Anchors:
+    """Row by row the anchor of the higher score, among equals the first."""
+    better = other.scores > one.scores
+    return Anchors(
+        torch.where(better, other.scores, one.scores),
+        torch.where(better[:, None], other.vectors, one.vectors),
+    )
+
+
+def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Anchors:
     """The most similar feature of the batch: the same search, features and codevectors swapped."""
     distance, memory = quantizer.distance, quantizer.search_memory
+    prepare, _, similarity_of_rows = DISTANCES[distance]
     by_faiss = quantizer.search in ("auto", "faiss") and not features.is_cuda and faiss_installed()
     backend = "faiss" if by_faiss else "torch"
-    closest = features[search(codevectors, features, distance, backend, memory)]
-    if closest.isfinite().all():
-        return closest
+    if len(features):
+        closest = features[search(codevectors, features, distance, backend, memory)]
+        scores = similarity_of_rows(prepare(codevectors), prepare(closest))
+        if scores.isfinite().all():
+            return Anchors(scores, closest)
     return most_similar_features(features, codevectors, distance, memory, gumbel=False)
 
 
-def probable_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:
+def probable_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Anchors:
     """A feature of the batch, drawn by the softmax of its similarity."""
     distance, memory = quantizer.distance, quantizer.search_memory
     return most_similar_features(features, codevectors, distance, memory, gumbel=True)
 
 
-def pooled_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Tensor:
+def pooled_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Anchors:
     """A feature drawn from the pool of past features."""
     del features
+    scores = codevectors.new_zeros(len(codevectors))
+    if not quantizer.pool_size:
+        return Anchors(scores, codevectors)
     drawn = torch.randint(int(quantizer.pool_size), (len(codevectors),), device=codevectors.device)
-    return quantizer.pool[drawn]
+    return Anchors(scores, quantizer.pool[from_first_rank(drawn)])
 
 
-Anchor = Callable[["LooCQuantizer", Tensor, Tensor], Tensor]  # quantiser, (N, d), (k, d) → (k, d)
+def fill_pool(quantizer: LooCQuantizer, features: Tensor) -> None:
+    """Fill the pool with finite features of this batch; once full, replace a random half of it.
+
+    The features of all processes take part alike: the first one draws, whoever has it sends it.
+    """
+    features = features[features.isfinite().all(1)]
+    counts = torch.zeros(num_ranks(), dtype=torch.int64, device=features.device)
+    rank = dist.get_rank() if num_ranks() > 1 else 0
+    counts[rank] = len(features)
+    ends = sum_over_ranks(counts).cumsum(0).tolist()
+    start, total = ends[rank] - len(features), ends[-1]
+    filled, capacity = int(quantizer.pool_size), quantizer.num_embedding
+    if filled < capacity:
+        slots = torch.arange(filled, min(capacity, filled + total))
+    else:
+        slots = torch.randperm(capacity)[: min((capacity + 1) // 2, total)]
+    drawn = torch.randperm(total)[: len(slots)]
+    slots, drawn = (from_first_rank(draw.to(features.device)) for draw in (slots, drawn))
+    own = (drawn >= start) & (drawn < start + len(features))
+    sent = features.new_zeros(len(drawn), features.shape[1])
+    sent[own] = features[drawn[own] - start]
+    quantizer.pool[slots] = sum_over_ranks(sent)
+    quantizer.pool_size.fill_(max(filled, min(capacity, filled + total)))
+
+
+Anchor = Callable[["LooCQuantizer", Tensor, Tensor], Anchors]  # quantiser, (N, d), (k, d)
 ANCHORS: dict[str, Anchor | None] = {
     "closest": closest_anchor,
     "random": pooled_anchor,
@@ -358,6 +454,24 @@ def unsettle(quantizer: LooCQuantizer, incompatible_keys: Any) -> None:
     """Look at the usage anew after another has been loaded."""
     del incompatible_keys
     quantizer._settled_steps = 0
+    quantizer._notes = None
+
+
+@dataclass
+class Notes:
+    """What training calls since the last update have seen."""
+
+    counts: Tensor  # (K,), int64, how often each codevector was matched
+    candidates: Tensor  # (k,), int64, the codevectors that the update may pull
+    anchors: Anchors  # of the candidates, the best so far
+
+
+def count_matches(features: Tensor, indices: Tensor, loss: Tensor, length: int) -> Tensor:
+    """How often each codevector was matched by a finite feature: (N, d), (N,) → (length,)."""
+    # That the loss is finite tells that all features are; on CUDA, to read it would be to wait.
+    if loss.is_cuda or not loss.isfinite():
+        indices = indices.where(features.isfinite().all(1), length)
+    return count_indices(indices, length + 1)[:length]
 
 
 def count_indices(indices: Tensor, length: int) -> Tensor:
@@ -389,14 +503,14 @@ class Replace(torch.autograd.Function):
         ctx.commitment_cost = commitment_cost
         ctx.num_embedding = len(codebook)
         flat = residual.view(-1)
-        return quantized, (1 + commitment_cost) * torch.dot(flat, flat) / flat.numel()
+        return quantized, (1 + commitment_cost) * torch.dot(flat, flat) / max(1, flat.numel())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_quantized, grad_loss = grad_outputs
         residual, indices = ctx.saved_tensors
-        scale = grad_loss * (2 / residual.numel())
+        scale = grad_loss * (2 / max(1, residual.numel()))
         grad_features = torch.addcmul(grad_quantized, residual, -ctx.commitment_cost * scale)
         sums = residual.new_zeros(ctx.num_embedding, residual.shape[1])
         return grad_features, sums.index_add_(0, indices, residual) * scale, None, None
@@ -502,12 +616,18 @@ class LooCQuantizer(nn.Module):
         contras_loss: add the contrastive loss in training.
 
     Attributes `search` (a backend of `search`, or "auto") and `search_memory` (MiB of similarities
-    held at a time, None for a default) change speed and memory, not results.
+    held at a time, None for a default) change speed and memory, not results. While the attribute
+    `defer_update` is set, training calls only take note of their features; the next one without it
+    updates usage and codebook from all of them, so that a batch may be passed in parts.
 
     State: parameter `codebook` (K, d); buffers `usage` (K,), the running average p_k of how often
     each codevector was used; `reinitialised`, whether a training batch has passed; `pool` (K, d)
     and `pool_size`, past features, which "random" alone fills. In training mode a call updates
-    them; in evaluation mode it writes nothing.
+    them, never from features that are not finite; in evaluation mode it writes nothing.
+
+    Where torch.distributed is initialised, the processes have to make training calls together (of
+    any number of images each, none included): usage and anchors are then those of all features,
+    and every process writes the same codebook. The contrastive loss compares a process's own.
 
     Raises:
         ValueError: for arguments out of range, or an input that cannot be cut into units.
@@ -568,7 +688,9 @@ class LooCQuantizer(nn.Module):
         self.register_buffer("reinitialised", torch.tensor(False))
         self.register_buffer("pool", torch.zeros(num_embedding, embedding_dim))
         self.register_buffer("pool_size", torch.tensor(0))
+        self.defer_update = False
         self._settled_steps = 0
+        self._notes: Notes | None = None
         self.register_load_state_dict_post_hook(unsettle)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
@@ -596,7 +718,7 @@ class LooCQuantizer(nn.Module):
             if self.training:
                 if self.contras_loss:
                     loss = loss + self._contrastive_loss(constant)
-                self._reinitialise(constant, indices)
+                self._observe(constant, indices, loss.detach())
             latents = self._join(quantized.view(units.shape)).to(z.dtype)
         return Quantized(latents, loss, indices.view(units.shape[:-1]))
 
@@ -645,7 +767,7 @@ class LooCQuantizer(nn.Module):
         return interpolate_back(joined, self.interpolation_scale)
 
     def _contrastive_loss(self, features: Tensor) -> Tensor:
-        prepare, similarity_of = DISTANCES[self.distance]
+        prepare, similarity_of, _ = DISTANCES[self.distance]
         late = LateUnitNorm.apply if prepare is unit_norm else prepare
         loss: Tensor = ContrastiveLoss.apply(
             late(self.codebook), prepare(features), similarity_of, self.search_memory
@@ -653,37 +775,56 @@ class LooCQuantizer(nn.Module):
         return loss
 
     @torch.no_grad()
-    def _reinitialise(self, features: Tensor, indices: Tensor) -> None:
-        """e_k ← (1 − a_k)·e_k + a_k·anchor_k, the last writer of the codebook."""
-        share = count_indices(indices, self.num_embedding) / len(indices)
-        self.usage.lerp_(share.to(self.usage.dtype), 1 - USAGE_DECAY)
-        anchor = ANCHORS[self.anchor]
-        if anchor is None or (self.first_batch and self.reinitialised):
-            return
-        self.reinitialised.fill_(True)
-        if self.anchor == "random":
-            self._fill_pool(features)
+    def _observe(self, features: Tensor, indices: Tensor, loss: Tensor) -> None:
+        """Take note of the features of a training call, and update unless that is deferred."""
+        notes = self._notes or self._new_notes()
+        notes.counts += count_matches(features, indices, loss, self.num_embedding)
+        propose = ANCHORS[self.anchor]
+        if propose is not None and self._may_reinitialise():
+            if self.anchor == "random":
+                fill_pool(self, features)
+            if len(notes.candidates):
+                proposed = propose(self, features, self.codebook[notes.candidates])
+                notes.anchors = better_of(notes.anchors, proposed)
+        self._notes = notes
+        if not self.defer_update:
+            self._update(notes)
+            self._notes = None
+
+    def _may_reinitialise(self) -> bool:
+        return self.anchor != "none" and not (self.first_batch and bool(self.reinitialised))
+
+    def _new_notes(self) -> Notes:
+        """Notes of no feature, with the codevectors whose rate may count after the next update."""
+        candidates = torch.empty(0, dtype=torch.int64, device=self.usage.device)
         if self._settled_steps > 0:
             self._settled_steps -= 1
-            return
-        rate = reinit_rate(self.usage)
-        pulled = (rate > NEGLIGIBLE_RATE).nonzero().squeeze(1)  # (k,)
-        if len(pulled) == 0:
-            self._settled_steps = steps_settled(self.usage)
-            return
-        codevectors = self.codebook[pulled]
-        target = anchor(self, features, codevectors)  # (k, d)
-        weight = rate[pulled, None].to(codevectors.dtype)
-        self.codebook[pulled] = codevectors.lerp(target, weight)
+        elif self._may_reinitialise():
+            least = USAGE_DECAY * self.usage  # that is left if they are not matched now
+            candidates = (reinit_rate(least) > NEGLIGIBLE_RATE).nonzero().squeeze(1)
+            if not len(candidates):
+                self._settled_steps = steps_settled(least)
+        codevectors = self.codebook[candidates]
+        scores = codevectors.new_full((len(candidates),), -torch.inf)
+        return Notes(
+            torch.zeros(self.num_embedding, dtype=torch.int64, device=self.usage.device),
+            candidates,
+            Anchors(scores, codevectors),
+        )
 
-    def _fill_pool(self, features: Tensor) -> None:
-        """Fill the pool with features of this batch; once full, replace a random half of it."""
-        features = features[features.isfinite().all(1)]
-        filled, capacity = int(self.pool_size), self.num_embedding
-        if filled < capacity:
-            slots = torch.arange(filled, min(capacity, filled + len(features)))
-        else:
-            slots = torch.randperm(capacity)[: min((capacity + 1) // 2, len(features))]
-        drawn = torch.randperm(len(features))[: len(slots)]
-        self.pool[slots.to(self.pool.device)] = features[drawn.to(features.device)]
-        self.pool_size.fill_(max(filled, min(capacity, filled + len(features))))
+    def _update(self, notes: Notes) -> None:
+        """p_k ← γ·p_k + (1 − γ)·share_k, then e_k ← (1 − a_k)·e_k + a_k·anchor_k.
+
+        The last writer of the codebook in a step.
+        """
+        counts = sum_over_ranks(notes.counts)
+        total = counts.sum()
+        share = torch.where(total > 0, counts / total, self.usage)
+        self.usage.lerp_(share.to(self.usage.dtype), 1 - USAGE_DECAY)
+        if self._may_reinitialise():
+            self.reinitialised.fill_(True)
+        if len(notes.candidates):
+            codevectors = self.codebook[notes.candidates]
+            target = best_over_ranks(*notes.anchors)
+            rate = reinit_rate(self.usage)[notes.candidates, None].to(codevectors.dtype)
+            self.codebook[notes.candidates] = codevectors.lerp(target, rate)

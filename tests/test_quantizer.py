@@ -111,7 +111,7 @@ def test_match_and_anchors_agree_with_the_whole_matrix(
     distance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, codebook = torch.randn(1000, 4), torch.randn(37, 4)
-    prepare, similarity_of = DISTANCES[distance]
+    prepare, similarity_of, _ = DISTANCES[distance]
     whole = similarity_of(prepare(features), prepare(codebook))
     monkeypatch.setattr(module, "block_elements", lambda *_: 1000)  # many blocks
     assert torch.equal(module.search(features, codebook, distance), whole.argmax(1))
@@ -119,9 +119,9 @@ def test_match_and_anchors_agree_with_the_whole_matrix(
     for backend in SEARCHES:
         quantizer = LooCQuantizer(37, 4, distance=distance)
         quantizer.search = backend
-        assert torch.equal(module.closest_anchor(quantizer, features, codebook), closest)
+        assert torch.equal(module.closest_anchor(quantizer, features, codebook).vectors, closest)
     found = most_similar_features(features, codebook, distance, None, gumbel=False)
-    assert torch.equal(found, closest)
+    assert torch.equal(found.vectors, closest)
 
 
 def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> N
     features = F.normalize(torch.randn(10, 3), dim=1)
     codevector = torch.randn(1, 3)
     codevectors = codevector.expand(20_000, 3)
-    drawn = most_similar_features(features, codevectors, "cos", None, gumbel=True)
+    drawn = most_similar_features(features, codevectors, "cos", None, gumbel=True).vectors
     counts = (drawn[:, None] == features).all(-1).sum(0)
     expected = 20_000 * F.softmax(F.normalize(codevector, dim=1) @ features.T, dim=1)[0]
     assert ((counts - expected).square() / expected).sum() < 27.9  # 99.9 % quantile, 9 degrees
@@ -142,7 +142,7 @@ def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> N
 def test_contrastive_loss_equals_the_sorted_definition(distance: str, num_features: int) -> None:
     codebook = torch.randn(8, 4, requires_grad=True)
     features = torch.randn(num_features, 4)
-    prepare, similarity_of = DISTANCES[distance]
+    prepare, similarity_of, _ = DISTANCES[distance]
     ordered = similarity_of(prepare(codebook), prepare(features)).sort(dim=1).values
     positive = ordered[:, -max(1, num_features // 8) :].mean(1, keepdim=True)
     logits = torch.cat([positive, ordered[:, : num_features // 2]], dim=1) / 0.07
@@ -241,6 +241,73 @@ def test_edges_stay_finite(
     assert torch.isfinite(quantizer.codebook.grad).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("device_waits", [True, False])
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_one_feature_that_is_not_finite_reaches_neither_codebook_nor_usage(
+    anchor: str, device_waits: bool, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not device_waits:  # as on CUDA, where the loss is not looked at
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.dim() == 0))
+    spoiled, clean = make({"anchor": anchor}), make({"anchor": anchor})
+    z = latents()
+    z[0, 1, 2, 3] = bad
+    for _ in range(3):
+        spoiled(z)
+    assert all(torch.isfinite(value).all() for value in spoiled.state_dict().values())
+    clean(latents())
+    once = make({"anchor": anchor})
+    once(z)
+    # 60 features, one of them not counted.
+    assert (once.usage * 59 * 100).sum() == pytest.approx(59, rel=1e-4)
+    assert (once.usage - clean.usage).abs().max() <= 0.01 / 30
+
+
+def test_a_batch_without_finite_features_changes_nothing() -> None:
+    quantizer = make({"anchor": "closest"})
+    quantizer(latents())
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer(latents() * float("nan"))
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_batch_that_falls_to_one_codevector(anchor: str, distance: str) -> None:
+    quantizer, z = make({"anchor": anchor, "distance": distance}), torch.ones(2, 8, 3, 5)
+    for _ in range(300):
+        quantizer(z.requires_grad_()).loss.backward()
+    assert all(torch.isfinite(value).all() for value in quantizer.state_dict().values())
+    assert quantizer.usage.sum() == pytest.approx(1 - 0.99**300, rel=1e-3)
+
+
+@every_setting
+def test_a_batch_in_parts_counts_as_a_whole(setting: dict[str, Any]) -> None:
+    whole, parts, z = make(setting), make(setting), latents(5, 8, 3, 5)
+    start = parts.codebook.detach().clone()
+    for step in range(3):
+        whole(z + step)
+        for number, part in enumerate((z + step).split([2, 0, 3])):
+            assert torch.equal(parts.codebook, start)
+            parts.defer_update = number < 2
+            parts(part)
+        start = parts.codebook.detach().clone()
+        if setting["anchor"] in ("closest", "none"):
+            assert torch.equal(parts.codebook, whole.codebook)
+            assert torch.equal(parts.usage, whole.usage)
+    assert parts.usage.sum() == pytest.approx(1 - 0.99**3, rel=1e-4)
+
+
+def test_no_images_at_all() -> None:
+    quantizer = make({})
+    z = torch.zeros(0, 8, 3, 5, requires_grad=True)
+    output, loss, indices = quantizer(z)
+    (loss + output.sum()).backward()
+    assert (output.shape, indices.shape, loss.item()) == (z.shape, (0, 3, 5, 2), 0)
+    assert quantizer.codebook.grad is not None
+    assert not quantizer.codebook.grad.any()
+
+
 SCALES_OF_FEATURES = (1e-3, 1.0, 1e3)
 
 
@@ -258,7 +325,7 @@ def test_every_search_is_exact(
     torch.manual_seed(0)
     codebook = torch.randn(num_embedding, dim)
     codebook[0] = 0
-    prepare, similarity_of = DISTANCES[distance]
+    prepare, similarity_of, _ = DISTANCES[distance]
     for scale in SCALES_OF_FEATURES:
         features = torch.randn(num_features, dim) * scale
         indices = module.search(features, codebook, distance, backend)
@@ -369,7 +436,7 @@ def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch)
         return result
 
     monkeypatch.setattr(module, "block_elements", lambda *_: 2000)
-    distances = {"cos": module.Distance(module.unit_norm, spy)}
+    distances = {"cos": DISTANCES["cos"]._replace(similarity=spy)}
     monkeypatch.setattr(module, "DISTANCES", distances)
     quantizer = LooCQuantizer(50, 4, anchor="probrandom")
     quantizer.search = "torch"
