@@ -1,8 +1,8 @@
 """Measure reconstructions against originals: L1, SSIM, PSNR, LPIPS and FID over two folders.
 
-Images are paired by name, without suffix; subfolders count, hidden files do not. Writes
-metrics.json (means, variances, settings) and metrics.csv (a line a pair), by default beside the
-folder of the reconstructions.
+Images are paired by name, without suffix, and compared as a viewer shows them; subfolders count,
+hidden files do not. Writes metrics.json (means, variances, settings) and metrics.csv (a line a
+pair), by default beside the folder of the reconstructions.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import csv
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -29,14 +27,15 @@ from modules.config import option
 from utils import metrics
 from utils.arguments import build, parse_flags
 from utils.devices import keep_freed_memory, resolve_device
+from utils.distributed import launched
 from utils.errors import UserError, run
 from utils.files import whole_file, writable_folder, write_json
+from utils.images import SUFFIXES, image_names, more_than_8_bits, open_image, viewed, viewed_size
 from utils.logger import log, start_logging
 from utils.metrics import METRICS, FeatureStatistics, Pixels, Summary, Values
 from utils.networks import LPIPS_BACKBONES, Network, inception_network, lpips_network
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
-GREY_MODES = ("1", "L", "LA")
+GREY_MODES = ("1", "L", "LA", "La")
 MAX_NAMED = 5  # names in an error
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "lpips", "torch-fidelity")
 
@@ -53,6 +52,9 @@ class EvaluationConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     num_workers: int | None = option(
         None, "processes that read and compare (default: one a core; 0: none)", minimum=0
+    )
+    skip_bad_images: bool = option(
+        False, "leave out pairs of images that cannot be decoded; they are counted and listed"
     )
     lpips_net: str = option("vgg", "backbone of LPIPS", choices=tuple(LPIPS_BACKBONES))
     lpips_weights: str | None = option(
@@ -86,45 +88,52 @@ class Pair:
     original: Path
     reconstruction: Path
     size: tuple[int, int]  # width, height
-    mode: str  # "L" or "RGB"
+    mode: Literal["L", "RGB"]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Images of one size, and what was measured where they were read."""
 
+    names: list[str]  # B
     originals: Pixels  # (B, C, H, W)
     reconstructions: Pixels  # (B, C, H, W)
     values: dict[str, Values]  # (B,) each
+    skipped: dict[str, str]  # name → why the pair could not be decoded and is not among them
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The values of each pair, in the order of the pairs, and the distance of the two sets."""
+    """The values of each pair, in the order of names, and the distance of the two sets."""
 
+    names: list[str]
     values: dict[str, list[float]]
     fid: float | None
+    skipped: dict[str, str]  # name → why the pair was not measured
 
 
 def main() -> None:
     config = build(EvaluationConfig, parse_flags(__doc__, EvaluationConfig))
     start_logging()
+    if launched():
+        raise UserError("it runs as one process; start it without torchrun")
     keep_freed_memory()
     device = resolve_device(config.device)
-    pairs = open_pairs(config)
+    pairs, skipped = open_pairs(config)
+    check_number(config, len(pairs), skipped)
     check_sides(config, pairs)
     networks = load_networks(config, pairs, device)
     output = writable_folder(config.output_folder, "--output")
 
-    scores = measure(config, pairs, networks, device)
-    summaries = summarise(config, scores, len(pairs))
-    write_csv(output / "metrics.csv", pairs, scores)
-    write_json(output / "metrics.json", record(config, pairs, networks, summaries))
-    show(summaries, output)
+    scores = measure(config, pairs, skipped, networks, device)
+    summaries = summarise(config, scores)
+    write_csv(output / "metrics.csv", scores)
+    write_json(output / "metrics.json", record(config, scores, networks, summaries))
+    show(scores, summaries, output)
 
 
-def open_pairs(config: EvaluationConfig) -> list[Pair]:
-    """The pairs in the order of their names, --num_test of them.
+def open_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
+    """The pairs in the order of their names, --num_test of them, and why others are left out.
 
     Reads no more than the images' headers.
     """
@@ -143,29 +152,39 @@ def open_pairs(config: EvaluationConfig) -> list[Pair]:
         ]
         raise UserError(f"images are paired by name, and {'; '.join(problems)}")
     originals, reconstructions = files.values()
-    headers = [(read_header(originals[name]), read_header(reconstructions[name])) for name in names]
+    headers, skipped = {}, {}
+    for name in names:
+        try:
+            headers[name] = read_header(originals[name]), read_header(reconstructions[name])
+        except UserError as error:
+            if not config.skip_bad_images:
+                raise
+            skipped[name] = str(error)
     different = [
         f"{name} ({width}×{height} and {w}×{h})"
-        for name, (((width, height), _), ((w, h), _)) in zip(names, headers)
+        for name, (((width, height), _), ((w, h), _)) in headers.items()
         if (width, height) != (w, h)
     ]
     if different:
         raise UserError(
             f"{len(different)} of {len(names)} pairs differ in size: {first_few(different)}"
         )
-    return [
+    pairs = [
         Pair(name, originals[name], reconstructions[name], size, mode if mode == other else "RGB")
-        for name, ((size, mode), (_, other)) in zip(names, headers)
+        for name, ((size, mode), (_, other)) in headers.items()
     ]
+    return pairs, skipped
 
 
 def images_in(flag: str, folder: Path) -> dict[str, Path]:
     """The images of a folder and its subfolders by their relative path without suffix."""
+    try:
+        files = image_names(folder)
+    except OSError as error:
+        raise UserError(f"{flag} {error.filename} cannot be read: {error.strerror}") from error
     found: dict[str, Path] = {}
-    for path in sorted(visible_files(flag, folder)):
-        if path.suffix.lower() not in SUFFIXES:
-            continue
-        name = path.relative_to(folder).with_suffix("").as_posix()
+    for file in files:
+        name, path = file[: file.rindex(".")], folder / file
         if name in found:
             raise UserError(f"{flag} holds two images of one name: {found[name]} and {path}")
         found[name] = path
@@ -174,50 +193,39 @@ def images_in(flag: str, folder: Path) -> dict[str, Path]:
     return found
 
 
-def visible_files(flag: str, folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{flag} {error.filename} cannot be read: {error.strerror}") from error
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
-
-
 def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMED]) + (", …" if len(names) > MAX_NAMED else "")
 
 
-def read_header(path: Path) -> tuple[tuple[int, int], str]:
-    """Width and height, and the mode to read it in: L or RGB."""
-    with open_image(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise UserError(f"image {path} has more than 8 bits a pixel (mode {image.mode})")
-        return image.size, "L" if image.mode in GREY_MODES else "RGB"
+def read_header(path: Path) -> tuple[tuple[int, int], Literal["L", "RGB"]]:
+    """Width and height, and the mode to read it in. Raises UserError where it cannot be read."""
+    with open_image(path, str(path)) as image:
+        if more_than_8_bits(image):
+            raise UserError(f"image {path} has more than 8 bits a channel")
+        return viewed_size(image), "L" if image.mode in GREY_MODES else "RGB"
 
 
-def read_image(path: Path, mode: str) -> Pixels:
-    """The pixels as (C, H, W)."""
-    with open_image(path) as image:
-        pixels = np.asarray(image.convert(mode))
-    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+def read_image(path: Path, pair: Pair) -> Pixels:
+    """The pixels of one image of the pair as (C, H, W). Raises UserError where it is damaged."""
+    with open_image(path, str(path)) as image:
+        picture = viewed(image, pair.mode)
+        if picture.size != pair.size:
+            raise ValueError("its size is not that of its header")
+        pixels = np.asarray(picture)
+    return pixels[None] if pair.mode == "L" else pixels.transpose(2, 0, 1)
 
 
-@contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """The image; UserError naming it where opening or decoding fails."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (MemoryError, UserError):
-        raise
-    except Exception as error:  # damaged images raise whatever the decoder stumbled over
-        raise UserError(
-            f"image {path} is damaged, unreadable or no image ({type(error).__name__})"
-        ) from error
+def check_number(config: EvaluationConfig, num_pairs: int, skipped: dict[str, str]) -> None:
+    """Raise UserError where too few pairs remain."""
+    if num_pairs == 0:
+        reason = next(iter(skipped.values()))
+        raise UserError(f"none of the {len(skipped)} pairs can be measured; {reason}")
+    if "fid" in config.metrics and num_pairs < 2:
+        raise UserError("--metrics fid needs 2 images or more, and there is 1")
 
 
 def check_sides(config: EvaluationConfig, pairs: list[Pair]) -> None:
-    """Raise UserError where images are too small for a metric, or too few."""
+    """Raise UserError where images are too small for a metric."""
     for name in config.metrics:
         chosen, smallest = f"--metrics {name}", METRICS[name].smallest_side
         if name == "lpips":
@@ -229,8 +237,6 @@ def check_sides(config: EvaluationConfig, pairs: list[Pair]) -> None:
                 f"{chosen} needs images of {smallest}×{smallest} or more; "
                 f"{len(small)} of {len(pairs)} are smaller: {first_few(small)}"
             )
-    if "fid" in config.metrics and len(pairs) < 2:
-        raise UserError("--metrics fid needs 2 images or more, and there is 1")
 
 
 def load_networks(
@@ -253,14 +259,24 @@ def load_networks(
 
 
 def measure(
-    config: EvaluationConfig, pairs: list[Pair], networks: dict[str, Network], device: torch.device
+    config: EvaluationConfig,
+    pairs: list[Pair],
+    skipped: dict[str, str],
+    networks: dict[str, Network],
+    device: torch.device,
 ) -> Scores:
-    """Every chosen metric, in the memory of a few batches."""
+    """Every chosen metric, in the memory of a few batches; skipped are pairs left out before."""
     torch.backends.cudnn.allow_tf32 = False  # the values of a GPU are those of the CPU
+    names: list[str] = []
     values: dict[str, list[float]] = {name: [] for name in config.metrics if name != "fid"}
     sets = FeatureStatistics(), FeatureStatistics()
     with tqdm(total=len(pairs), unit="image", disable=None, leave=False) as bar:
         for batch in batches(config, pairs):
+            bar.update(len(batch.names) + len(batch.skipped))
+            skipped = {**skipped, **batch.skipped}
+            if not batch.names:
+                continue
+            names.extend(batch.names)
             columns = dict(batch.values)
             if networks:
                 x = torch.from_numpy(batch.originals).to(device)
@@ -275,8 +291,9 @@ def measure(
                     statistics.update(features)
             for name, column in columns.items():
                 values[name].extend(column.tolist())
-            bar.update(len(batch.originals))
-    return Scores(values, metrics.frechet_distance(*sets) if "fid" in networks else None)
+    check_number(config, len(names), skipped)
+    fid = metrics.frechet_distance(*sets) if "fid" in networks else None
+    return Scores(names, values, fid, dict(sorted(skipped.items())))
 
 
 def check_finite(values: Tensor, network: Network) -> None:
@@ -285,25 +302,28 @@ def check_finite(values: Tensor, network: Network) -> None:
 
 
 def batches(config: EvaluationConfig, pairs: list[Pair]) -> Iterator[Batch]:
-    """Consecutive pairs of one size and mode, --batch_size at a time, read by --num_workers."""
+    """Consecutive pairs of one size and mode, --batch_size at a time, read by --num_workers.
+
+    Raises UserError naming an image that is damaged, unless --skip_bad_images.
+    """
     groups = [list(group) for _, group in groupby(pairs, lambda pair: (pair.size, pair.mode))]
     size = config.batch_size
     parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
     compared = [name for name in config.metrics if METRICS[name].compare is not None]
     workers = cores() if config.num_workers is None else config.num_workers
-    loader: DataLoader[Batch | UserError] = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         ReadAndCompare(parts, compared),
         batch_size=None,
         num_workers=min(workers, len(parts)),
         collate_fn=as_is,
     )
     for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
+        if batch.skipped and not config.skip_bad_images:
+            raise UserError(next(iter(batch.skipped.values())))
         yield batch
 
 
-class ReadAndCompare(Dataset["Batch | UserError"]):
+class ReadAndCompare(Dataset[Batch]):
     """Reads a batch of pairs and computes the metrics that need no network; runs in workers."""
 
     def __init__(self, parts: list[list[Pair]], compared: list[str]) -> None:
@@ -313,15 +333,23 @@ class ReadAndCompare(Dataset["Batch | UserError"]):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, index: int) -> Batch | UserError:
-        pairs = self.parts[index]
-        try:
-            x = np.stack([read_image(pair.original, pair.mode) for pair in pairs])
-            y = np.stack([read_image(pair.reconstruction, pair.mode) for pair in pairs])
-        except UserError as error:
-            return error  # raised here, it would arrive wrapped in the worker's traceback
+    def __getitem__(self, index: int) -> Batch:
+        read: dict[str, tuple[Pixels, Pixels]] = {}
+        skipped: dict[str, str] = {}
+        for pair in self.parts[index]:
+            try:
+                read[pair.name] = (
+                    read_image(pair.original, pair),
+                    read_image(pair.reconstruction, pair),
+                )
+            except UserError as error:  # raised here, it would arrive in the worker's traceback
+                skipped[pair.name] = str(error)
+        if not read:
+            return Batch([], np.empty(0, np.uint8), np.empty(0, np.uint8), {}, skipped)
+        x, y = (np.stack(images) for images in zip(*read.values()))
         comparisons = {name: METRICS[name].compare for name in self.compared}
-        return Batch(x, y, {name: f(x, y) for name, f in comparisons.items() if f is not None})
+        values = {name: f(x, y) for name, f in comparisons.items() if f is not None}
+        return Batch(list(read), x, y, values, skipped)
 
 
 def as_is(batch: Any) -> Any:
@@ -336,10 +364,10 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def summarise(config: EvaluationConfig, scores: Scores, num_pairs: int) -> dict[str, Summary]:
+def summarise(config: EvaluationConfig, scores: Scores) -> dict[str, Summary]:
     """Mean and variance of the chosen metrics, in the order of METRICS."""
     return {
-        name: Summary(scores.fid, None, num_pairs)
+        name: Summary(scores.fid, None, len(scores.names))
         if name == "fid"
         else metrics.summarise(scores.values[name])
         for name in METRICS
@@ -347,7 +375,7 @@ def summarise(config: EvaluationConfig, scores: Scores, num_pairs: int) -> dict[
     }
 
 
-def write_csv(path: Path, pairs: list[Pair], scores: Scores) -> None:
+def write_csv(path: Path, scores: Scores) -> None:
     """A header, then the name and the values of each pair."""
     columns = [name for name in METRICS if name in scores.values]
     with (
@@ -356,20 +384,21 @@ def write_csv(path: Path, pairs: list[Pair], scores: Scores) -> None:
     ):
         writer = csv.writer(file)
         writer.writerow(["name", *columns])
-        for index, pair in enumerate(pairs):
-            writer.writerow([pair.name, *(scores.values[name][index] for name in columns)])
+        for index, pair in enumerate(scores.names):
+            writer.writerow([pair, *(scores.values[name][index] for name in columns)])
 
 
 def record(
     config: EvaluationConfig,
-    pairs: list[Pair],
+    scores: Scores,
     networks: dict[str, Network],
     summaries: dict[str, Summary],
 ) -> dict[str, Any]:
     """Results and everything needed to get them again."""
     return {
         "metrics": {name: asdict(summary) for name, summary in summaries.items()},
-        "pairs": len(pairs),
+        "pairs": len(scores.names),
+        "skipped": scores.skipped,
         "settings": {
             "gt_path": config.gt_path,
             "g_path": config.g_path,
@@ -388,8 +417,14 @@ def record(
     }
 
 
-def show(summaries: dict[str, Summary], output: Path) -> None:
+def show(scores: Scores, summaries: dict[str, Summary], output: Path) -> None:
     """Print the table and the paths of what was written."""
+    if scores.skipped:
+        log.warning(
+            "left out %d of %d pairs, which cannot be decoded: %s",
+            *(len(scores.skipped), len(scores.skipped) + len(scores.names)),
+            first_few(list(scores.skipped)),
+        )
     sys.stdout.write(f"{'metric':10} {'mean':>12} {'variance':>12}\n")
     for name, summary in summaries.items():
         mean = "inf" if summary.mean is None else f"{summary.mean:.6g}"

@@ -20,3 +20,6 @@ class DataConfig:
     num_workers: int = option(
         4, "processes that decode images, for sets on disk", minimum=0, maximum=1024
     )
+    skip_bad_images: bool = option(
+        False, "leave out images that cannot be decoded; they are counted and listed"
+    )

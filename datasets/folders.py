@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from datasets.images import FileImages, ImageSet, Split, hold_out
 from datasets.staging import fetch
 from utils.errors import UserError
+from utils.images import SUFFIXES, image_names
 
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
-)
 FFHQ_TRAIN = 60_000
 FFHQ_TEST = 10_000
 IMAGENET_FOLDERS: dict[Split, str] = {"train": "train", "test": "val"}
@@ -74,33 +70,14 @@ def unpack_imagenet(folder: Path, part: Path) -> None:
 
 
 def list_images(folder: Path) -> list[str]:
-    """The names of the images in folder and below, relative to it, sorted.
+    """The names of the images in folder and below, as `image_names` finds them.
 
-    Hidden files and folders are left out; links are followed, but not in circles. Raises UserError
-    where the folder is missing or holds no image.
+    Raises UserError where the folder is missing or holds no image.
     """
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"--data_folder {folder} {problem}")
-    names: list[str] = []
-    scan(str(folder), "", frozenset(), names)
+    names = image_names(folder)
     if not names:
         raise UserError(f"--data_folder {folder} holds no images ({', '.join(SUFFIXES)})")
-    return sorted(names)
-
-
-def scan(place: str, prefix: str, above: frozenset[tuple[int, int]], names: list[str]) -> None:
-    """Append to names the images in place and below; above are the folders on the way to it."""
-    status = Path(place).stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    with os.scandir(place) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            # A link may be broken or point at itself, which Path takes for "no".
-            if Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir():
-                scan(entry.path, f"{prefix}{entry.name}/", above | {identity}, names)
-            elif entry.name.lower().endswith(SUFFIXES):
-                names.append(prefix + entry.name)
+    return names

@@ -12,11 +12,12 @@ from typing import IO, Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils.errors import UserError, one_line
+from utils.errors import UserError
+from utils.images import open_image, viewed
 
 Split: TypeAlias = Literal["train", "test"]
 
@@ -40,6 +41,10 @@ class ImageSet(Dataset[Tensor], ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Tensor:
         """One image, (C, H, W), uint8. Raises UserError naming an image that is damaged."""
+
+    def name(self, index: int) -> str:
+        """What an image is called in messages and records: its file's path, if it has one."""
+        return f"{index:08d}"
 
 
 class TensorImages(ImageSet):
@@ -73,6 +78,9 @@ class FileImages(ImageSet):
         path = self.folder / self.names[index]
         return decode(path, self.image_size, str(path))
 
+    def name(self, index: int) -> str:
+        return str(self.folder / self.names[index])
+
 
 class ChosenImages(ImageSet):
     """Some images of another set, by their indices (n,), int64."""
@@ -88,36 +96,23 @@ class ChosenImages(ImageSet):
     def __getitem__(self, index: int) -> Tensor:
         return self.images[int(self.chosen[index])]
 
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.chosen[index]))
+
 
 # --------------------------------------------------------------------------------------- decoding
 
 
 def decode(source: Path | IO[bytes], size: int, name: str) -> Tensor:
-    """An image file → (3, size, size), uint8: turned as its EXIF says, RGB, centre crop, bicubic.
+    """An image file → (3, size, size), uint8: RGB as a viewer shows it, centre crop, bicubic.
 
-    The shorter side becomes size; Pillow's bicubic filter antialiases where it shrinks. Alpha is
-    dropped. Raises UserError naming an image that is damaged or larger than Pillow's limit.
+    The shorter side becomes size; Pillow's bicubic filter antialiases where it shrinks. Raises
+    UserError naming an image that is damaged or larger than Pillow's limit.
     """
-    try:
-        with Image.open(source) as image:
-            rgb = to_rgb(ImageOps.exif_transpose(image))
-            square = centre_square(rgb).resize((size, size), Image.Resampling.BICUBIC)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise whatever the decoder stumbled over
-        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
-        raise UserError(f"image {name} cannot be decoded: {reason}") from error
-    return torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy())
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode → RGB; of 16-bit grey levels the upper 8 bits."""
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    with open_image(source, name) as image:
+        square = centre_square(viewed(image, "RGB"))
+        pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def centre_square(image: Image.Image) -> Image.Image:
@@ -165,11 +160,12 @@ def choose(images: ImageSet, indices: Tensor) -> ImageSet:
     return ChosenImages(images, indices)
 
 
-def pixel_variance(images: ImageSet) -> float:
+def pixel_variance(images: ImageSet, skip_bad: bool = False) -> float:
     """Variance of pixel / 255 over all pixels and channels, in [0, 1/4].
 
     Exact for sets in memory; for others that of at most VARIANCE_SAMPLE images, the same in every
-    run. Raises UserError naming an image that is damaged.
+    run. Raises UserError naming an image that is damaged; skip_bad leaves those out, and it is
+    raised where no image remains.
     """
     if isinstance(images, TensorImages):
         counts = sum_counts(
@@ -177,8 +173,19 @@ def pixel_variance(images: ImageSet) -> float:
         )
     else:
         sample = permutation(len(images), "variance")[:VARIANCE_SAMPLE].sort().values.tolist()
+
+        def count(index: int) -> Tensor:
+            try:
+                return pixel_counts(images[index])
+            except UserError:
+                if skip_bad:
+                    return torch.zeros(256, dtype=torch.int64)
+                raise
+
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            counts = sum_counts(list(pool.map(lambda i: pixel_counts(images[i]), sample)))
+            counts = sum_counts(list(pool.map(count, sample)))
+    if counts.sum() == 0:
+        raise UserError(f"none of the {len(sample):,} images of --data_folder can be decoded")
     levels = torch.arange(256, dtype=torch.float64) / 255
     share = counts.double() / counts.sum()  # (256,), of each of the 256 values
     mean = (share * levels).sum()

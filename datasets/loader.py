@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import warnings
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +14,30 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from datasets.images import ImageSet, TensorImages, permutation
 from utils.errors import UserError, one_line
 
+# --num_workers is the user's choice, and more than the cores may suit a slow disk.
+warnings.filterwarnings("ignore", "This DataLoader will create")
+
+
+class Decoded(NamedTuple):
+    """A batch, or a rank's share of one."""
+
+    positions: Tensor  # (b,), int64, on the CPU: where in the set each image is
+    images: Tensor  # (b, C, H, W), uint8
+    bad: dict[int, str]  # position → why that image could not be decoded and is not among them
+
 
 class BatchLoader:
     """Batches of uint8 images (b, C, H, W) on a device; the last batch of an epoch may be smaller.
 
+    batch_size is that of all ranks together. With shuffle, for training, each rank has its share
+    of every batch, which may be empty; without, whole batches are dealt out to the ranks in turn.
+
     Sets in memory move to the device once and are indexed there. Others are decoded by num_workers
     processes (0: in this one), ahead of their use. The global random number generator is never
     touched. One epoch is iterated at a time; it may be left early.
+
+    An image that cannot be decoded raises UserError; skip_bad leaves it out of its batch and notes
+    it in bad_images, position in the set → message.
     """
 
     def __init__(
@@ -29,35 +49,61 @@ class BatchLoader:
         shuffle: bool = False,
         seed: int = 0,
         num_workers: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+        skip_bad: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is less than 1")
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank {rank} is not one of {num_ranks}")
         self.size = len(images)
         self.batch_size = batch_size
         self.device = device
         self.shuffle = shuffle
         self.seed = seed
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.skip_bad = skip_bad
+        self.bad_images: dict[int, str] = {}
         self.source = (
             MemoryBatches(images.images.to(device))
             if isinstance(images, TensorImages)
-            else DecodedBatches(images, device, num_workers)
+            else DecodedBatches(images, device, min(num_workers, len(self)))
         )
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches an epoch, of all ranks together."""
         return -(-self.size // self.batch_size)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
-        """The epoch's batches from number start on; those before it are not decoded.
+        """The images of `numbered`."""
+        return (images for _, images in self.numbered(epoch, start))
 
-        Raises UserError naming an image that is damaged.
+    def numbered(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of the epoch's batches from number start on, as (positions, images).
+
+        positions (b,), int64, on the CPU, say where in the set the images (b, C, H, W) are. What
+        comes before start is not decoded. Raises UserError naming an image that is damaged.
         """
+        for positions, images, bad in self.source.batches(self.shares(epoch, start)):
+            if bad and not self.skip_bad:
+                raise UserError(next(iter(bad.values())))
+            self.bad_images.update(bad)
+            if len(positions) or self.shuffle:  # in training every rank makes every step
+                yield positions, images
+
+    def shares(self, epoch: int, start: int) -> list[Tensor]:
+        """The positions (b,) of this rank's images, batch by batch."""
         if self.shuffle:
             order = permutation(self.size, self.seed, epoch)
         else:
             order = torch.arange(self.size)
-        first = range(start * self.batch_size, self.size, self.batch_size)
-        return self.source.batches([order[i : i + self.batch_size] for i in first])
+        batches = torch.split(order, self.batch_size)
+        if self.shuffle:
+            return [batch[self.rank :: self.num_ranks] for batch in batches[start:]]
+        mine = range(self.rank, len(batches), self.num_ranks)
+        return [batches[number] for number in mine if number >= start]
 
 
 class MemoryBatches:
@@ -66,9 +112,10 @@ class MemoryBatches:
     def __init__(self, images: Tensor) -> None:
         self.images = images
 
-    def batches(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
-        for indices in order:
-            yield self.images[indices.to(self.images.device, non_blocking=True)]
+    def batches(self, order: Sequence[Tensor]) -> Iterator[Decoded]:
+        for positions in order:
+            images = self.images[positions.to(self.images.device, non_blocking=True)]
+            yield Decoded(positions, images, {})
 
 
 class DecodedBatches:
@@ -78,33 +125,41 @@ class DecodedBatches:
         self.device = device
         self.num_workers = num_workers
         self.order = BatchOrder()
-        self.loader: DataLoader[Tensor | str] = DataLoader(
+        self.loader: DataLoader[Decoded] = DataLoader(
             WholeBatches(images),
-            batch_size=None,  # WholeBatches takes the indices of a batch, not of an image
+            batch_size=None,  # WholeBatches takes the positions of a batch, not of an image
             sampler=self.order,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # else the global one would be drawn from
         )
 
-    def batches(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
+    def batches(self, order: Sequence[Tensor]) -> Iterator[Decoded]:
         if not order:
             return
-        self.order.batches = [indices.tolist() for indices in order]
+        self.order.batches = [positions.tolist() for positions in order]
         try:
-            for batch in self.loader:
-                if isinstance(batch, str):
-                    raise UserError(batch)
-                yield batch.to(self.device, non_blocking=True)
+            for positions, images, bad in self.loader:
+                yield Decoded(positions, images.to(self.device, non_blocking=True), bad)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(f"--num_workers {self.num_workers}: {one_line(error)}") from error
 
 
+def ignore_signals(_worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach a whole group of processes, to the main one.
+
+    It ends the workers when it ends, and they themselves when it has died.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class BatchOrder(Sampler[list[int]]):
-    """The indices of each batch of the epoch at hand."""
+    """The positions in each batch of the epoch at hand."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -116,17 +171,25 @@ class BatchOrder(Sampler[list[int]]):
         return len(self.batches)
 
 
-class WholeBatches(Dataset["Tensor | str"]):
-    """A set's batches: indices → (b, C, H, W), or the message of a UserError.
+class WholeBatches(Dataset[Decoded]):
+    """A set's batches, by the positions of their images.
 
-    An exception would reach the parent process with the worker's traceback in its message.
+    What cannot be decoded is returned as a message: an exception would reach the parent process
+    with the worker's traceback in it.
     """
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images
 
-    def __getitem__(self, indices: list[int]) -> Tensor | str:
-        try:
-            return torch.stack([self.images[index] for index in indices])
-        except UserError as error:
-            return str(error)
+    def __getitem__(self, positions: list[int]) -> Decoded:
+        decoded: dict[int, Tensor] = {}
+        bad: dict[int, str] = {}
+        for position in positions:
+            try:
+                decoded[position] = self.images[position]
+            except UserError as error:
+                bad[position] = str(error)
+        side = self.images.image_size
+        none = torch.empty(0, self.images.channels, side, side, dtype=torch.uint8)
+        images = torch.stack(list(decoded.values())) if decoded else none
+        return Decoded(torch.tensor(list(decoded), dtype=torch.int64), images, bad)

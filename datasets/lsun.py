@@ -60,8 +60,10 @@ class LmdbImages(ImageSet):
         key = bytes(self.keys[index])
         with opening, open_database(self.path) as database, database.begin() as transaction:
             content = transaction.get(key)
-        name = f"{key.decode(errors='replace')} in {self.path}"
-        return decode(io.BytesIO(content), self.image_size, name)
+        return decode(io.BytesIO(content), self.image_size, self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{bytes(self.keys[index]).decode(errors='replace')} in {self.path}"
 
 
 def read_keys(path: Path) -> np.ndarray:

@@ -63,6 +63,7 @@ def open_dataset(
         raise UserError("--data_folder is empty")
     folder = Path("data") / name if data_folder is None else Path(data_folder)
     try:
+        refuse_files(folder)
         images = entry.open(folder, split, size)
     except OSError as error:
         place, reason = error.filename or folder, error.strerror or one_line(error)
@@ -70,3 +71,11 @@ def open_dataset(
     if len(images) == 0:
         raise UserError(f"--data_folder {folder} holds no {split} images of --dataset {name}")
     return images
+
+
+def refuse_files(folder: Path) -> None:
+    """Raise UserError where the folder, or one that it lies in, is a file."""
+    nearest = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if nearest.exists() and not nearest.is_dir():
+        inside = "" if nearest == folder else f": {nearest}"
+        raise UserError(f"--data_folder {folder}{inside} is not a folder")

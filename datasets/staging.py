@@ -25,7 +25,6 @@ def fetch(
     build takes that folder's name. Archives of these names that lie in folder already are put there
     for it. Raises UserError, `missing` and the reason in one line; then folder is as it was.
     """
-    log.info("getting the data for %s", folder)
     try:
         with quiet(), staged(folder, archives) as temporary:
             build(str(temporary))
@@ -34,6 +33,7 @@ def fetch(
     except Exception as error:  # sockets, tar, zip, gdown and torchvision each raise their own
         reason = textwrap.shorten(one_line(error), REASON_LENGTH, placeholder=" …")
         raise UserError(f"{missing}, and getting it failed: {reason}") from error
+    log.info("the data was put in %s", folder)
 
 
 @contextmanager

@@ -623,7 +623,7 @@ def test_image_modes(tmp_path: Path) -> None:
     palette = decoded(Image.new("RGB", (8, 8), (10, 20, 30)).quantize(4), tmp_path / "palette.png")
     assert palette[:, 0, 0].tolist() == [10, 20, 30]
     alpha = decoded(Image.new("RGBA", (8, 8), (10, 20, 30, 0)), tmp_path / "alpha.png")
-    assert alpha[:, 0, 0].tolist() == [10, 20, 30]
+    assert alpha[:, 0, 0].tolist() == [255, 255, 255]
     deep = Image.fromarray(np.full((8, 8), 200 * 256 + 7, dtype=np.uint16))
     assert decoded(deep, tmp_path / "deep.png").unique().tolist() == [200]
     for image in (grey, bits, palette, alpha):
