@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv once; nothing is installed twice.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench check-python
+.PHONY: help demo test lint bench fuzz soak check-python
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,8 @@ help:
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
+	@echo "make fuzz   1,000 damaged images, checkpoints and command lines each"
+	@echo "make soak   20,000 steps, 200,000 images, 20,000 pairs; writes docs/soak.md"
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -38,6 +40,12 @@ $(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m benchmarks
+
+fuzz: $(VENV)/.installed-dev
+	LOOC_FUZZ=1000 $(PY) -m pytest tests/test_fuzz.py
+
+soak: $(VENV)/.installed
+	$(PY) -m benchmarks.soak --output docs/soak.md
 
 demo: $(VENV)/.installed
 	$(PY) main.py --output_folder $(OUTPUT) --exp_name $(EXP) --overwrite $(DEMO_FLAGS)

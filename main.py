@@ -1,7 +1,8 @@
 """Train an image autoencoder whose latents are quantised by LooC.
 
 Writes <output_folder>/models/<exp_name>/best.pt and last.pt and TensorBoard's files under
-<output_folder>/logs/<exp_name>. The same command again continues where the run stopped.
+<output_folder>/logs/<exp_name>. The same command again continues where the run stopped. Under
+torchrun several processes train together; --batch_size is then that of all of them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,10 +20,19 @@ from datasets.config import DataConfig
 from modules import VQVAE, ModelConfig
 from modules.vqvae import DOWNSAMPLING
 from utils.arguments import build, build_model_config, parse_flags
-from utils.checkpoint import read_checkpoint
-from utils.devices import keep_freed_memory, resolve_device, seed_everything
+from utils.checkpoint import Checkpoint, read_checkpoint
+from utils.devices import keep_freed_memory, seed_everything
+from utils.distributed import (
+    first_goes_ahead,
+    from_first,
+    num_ranks,
+    rank,
+    seed_rank,
+    start_ranks,
+    stop_ranks,
+)
 from utils.errors import UserError, one_line, run
-from utils.files import inside, writable_folder
+from utils.files import inside, remove_left_overs, writable_folder
 from utils.logger import log, start_logging
 from utils.search import SearchConfig, apply_search
 from utils.trainer import TrainConfig, Trainer, contradictions
@@ -30,26 +41,30 @@ from utils.trainer import TrainConfig, Trainer, contradictions
 def main() -> None:
     flags = parse_flags(__doc__, ModelConfig, DataConfig, TrainConfig, SearchConfig)
     data, config = build(DataConfig, flags), build(TrainConfig, flags)
-    start_logging()
+    start_logging(quiet=rank() > 0)
     keep_freed_memory()
-    device = resolve_device(config.device)
-    training, validation = open_images(data, config)
+    device = start_ranks(config.device)
+    with first_goes_ahead():
+        training, validation = open_images(data, config)
     model_config = build_model_config(flags, training.channels)
     data, config = complete(data, config, model_config, training)
     seed_everything(config.seed, device)
     model = prepare(VQVAE(model_config), config, device)
+    seed_rank(config.seed)
     apply_search(build(SearchConfig, flags), model, device)
 
     trainer = make_trainer(model, training, validation, data, config)
     resume(trainer, data, len(training))
-    start_logging(writable_folder(trainer.logs, "--output_folder") / "train.log")
+    log_to_file(trainer)
     log.info(
-        "%d training and %d validation images of %s, %d×%d; steps %d to %d on %s",
+        "%d training and %d validation images of %s, %d×%d; steps %d to %d on %s%s",
         *(len(training), len(validation), data.dataset, data.image_size, data.image_size),
         *(trainer.step, trainer.total_steps, device),
+        f", {num_ranks()} processes" if num_ranks() > 1 else "",
     )
     trainer.fit()
     log.info("checkpoints: %s\nTensorBoard: %s", trainer.models, trainer.logs)
+    stop_ranks()
 
 
 def make_trainer(
@@ -59,13 +74,22 @@ def make_trainer(
     device = next(model.parameters()).device
     output, name = writable_folder(Path(config.output_folder), "--output_folder"), config.exp_name
     models, logs = (inside(output / kind, str(name), "--exp_name") for kind in ("models", "logs"))
-    loader = partial(BatchLoader, device=device, seed=config.seed, num_workers=data.num_workers)
+    loader = partial(
+        BatchLoader,
+        device=device,
+        seed=config.seed,
+        num_workers=data.num_workers,
+        rank=rank(),
+        num_ranks=num_ranks(),
+        skip_bad=data.skip_bad_images,
+    )
+    parts = num_ranks() * config.accumulate  # validation shall fit wherever training does
     return Trainer(
         model,
         loader(training, config.batch_size, shuffle=True),
-        loader(validation, config.batch_size),
+        loader(validation, -(-config.batch_size // parts)),
         config,
-        data_variance=pixel_variance(training),
+        data_variance=pixel_variance(training, data.skip_bad_images),
         models=models,
         logs=logs,
         stored={"data_config": asdict(data), "num_images": len(training)},
@@ -88,8 +112,6 @@ def open_images(data: DataConfig, config: TrainConfig) -> tuple[ImageSet, ImageS
 
 def prepare(model: VQVAE, config: TrainConfig, device: torch.device) -> VQVAE:
     """The model on its device, in the layout and form that the flags ask for."""
-    if config.precision == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs CUDA; on --device cpu choose bf16 or fp32")
     model = model.to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -118,16 +140,31 @@ def complete(
 
 def resume(trainer: Trainer, data: DataConfig, num_images: int) -> None:
     """Continue from the checkpoint that --resume names, where it fits flags and images."""
-    config, last = trainer.config, trainer.models / "last.pt"
-    if config.overwrite:
-        for path in (last, last.with_name("best.pt")):
-            path.unlink(missing_ok=True)
-    if config.resume == "none" and last.exists():
-        raise UserError(f"--resume none: {last} exists; give --overwrite to replace it")
-    if config.resume == "none" or (config.resume == "auto" and not last.exists()):
+    checkpoint, has_best = from_first(lambda: checkpoint_to_resume(trainer, data, num_images))
+    if checkpoint is None:
         return
-    path = last if config.resume == "auto" else Path(config.resume)
-    checkpoint = read_checkpoint(path)
+    trainer.resume(checkpoint)
+    if not has_best:
+        trainer.best = -math.inf  # the best of another experiment is not ours
+    log.info("resumed %s at step %d", checkpoint.path, trainer.step)
+
+
+def checkpoint_to_resume(
+    trainer: Trainer, data: DataConfig, num_images: int
+) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint, if there is one to continue, and whether its best.pt lies beside it."""
+    config, models = trainer.config, trainer.models
+    remove_left_overs(models)
+    if config.overwrite:
+        for name in ("last.pt", "previous.pt", "best.pt"):
+            (models / name).unlink(missing_ok=True)
+    written = [models / name for name in ("last.pt", "previous.pt") if (models / name).exists()]
+    if config.resume == "none" and written:
+        raise UserError(f"--resume none: {written[0]} exists; give --overwrite to replace it")
+    if config.resume == "none" or (config.resume == "auto" and not written):
+        return None, False
+    checkpoint = read_first(written if config.resume == "auto" else [Path(config.resume)])
+    path = checkpoint.path
     differing = [
         *contradictions(checkpoint.model_config, trainer.model.config),
         *contradictions(checkpoint.group("data_config", DataConfig), data),
@@ -138,13 +175,30 @@ def resume(trainer: Trainer, data: DataConfig, num_images: int) -> None:
             f"{path} was trained with other flags: {', '.join(differing)}; "
             "choose another --exp_name, or --overwrite"
         )
-    if checkpoint.content.get("num_images") != num_images:
-        before = checkpoint.content.get("num_images")
+    before = checkpoint.count("num_images")
+    if before != num_images:
         raise UserError(f"{path} was trained on {before} images, --data_folder gives {num_images}")
-    trainer.resume(checkpoint)
-    if not last.with_name("best.pt").exists():
-        trainer.best = -math.inf  # the best of another experiment is not ours
-    log.info("resumed %s at step %d", path, trainer.step)
+    return checkpoint, (models / "best.pt").exists()
+
+
+def read_first(paths: list[Path]) -> Checkpoint:
+    """The first checkpoint that is whole; raises UserError where the last one is not either.
+
+    A damaged one is put aside, lest it become the one before the next.
+    """
+    for path, following in pairwise(paths):
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            log.warning("%s; going back to %s", error, following)
+            path.replace(path.with_name("damaged.pt"))
+    return read_checkpoint(paths[-1])
+
+
+def log_to_file(trainer: Trainer) -> None:
+    """Have the first process write train.log besides."""
+    if rank() == 0:
+        start_logging(writable_folder(trainer.logs, "--output_folder") / "train.log")
 
 
 if __name__ == "__main__":

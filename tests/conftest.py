@@ -70,16 +70,20 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(header + array.tobytes())
 
 
-@pytest.fixture
-def mnist(tmp_path: Path) -> Path:
+def write_mnist(folder: Path) -> None:
     """40 + 12 pictures of soft blobs in the files of MNIST."""
-    raw = tmp_path / "data" / "mnist" / "MNIST" / "raw"
     random = np.random.default_rng(0)
     y, x = np.mgrid[:28, :28]
     for name, count in (("train", 40), ("t10k", 12)):
         centres = random.uniform(6, 22, (count, 2, 1, 1))
         distance = (x - centres[:, 0]) ** 2 + (y - centres[:, 1]) ** 2
         images = (255 * np.exp(-distance / 30)).astype(np.uint8)
-        write_idx(raw / f"{name}-images-idx3-ubyte", images)
-        write_idx(raw / f"{name}-labels-idx1-ubyte", np.zeros(count, np.uint8))
+        write_idx(folder / "MNIST" / "raw" / f"{name}-images-idx3-ubyte", images)
+        write_idx(folder / "MNIST" / "raw" / f"{name}-labels-idx1-ubyte", np.zeros(count, np.uint8))
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    """The folder of a tiny MNIST."""
+    write_mnist(tmp_path / "data" / "mnist")
     return tmp_path / "data" / "mnist"

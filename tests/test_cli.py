@@ -243,7 +243,6 @@ def test_cuda_where_there_is_none(name: str, script: Script, mnist: Path) -> Non
         ("--lr -1", "argument --lr: -1.0 is not greater than 0"),
         ("--batch_size 0", "argument --batch_size: 0 is less than 1"),
         ("--device tpu", "--device tpu"),
-        ("--device cpu --precision fp16", "--precision fp16 needs CUDA"),
         ("--search_memory 0", "argument --search_memory: 0 is less than 1"),
         ("--search fais", "did you mean faiss?"),
         ("--exp_name .", "--exp_name '.' is no name"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+import utils.trainer
 from datasets import BatchLoader, TensorImages
 from modules import VQVAE, ModelConfig
 from utils.checkpoint import read_checkpoint
@@ -85,6 +87,7 @@ def test_validation_changes_nothing(tmp_path: Path) -> None:
     assert same(before, weights(trainer))
     assert torch.equal(random_state, torch.get_rng_state())
     assert trainer.model.training
+    assert scores is not None
     assert scores["psnr"] > 0
 
 
@@ -94,7 +97,7 @@ def test_best_is_the_best_validation_score(tmp_path: Path) -> None:
     validate = trainer.validate
 
     def spoiled() -> dict[str, float]:
-        found = {**validate(), "psnr": [20.0, 30.0, 10.0][len(scores)]}
+        found = {**(validate() or {}), "psnr": [20.0, 30.0, 10.0][len(scores)]}
         scores.append(found["psnr"])
         return found
 
@@ -105,29 +108,152 @@ def test_best_is_the_best_validation_score(tmp_path: Path) -> None:
     assert (last["step"], last["epoch"], last["best"]) == (9, 3, 30.0)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+def poison(trainer: Trainer, what: str, steps: tuple[int, ...]) -> None:
+    """Make the output of the decoder, or one gradient, not a number at these steps."""
+
+    def spoiled(value: torch.Tensor) -> torch.Tensor:
+        return value * float("nan") if trainer.step in steps else value
+
+    if what == "output":
+        trainer.model.decoder.register_forward_hook(lambda *arguments: spoiled(arguments[2]))
+    else:
+        trainer.model.decoder.conv_1.weight.register_hook(spoiled)
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("output", "the reconstruction loss"),
+        ("gradient", r"the gradient of decoder\.conv_1\.weight"),
+    ],
+)
+def test_a_bad_step_stops_the_run_and_keeps_the_checkpoint(
+    what: str, name: str, tmp_path: Path
+) -> None:
     trainer = make(tmp_path)
-    step = trainer.train_step
-
-    def poisoned(images: torch.Tensor) -> None:
-        step(images * float("nan") if trainer.step == 4 else images)
-
-    trainer.train_step = poisoned  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"not finite at step 5; .*last\.pt is the last good one"):
+    poison(trainer, what, (5,))
+    with pytest.raises(UserError, match=rf"{name} is not finite at step 5; .*last\.pt is the last"):
         trainer.fit()
     last = read_checkpoint(tmp_path / "models" / "last.pt")
     assert last.content["step"] == 3
     assert all(torch.isfinite(value).all() for value in last.state_dict.values())
 
 
+@pytest.mark.parametrize("what", ["output", "gradient"])
+def test_bad_steps_are_skipped_as_often_as_allowed(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(tmp_path, replace(TRAIN, max_bad_steps=2))
+    poison(trainer, what, (3, 5, 6))
+    before: list[torch.Tensor] = []
+    step = trainer.train_step
+
+    def watched(images: torch.Tensor) -> None:
+        before[:] = [value.detach().clone() for value in trainer.model.decoder.parameters()]
+        step(images)
+        same_weights = same(before, list(trainer.model.decoder.parameters()))
+        assert same_weights == (trainer.step in (3, 5, 6))
+
+    trainer.train_step = watched  # type: ignore[method-assign]
+    trainer.fit()
+    assert trainer.step == 9
+    assert "skipped 1 step(s); the first: " in caplog.text
+    assert "skipped 2 step(s); the first: " in caplog.text
+    again = make(tmp_path / "again", replace(TRAIN, max_bad_steps=2))
+    poison(again, what, (5, 6, 7))
+    with pytest.raises(UserError, match=r"not finite at step \d; stopped, as --max_bad_steps is 2"):
+        again.fit()
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_checkpoint(tmp_path: Path) -> None:
+    config = replace(TRAIN, max_bad_steps=2)
+    first = make(tmp_path, replace(config, max_steps=3))
+    poison(first, "gradient", (2, 3))
+    first.fit()
+    second = make(tmp_path, config)
+    second.resume(read_checkpoint(tmp_path / "models" / "last.pt"))
+    poison(second, "gradient", (4,))
+    with pytest.raises(UserError, match="not finite at step 4"):
+        second.fit()
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
-    """The loss of the last step before a checkpoint was finite, what the step did is not."""
-    trainer = make(tmp_path, replace(TRAIN, lr=10.0))
+    trainer = make(tmp_path)
+    trainer.fit()
+    before = (tmp_path / "models" / "last.pt").read_bytes()
     with torch.no_grad():
-        trainer.model.decoder.conv_trans_2.weight.fill_(3e37)
-    with pytest.raises(UserError, match=r"not finite at step \d; stopped, nothing was saved yet"):
+        trainer.model.decoder.conv_1.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(
+        UserError, match=r"a weight is not finite at step 9; .*last\.pt is the last"
+    ):
+        trainer.save("last.pt")
+    assert (tmp_path / "models" / "last.pt").read_bytes() == before
+
+
+def test_a_gradient_is_clipped_to_its_norm(tmp_path: Path) -> None:
+    norms = []
+    for clip in (None, 0.01):
+        trainer = make(tmp_path / str(clip), replace(TRAIN, grad_clip=clip, max_steps=1))
         trainer.fit()
-    assert not (tmp_path / "models").exists()
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+    assert norms[0] > 0.1
+    assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+def test_a_batch_in_parts_equals_the_whole_batch(
+    accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, gradients, usage and closest anchors are those of the effective batch.
+
+    In float64, as in float32 rounding would decide between anchors of nearly one direction.
+    """
+    monkeypatch.setattr(utils.trainer, "to_signed", lambda images: images.double() / 127.5 - 1)
+    ends = []
+    for parts in (1, accumulate):
+        trainer = make(tmp_path / str(parts), replace(TRAIN, accumulate=parts))
+        trainer.model.double().quantizer.search = "torch"
+        trainer.fit()
+        ends.append([*weights(trainer), torch.tensor(trainer.best)])
+    for one, other in zip(*ends):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ({"save_every": "0"}, "--save_every 0 is neither"),
+        ({"save_every": "10h"}, "--save_every 10h is neither"),
+        ({"accumulate": 9}, "--accumulate 9 is more than --batch_size 8"),
+    ],
+)
+def test_wrong_settings_are_named(flag: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TRAIN, **flag)
+
+
+def test_last_is_saved_every_so_many_steps_and_the_one_before_kept(tmp_path: Path) -> None:
+    trainer = make(tmp_path, replace(TRAIN, save_every="2", max_steps=6))
+    saved: list[tuple[str, int]] = []
+    save = trainer.save
+
+    def noted(name: str) -> None:
+        saved.append((name, trainer.step))
+        save(name)
+
+    trainer.save = noted  # type: ignore[method-assign]
+    trainer.fit()
+    assert [step for name, step in saved if name == "last.pt"] == [2, 3, 4, 6]
+    previous = read_checkpoint(tmp_path / "models" / "previous.pt")
+    assert previous.content["step"] == 4
+
+
+def test_minutes_count_from_the_last_checkpoint(tmp_path: Path) -> None:
+    trainer = make(tmp_path, replace(TRAIN, save_every="2m"))
+    assert not trainer.save_is_due()
+    trainer.saved_at -= 121
+    assert trainer.save_is_due()
 
 
 def test_best_is_written_before_last_tells_its_score(tmp_path: Path) -> None:
@@ -140,7 +266,7 @@ def test_best_is_written_before_last_tells_its_score(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"batch": -1}, {"batch": 3}, {"epoch": -1}, {"step": float("inf")}, {"optimizer": {}}],
+    [{"batch": -1}, {"batch": 4}, {"epoch": -1}, {"step": float("inf")}, {"optimizer": {}}],
 )
 def test_a_damaged_state_is_not_resumed(change: dict[str, object], tmp_path: Path) -> None:
     make(tmp_path).fit()
@@ -157,15 +283,16 @@ def test_a_damaged_state_is_not_resumed(change: dict[str, object], tmp_path: Pat
 def test_the_meter_weighs_images() -> None:
     meter = Meter(4, CPU)
     indices = torch.tensor([0, 0, 1, 3])
-    meter.add(1, (torch.tensor(1.0), torch.tensor(4.0), torch.tensor(0.0)), indices[:3, None])
-    meter.add(2, (torch.tensor(5.0), torch.tensor(8.0), torch.tensor(4.0)), indices[3:, None])
+    meter.add((torch.tensor(1.0), torch.tensor(4.0), torch.tensor(0.0)), indices[:3, None])
+    meter.add((torch.tensor(5.0), torch.tensor(8.0), torch.tensor(4.0)), indices[3:, None])
     scores = meter.read()
     assert scores["loss"] == 2
     assert scores["reconstruction"] == 5
     assert scores["quantizer"] == 1
     assert scores["usage_percent"] == 75
     assert scores["perplexity"] == pytest.approx(2**1.5)
-    assert meter.num_images == 0
+    assert scores["num_images"] == 4
+    assert meter.read() == {}
 
 
 def test_tensorboard_shows_curves_pictures_and_usage(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from modules.config import QUANTIZERS, ModelConfig
-from utils.errors import UserError, unknown_name
+from utils.errors import UserError, printable, unknown_name
 
 Group = TypeVar("Group")
 
@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: error: {message}\n")
+        sys.stderr.write(f"{self.prog}: error: {printable(message)}\n")
         sys.exit(2)
 
 
@@ -48,6 +48,9 @@ def parse_flags(
             if flag.startswith("-")
             else f"unexpected argument {flag}"
         )
+    for name, value in vars(given).items():
+        if value == []:  # argparse's reading of --name=--
+            parser.error(f"argument --{name}: -- is no value")
     return vars(given)
 
 

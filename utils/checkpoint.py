@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from utils.errors import UserError, one_line
 from utils.files import whole_file
 
 FORMAT = "looc-1"
+LARGEST_COUNT = 10**12
 StateDict: TypeAlias = Mapping[str, Tensor]
 Group = TypeVar("Group")
 
@@ -42,6 +44,13 @@ class Checkpoint:
         """A dataclass of flags that was stored under this name."""
         return stored_group(self.path, group, self.content.get(name))
 
+    def count(self, name: str) -> int:
+        """A number of steps, epochs or images that was stored under this name."""
+        value = self.content.get(name)
+        if type(value) is not int or not 0 <= value <= LARGEST_COUNT:
+            raise UserError(f"checkpoint {self.path} is damaged: its {name} is no count")
+        return value
+
 
 def load_model(path: str | Path) -> VQVAE:
     """Open a checkpoint of ours or a state dict of the reference; returns it in evaluation mode.
@@ -52,15 +61,20 @@ def load_model(path: str | Path) -> VQVAE:
     return read_checkpoint(path).model()
 
 
-def save_checkpoint(path: Path, model: VQVAE, content: Mapping[str, Any]) -> None:
-    """Write the model and everything in content (tensors and plain Python values), atomically."""
+def save_checkpoint(
+    path: Path, model: VQVAE, content: Mapping[str, Any], previous: Path | None = None
+) -> None:
+    """Write the model and everything in content (tensors and plain Python values), atomically.
+
+    What was at path is kept at previous, where that is given.
+    """
     whole = {
         "format": FORMAT,
         "model_config": asdict(model.config),
         "model": model.state_dict(),
         **content,
     }
-    with whole_file(path) as temporary:
+    with whole_file(path, previous) as temporary:
         try:
             torch.save(whole, temporary)
         except RuntimeError as error:  # how torch reports a full disk
@@ -112,6 +126,7 @@ def open_file(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            check_sums(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -126,20 +141,33 @@ def open_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_sums(path: Path) -> None:
+    """Raise BadZipFile where an entry does not have its checksum, at which PyTorch does not look.
+
+    Files that PyTorch wrote long ago are no zip files and have none.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(damaged)
+
+
 def stored_group(path: Path, group: type[Group], values: Any) -> Group:
-    """A dataclass of flags as a checkpoint of ours holds it, every value checked like a flag."""
+    """A dataclass of flags as a checkpoint of ours holds it, every value checked like a flag.
+
+    A flag that is newer than the checkpoint has its default.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"checkpoint {path} does not hold the flags of its {group.__name__}")
     try:
         checked = {}
         for item in fields(group):  # type: ignore[arg-type]
-            checked[item.name] = values[item.name]
-            problem = value_problem(group, item, values[item.name])
+            checked[item.name] = values.get(item.name, item.default)
+            problem = value_problem(group, item, checked[item.name])
             if problem:
                 raise ValueError(f"{item.name}: {problem}")
         return group(**checked)
-    except KeyError as error:
-        raise UserError(f"checkpoint {path} lacks the entry {error}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} is damaged: {one_line(error)}") from error
 
@@ -190,6 +218,10 @@ def shapes_tell(path: Path, state_dict: StateDict) -> dict[str, Any]:
     elif channels != hidden:
         # One unit a position: the reference's CVQ-VAE, or its VQ, which keeps no usage average.
         told["quantizer"] = "cvq" if "quantizer.usage" in state_dict else "vq"
+    for name, value in told.items():
+        problem = value_problem(ModelConfig, MODEL_FIELDS[name], value)
+        if problem:
+            raise UserError(f"checkpoint {path} is of another architecture: {name}: {problem}")
     return told
 
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.quantizer import sum_over_ranks
+from utils.distributed import gather
+
 
 def entropy_bits(counts: Tensor) -> float:
     """Empirical entropy −Σ p·log2 p of a vector of counts, in bits; 0 where nothing was counted."""
@@ -45,6 +48,15 @@ class CodebookStatistics:
         self.slot_counts = counts if self.num_images == 0 else self.slot_counts + counts
         self.num_images += len(indices)
         self.codes_per_image = indices[0].numel()
+
+    def sum_over_ranks(self) -> None:
+        """Add up what all processes have counted."""
+        slots = max(gather(len(self.slot_counts)))
+        counts = torch.zeros(slots, self.num_embedding, dtype=torch.int64)
+        counts[: len(self.slot_counts)] = self.slot_counts
+        self.slot_counts = sum_over_ranks(counts)
+        self.num_images = sum(gather(self.num_images))
+        self.codes_per_image = max(gather(self.codes_per_image))
 
     @property
     def counts(self) -> Tensor:

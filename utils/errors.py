@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
+
+PATIENCE = 5.0  # seconds
 
 
 class UserError(Exception):
     """Something the user can put right; its message is one line naming the flag or file."""
+
+
+class Stopped(Exception):
+    """A run that a signal ended in good order; its message says where it continues."""
+
+    def __init__(self, number: signal.Signals, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def unknown_name(flag: str, name: str, known: Iterable[str]) -> str:
@@ -22,8 +35,14 @@ def unknown_name(flag: str, name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An exception's message on one line."""
+    return printable(str(error)) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text on one line, in which what a terminal does not show, or obeys, is escaped."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -38,16 +57,42 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {one_line(error)}\n")
-        sys.exit(2)
+        fail(one_line(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # whoever read the output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        fail(f"{error.filename or 'input or output'}: {error.strerror or one_line(error)}")
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: out of memory: {one_line(error)}\n")
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if out_of_memory(error):
+            fail(f"out of memory: {one_line(error)}")
+        if lost_connection(error):
+            fail(f"another process has ended or cannot be reached: {one_line(error)[:200]}")
+        raise
+    except Stopped as stop:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {stop}\n")
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: interrupted\n")
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line and exit code 2.
+
+    Of several processes all but the first wait a little: mostly the first reports the same, upon
+    which torchrun ends them all.
+    """
+    rank = int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    if rank > 0:
+        time.sleep(PATIENCE)
+        message = f"process {rank}: {message}"
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {printable(message)}\n")
+    sys.exit(2)
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether torch.distributed no longer reaches another process."""
+    return type(error).__name__.startswith("Dist") or any(
+        words in str(error) for words in ("Connection closed by peer", "Connection reset", "gloo")
+    )

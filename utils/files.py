@@ -14,15 +14,20 @@ from utils.errors import UserError, one_line
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to path when the block succeeds.
 
-    Raises UserError naming the path where it cannot be written.
+    Where previous is given, what was at path is kept there; a process that dies between the two
+    renamings leaves previous alone. Raises UserError naming the path where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the new name without content
+        if previous is not None and path.exists():
+            path.replace(previous)
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
@@ -53,6 +58,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove temporary files that a killed process left in the folder."""
+    for left_over in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            left_over.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:

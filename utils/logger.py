@@ -18,11 +18,15 @@ class BarHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def start_logging(file: Path | None = None) -> None:
-    """Send log lines to the screen and, where given, append them with their time to a file."""
-    log.setLevel(logging.INFO)
+def start_logging(file: Path | None = None, *, quiet: bool = False) -> None:
+    """Send log lines to the screen and, where given, append them with their time to a file.
+
+    Where quiet, only errors are sent, and to the screen.
+    """
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
     log.handlers.clear()
     log.addHandler(BarHandler())
+    logging.raiseExceptions = False  # a full disk shall not print a traceback a line
     if file is not None:
         handler = logging.FileHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import math
+import re
+import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from modules import VQVAE
 from modules.config import option
-from modules.quantizer import count_indices
-from utils.checkpoint import Checkpoint, save_checkpoint
+from modules.quantizer import count_indices, num_ranks, sum_over_ranks
+from utils.checkpoint import Checkpoint, describe, save_checkpoint
 from utils.codebook import CodebookStatistics, perplexity, usage
-from utils.errors import UserError, one_line
+from utils.distributed import (
+    gather,
+    gather_items,
+    gradients_kept,
+    rank,
+    share_gradients,
+    sum_numbers,
+)
+from utils.errors import Stopped, UserError, one_line
 from utils.images import comparison, mean_squared_errors, psnr, to_bytes, to_signed
 from utils.logger import log
+from utils.signals import StopRequest
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIGNED_PEAK = 2.0  # the width of [−1, 1]
@@ -53,20 +66,49 @@ class TrainConfig:
     )
     compile: bool = option(False, "compile encoder and decoder (torch.compile)")
     channels_last: bool = option(False, "hold images and weights channels last")
+    accumulate: int = option(
+        1, "parts in which a batch is passed, to save memory", minimum=1, maximum=2**20
+    )
+    grad_clip: float | None = option(None, "largest norm of the gradient", above=0)
+    max_bad_steps: int = option(
+        0,
+        "steps in a row whose loss or gradient is not finite that are skipped before the run stops",
+        minimum=0,
+        maximum=10**9,
+    )
     log_every: int = option(20, "steps between two looks at the loss", minimum=1, maximum=10**9)
+    save_every: str = option(
+        "10m", "write last.pt after so many steps (500) or minutes (10m), besides every epoch"
+    )
     resume: str = option("auto", "auto (continue last.pt where there is one), none, or a path")
     overwrite: bool = option(False, "replace an experiment of the same name")
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]\d{0,8}m?", self.save_every):
+            raise ValueError(
+                f"--save_every {self.save_every} is neither steps, like 500, nor minutes, like 10m"
+            )
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"--accumulate {self.accumulate} is more than --batch_size {self.batch_size}"
+            )
 
 
 # What may differ between a run and its continuation.
 FREE_TO_CHANGE = (
-    *("output_folder", "exp_name", "num_epochs", "max_steps", "device", "log_every"),
-    *("resume", "overwrite", "data_folder", "num_workers"),
+    *("output_folder", "exp_name", "num_epochs", "max_steps", "device", "accumulate"),
+    *("max_bad_steps", "log_every", "save_every", "resume", "overwrite"),
+    *("data_folder", "num_workers", "skip_bad_images"),
 )
 
 
 class Loader(Protocol):
-    """Batches of byte images (b, C, H, W), in an order that depends on the epoch alone."""
+    """This process's share of byte images (b, C, H, W), in an order set by the epoch alone.
+
+    bad_images: the message for each image left out, by its place in the set.
+    """
+
+    bad_images: dict[int, str]
 
     def __len__(self) -> int: ...
 
@@ -77,41 +119,75 @@ class Meter:
     """Averages over images since the last look, kept on the device so that no step waits."""
 
     def __init__(self, num_embedding: int, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # the last: of images
         self.counts = torch.zeros(num_embedding, dtype=torch.int64, device=device)
-        self.first_bad_step = torch.zeros((), dtype=torch.int64, device=device)
-        self.num_images = 0
 
-    def add(self, step: int, terms: tuple[Tensor, Tensor, Tensor], indices: Tensor) -> None:
-        """Take (loss, mse, quantiser loss) and the indices of one batch."""
-        values = torch.stack([term.detach() for term in terms])
-        self.sums += values * len(indices)
+    def add(self, terms: tuple[Tensor, Tensor, Tensor], indices: Tensor) -> None:
+        """Take (loss, mse, quantiser loss) and the indices of one batch, or of a part of it."""
+        ones = torch.ones_like(terms[0])
+        self.sums += torch.stack([*terms, ones]).detach() * len(indices)
         self.counts += count_indices(indices.flatten(), len(self.counts))
-        bad = ~values.isfinite().all() & (self.first_bad_step == 0)
-        self.first_bad_step += bad * step
-        self.num_images += len(indices)
 
     def read(self) -> dict[str, float]:
-        """The averages, which start anew. Raises FloatingPointError(step) for a loss not finite."""
-        if self.first_bad_step:
-            raise FloatingPointError(int(self.first_bad_step))
-        loss, mse, quantizer = (self.sums / max(1, self.num_images)).tolist()
-        scores = {
+        """The averages over all processes, which start anew; empty where there was no image."""
+        *sums, num_images = sum_over_ranks(self.sums).tolist()
+        counts = sum_over_ranks(self.counts).clone()
+        self.sums.zero_()
+        self.counts.zero_()
+        if not num_images:
+            return {}
+        loss, mse, quantizer = (value / num_images for value in sums)
+        return {
             "loss": loss,
             "reconstruction": mse,
             "quantizer": quantizer,
             "psnr": float(psnr(torch.tensor(max(mse, 1e-12)), SIGNED_PEAK)),
-            "usage_percent": 100 * usage(self.counts),
-            "perplexity": perplexity(self.counts),
+            "usage_percent": 100 * usage(counts),
+            "perplexity": perplexity(counts),
+            "num_images": num_images,
         }
-        self.sums.zero_()
-        self.counts.zero_()
-        self.num_images = 0
-        return scores
+
+
+class BadSteps:
+    """Steps whose loss or gradient is not finite, counted on the device so that no step waits."""
+
+    LOSSES = ("the reconstruction loss", "the quantiser loss")
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.names = [*self.LOSSES, *(f"the gradient of {n}" for n, _ in model.named_parameters())]
+        # In a row now; in a row at most, all of them, the first one and its tensor since last read.
+        self.state = torch.zeros(5, dtype=torch.int64, device=device)
+
+    def add(self, step: int, values: Tensor) -> Tensor:
+        """Take the losses and the gradients' norms, (names,); returns whether any is not finite."""
+        finite = values.isfinite()
+        bad = ~finite.all()
+        row, longest, count, first, culprit = self.state
+        row = (row + 1) * bad
+        new = bad & (count == 0)
+        self.state = torch.stack(
+            [
+                row,
+                torch.maximum(longest, row),
+                count + bad,
+                torch.where(new, step, first),
+                torch.where(new, finite.int().argmin(), culprit),
+            ]
+        )
+        return bad
+
+    def read(self) -> tuple[int, int, int, str]:
+        """(most in a row, how many, the first's step, its first tensor that is not finite)."""
+        row, longest, count, step, culprit = self.state.tolist()
+        self.state.zero_()
+        self.state[0] = row
+        return longest, count, step, self.names[culprit]
 
 
 class Trainer:
     """One run: a model, its batches, and the files it leaves.
+
+    Under torchrun each process has one; they stay in step, and the first alone writes and logs.
 
     Args:
         model: on its device.
@@ -120,7 +196,7 @@ class Trainer:
         config: the flags of training.
         data_variance: variance of the training pixels in [0, 1], the scale of the reconstruction
             loss.
-        models: folder of best.pt and last.pt.
+        models: folder of best.pt, last.pt and previous.pt, the last.pt before it.
         logs: TensorBoard's folder.
         stored: more to keep in every checkpoint.
     """
@@ -138,6 +214,7 @@ class Trainer:
         stored: Mapping[str, Any],
     ) -> None:
         self.model = model
+        self.network = share_gradients(model)
         self.train_loader = train_loader
         self.validation_loader = validation_loader
         self.config = config
@@ -145,78 +222,129 @@ class Trainer:
         self.models = models
         self.logs = logs
         self.stored = stored
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        # Only the fused form can leave out a step without the host's knowing.
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
         self.device = next(model.parameters()).device
         # Only fp16 is narrow enough to need its gradients scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.meter = Meter(model.config.num_embedding, self.device)
+        self.bad_steps = BadSteps(model, self.device)
         self.memory_format = (
             torch.channels_last if config.channels_last else torch.contiguous_format
         )
         self.step = self.epoch = self.batch = 0  # batch: batches of this epoch already seen
+        self.validated = 0  # the step of the last validation
         self.best = -float("inf")
+        self.saved_at = time.monotonic()
         steps = config.num_epochs * len(train_loader)
         self.total_steps = min(steps, config.max_steps or steps)
+        self.stop = StopRequest()
+        self.left_out: set[str] = set()  # messages of bad images that were told
 
     def fit(self) -> None:
         """Train to the last step; validate and save after every epoch.
 
-        Raises UserError when the loss is no longer finite; checkpoints on disk stay as they were.
+        Raises UserError when a loss or gradient is not finite more often than --max_bad_steps
+        allows; checkpoints on disk stay as they were. Raises Stopped after a signal, when last.pt
+        has been written.
         """
-        if self.step >= self.total_steps:
+        if self.step >= self.total_steps and self.validated == self.step:
             log.info("nothing is left to train: %d steps are done", self.step)
             return
         with (
-            SummaryWriter(str(self.logs), purge_step=self.step) as self.board,
-            tqdm(total=self.total_steps, initial=self.step, unit="step", smoothing=0.1) as self.bar,
-        ):
+            open_board(self.logs, self.step) as self.board,
+            tqdm(
+                total=self.total_steps, initial=self.step, unit="step", smoothing=0.1,
+                disable=rank() > 0,
+            ) as self.bar,
+            self.stop,
+        ):  # fmt: skip
             self.model.train()
-            try:
-                while self.step < self.total_steps:
-                    self.train_epoch()
-                    self.finish_epoch()
-            except FloatingPointError as error:
-                last = self.models / "last.pt"
-                kept = f"{last} is the last good one" if last.exists() else "nothing was saved yet"
-                raise UserError(
-                    f"the loss or a weight is not finite at step {error}; stopped, {kept} "
-                    f"(try a --lr below {self.config.lr})"
-                ) from error
+            while self.step < self.total_steps or self.validated < self.step:
+                self.train_epoch()
+                self.finish_epoch()
 
     def train_epoch(self) -> None:
         """The rest of this epoch, or as much of it as --max_steps allows."""
         self.clock = time.perf_counter()
         for images in self.train_loader.epoch(self.epoch, start=self.batch):
-            self.train_step(to_signed(images).contiguous(memory_format=self.memory_format))
-            if self.step % self.config.log_every == 0:
-                self.show()
             if self.step == self.total_steps:
                 break
+            self.train_step(images)
+            self.bar.update()
+            if self.step % self.config.log_every == 0:
+                self.show()
+            stop, due = sum_numbers(bool(self.stop.signal), self.save_is_due())
+            if stop:
+                self.save_and_stop()
+            if due and self.batch < len(self.train_loader):
+                self.show()
+                self.save("last.pt")
 
     def train_step(self, images: Tensor) -> None:
-        """loss = mse / data_variance + quantiser loss; images (b, C, H, W) in [−1, 1]."""
-        dtype = PRECISIONS[self.config.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            reconstruction, quantized = self.model(images)
-        mse = F.mse_loss(reconstruction.float(), images)
-        loss = mse / self.data_variance + quantized.loss
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        """One step of Adam, on this process's share of a batch: bytes (b, C, H, W).
+
+        loss = mse / data_variance + quantiser loss, averaged over all images of the batch.
+        """
         self.step += 1
         self.batch += 1
-        self.meter.add(self.step, (loss, mse, quantized.loss), quantized.indices)
-        self.bar.update()
+        (total,) = sum_numbers(len(images))
+        if total == 0:  # none of them could be read
+            return
+        self.optimizer.zero_grad()
+        losses = torch.zeros(2, device=self.device)
+        parts = images.tensor_split(min(self.config.accumulate, int(total)))
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            self.model.quantizer.defer_update = not last
+            with nullcontext() if last else gradients_kept(self.network):
+                losses += self.backward(part, len(part) / total)
+        self.update_weights(sum_over_ranks(losses))
+
+    def backward(self, images: Tensor, share: float) -> Tensor:
+        """Add the gradients of one part, which is that share of the batch; returns its losses."""
+        images = to_signed(images).contiguous(memory_format=self.memory_format)
+        dtype = PRECISIONS[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            reconstruction, quantized = self.network(images)
+        reconstruction = reconstruction.float()
+        # The mean over no image is not a number.
+        mse = F.mse_loss(reconstruction, images) if len(images) else reconstruction.sum()
+        loss = mse / self.data_variance + quantized.loss
+        # A loss that is not finite shows in every gradient, and thereby in every process.
+        finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        # DistributedDataParallel takes the mean over processes, where the batch wants the sum.
+        self.scaler.scale(loss * (finite * (share * num_ranks()))).backward()
+        self.meter.add((loss, mse, quantized.loss), quantized.indices)
+        return torch.stack([mse, quantized.loss]).detach()
+
+    def update_weights(self, losses: Tensor) -> None:
+        """Clip the gradients and take the step, unless a loss or a gradient is not finite."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.model.parameters())
+        norms = torch.stack([p.grad.norm() for p in parameters if p.grad is not None])
+        if self.config.grad_clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norms.norm())
+        if self.scaler.is_enabled():
+            # Gradients too large for fp16 are the scaler's business: it skips the step by itself.
+            self.bad_steps.add(self.step, losses)
+        else:
+            bad = self.bad_steps.add(self.step, torch.cat([losses, norms]))
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def show(self) -> None:
-        """Report the averages since the last look to the bar and to TensorBoard."""
-        num_images = self.meter.num_images
-        if num_images == 0:
-            return
+        """Report the averages since the last look to the bar and to TensorBoard.
+
+        Raises UserError where more steps than allowed were bad.
+        """
+        self.check_steps()
         scores = self.meter.read()
+        if not scores:
+            return
         now = time.perf_counter()
-        scores["images_per_second"] = num_images / (now - self.clock)
+        scores["images_per_second"] = scores.pop("num_images") / (now - self.clock)
         self.clock = now
         self.bar.set_postfix_str(
             f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB, "
@@ -224,13 +352,41 @@ class Trainer:
         )
         self.write_scalars("train", scores)
 
+    def check_steps(self) -> None:
+        """Tell of steps that were skipped; raise UserError where there were too many."""
+        in_a_row, count, step, name = self.bad_steps.read()
+        allowed = self.config.max_bad_steps
+        if in_a_row > allowed:
+            raise UserError(
+                f"{name} is not finite at step {step}; stopped, as --max_bad_steps is {allowed}; "
+                f"{self.last_good()} (try a --lr below {self.config.lr}, or --grad_clip)"
+            )
+        if count:
+            log.warning(
+                "skipped %d step(s); the first: %s is not finite at step %d", count, name, step
+            )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise UserError(
+                f"at step {self.step} gradients overflow --precision fp16 even unscaled; stopped, "
+                f"{self.last_good()} (try bf16)"
+            )
+
+    def last_good(self) -> str:
+        """Which checkpoint is left, in words."""
+        last = self.models / "last.pt"
+        return f"{last} is the last good one" if last.exists() else "nothing was saved yet"
+
     def finish_epoch(self) -> None:
         """Validate, save last.pt, and best.pt where this is the best so far."""
         self.show()
-        self.check_weights()
         scores = self.validate()
+        self.tell_bad_images()
+        if scores is None:
+            self.save_and_stop()
+            return
         if self.batch == len(self.train_loader):
             self.epoch, self.batch = self.epoch + 1, 0
+        self.validated = self.step
         improved = scores["psnr"] > self.best
         self.best = max(self.best, scores["psnr"])
         log.info(
@@ -242,29 +398,42 @@ class Trainer:
             self.save("best.pt")
         self.save("last.pt")  # after best.pt, of whose score it tells
 
-    def check_weights(self) -> None:
-        """The last step's loss was finite; raise FloatingPointError if its outcome is not."""
-        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
-            raise FloatingPointError(self.step)
+    def tell_bad_images(self) -> None:
+        """Log the images that were left out since the last time."""
+        bad = [*self.train_loader.bad_images.values(), *self.validation_loader.bad_images.values()]
+        for message in sorted(set(gather_items(bad)) - self.left_out):
+            self.left_out.add(message)
+            log.warning("left out (%d so far): %s", len(self.left_out), message)
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Mean PSNR per image, usage and perplexity on the validation images; changes nothing."""
+    def validate(self) -> dict[str, float] | None:
+        """Mean PSNR per image, usage and perplexity on the validation images; changes nothing.
+
+        None where a signal cut it short.
+        """
         self.model.eval()
         statistics = CodebookStatistics(self.model.config.num_embedding)
-        errors = []
+        sums = torch.zeros(2, dtype=torch.float64)
         shown = None
         for images in self.validation_loader.epoch():
+            if self.stop.signal:
+                break
             signed = to_signed(images)
             reconstruction, quantized = self.model(signed)
-            errors.append(mean_squared_errors(signed, reconstruction.clamp(-1, 1)))
+            errors = mean_squared_errors(signed, reconstruction.clamp(-1, 1)).double()
+            decibels = psnr(errors.clamp_min(1e-12), SIGNED_PEAK)
+            sums += torch.stack([decibels.sum(), errors.sum()]).cpu()
             statistics.add(quantized.indices)
             shown = shown or (images[:NUM_SHOWN], to_bytes(reconstruction[:NUM_SHOWN]))
         self.model.train()
-        mse = torch.cat(errors).double()
+        statistics.sum_over_ranks()
+        stopped, *totals = sum_numbers(bool(self.stop.signal), *sums.tolist())
+        if stopped:
+            return None
+        decibels_sum, errors_sum = totals
         scores = {
-            "psnr": float(psnr(mse.clamp_min(1e-12), SIGNED_PEAK).mean()),
-            "reconstruction": float(mse.mean()),
+            "psnr": decibels_sum / statistics.num_images,
+            "reconstruction": errors_sum / statistics.num_images,
             "usage_percent": 100 * usage(statistics.counts),
             "perplexity": perplexity(statistics.counts),
         }
@@ -280,20 +449,52 @@ class Trainer:
         for name, value in scores.items():
             self.board.add_scalar(f"{group}/{name}", value, self.step)
 
+    def save_is_due(self) -> bool:
+        """Whether --save_every asks for a checkpoint now."""
+        number = int(self.config.save_every.rstrip("m"))
+        if self.config.save_every.endswith("m"):
+            return rank() == 0 and time.monotonic() - self.saved_at > 60 * number
+        return self.step % number == 0
+
+    def save_and_stop(self) -> None:
+        """Write last.pt, from which the run goes on, and raise Stopped."""
+        self.show()
+        self.save("last.pt")
+        number = self.stop.signal or signal.SIGTERM  # sent to another process
+        raise Stopped(
+            number,
+            f"stopped by {number.name} after step {self.step}; "
+            f"{self.models / 'last.pt'} is where the same command goes on",
+        )
+
     def save(self, name: str) -> None:
-        """Write a checkpoint from which the run continues bit for bit."""
+        """Write a checkpoint from which the run continues bit for bit.
+
+        Raises UserError, and leaves the files as they are, where a weight is not finite.
+        """
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            raise UserError(
+                f"a weight is not finite at step {self.step}; stopped, {self.last_good()} "
+                f"(try a --lr below {self.config.lr}, or --grad_clip)"
+            )
         state = {
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
+            "validated": self.validated,
             "best": self.best,
+            "bad_in_a_row": int(self.bad_steps.state[0]),
             "data_variance": self.data_variance,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random_state": random_state(),
+            "random_states": gather(random_state()),
             "train_config": asdict(self.config),
         }
-        save_checkpoint(self.models / name, self.model, {**self.stored, **state})
+        if rank() == 0:
+            previous = self.models / "previous.pt" if name == "last.pt" else None
+            save_checkpoint(self.models / name, self.model, {**self.stored, **state}, previous)
+        if name == "last.pt":
+            self.saved_at = time.monotonic()
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue where the checkpoint stopped. Raises UserError where its state is damaged."""
@@ -302,37 +503,70 @@ class Trainer:
             self.model.load_state_dict(checkpoint.state_dict)
             load_optimizer(self.optimizer, state["optimizer"]["state"])
             self.scaler.load_state_dict(state["scaler"])
-            self.step, self.epoch = int(state["step"]), int(state["epoch"])
-            self.batch, self.best = int(state["batch"]), float(state["best"])
-            restore_random_state(state["random_state"])
-            if not (0 <= self.batch < len(self.train_loader) and 0 <= self.epoch <= self.step):
+            self.step, self.epoch = checkpoint.count("step"), checkpoint.count("epoch")
+            self.batch, self.validated = checkpoint.count("batch"), checkpoint.count("validated")
+            self.bad_steps.state[0] = checkpoint.count("bad_in_a_row")
+            self.best = state["best"]
+            if not isinstance(self.best, float) or math.isnan(self.best):
+                raise ValueError("best is no PSNR")
+            accumulate, states = state["train_config"]["accumulate"], state["random_states"]
+            if len(states) == num_ranks():
+                restore_random_state(states[rank()])
+            if (len(states), accumulate) != (num_ranks(), self.config.accumulate):
+                log.warning(
+                    "%s was written by %d processes with --accumulate %d, not %d with %d: "
+                    "what follows is not bit for bit what would have followed there",
+                    *(checkpoint.path, len(states), accumulate),
+                    *(num_ranks(), self.config.accumulate),
+                )
+            if not (0 <= self.batch <= len(self.train_loader) and 0 <= self.epoch <= self.step):
                 raise ValueError(f"it stands at batch {self.batch} of epoch {self.epoch}")
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as e:
-            reason = f"{type(e).__name__}: {one_line(e)}"
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            reason = f"{type(e).__name__}: {one_line(e)[:200]}"
             raise UserError(f"checkpoint {checkpoint.path} cannot be resumed: {reason}") from e
 
 
+class NoBoard:
+    """Stands for TensorBoard in all processes but the first, and writes nothing."""
+
+    def add_scalar(self, *arguments: Any) -> None: ...
+
+    def add_image(self, *arguments: Any) -> None: ...
+
+    def add_histogram(self, *arguments: Any) -> None: ...
+
+
+def open_board(folder: Path, step: int) -> AbstractContextManager[SummaryWriter | NoBoard]:
+    """TensorBoard's writer; what an interrupted run wrote after this step is hidden."""
+    return nullcontext(NoBoard()) if rank() > 0 else SummaryWriter(str(folder), purge_step=step)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
-    """Load Adam's averages; settings stay those of the flags. Raises ValueError if misshapen."""
+    """Load Adam's averages; settings stay those of the flags. Raises ValueError if damaged."""
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    checked: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(parameters))}
     for index, parameter in enumerate(parameters):
-        for name in ("exp_avg", "exp_avg_sq"):
-            if state[index][name].shape != parameter.shape:
-                raise ValueError(f"{name} of parameter {index} is misshapen")
+        expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for name, like in expected.items():
+            value = state[index][name]
+            if describe(value) != describe(like) or not value.isfinite().all():
+                raise ValueError(f"{name} of parameter {index} is misshapen or not finite")
+            # A tensor of its own: what is stored may be one number, expanded, or shared.
+            checked[index][name] = torch.empty_like(like).copy_(value)
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": checked, "param_groups": groups})
 
 
 def random_state() -> dict[str, Any]:
-    """The state of PyTorch's generators, which anchors draw from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """The state of PyTorch's generators of this process, which anchors draw from."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def contradictions(stored: Any, current: Any) -> Iterator[str]:
