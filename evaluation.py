@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -38,6 +39,9 @@ from utils.networks import LPIPS_BACKBONES, Network, inception_network, lpips_ne
 GREY_MODES = ("1", "L", "LA", "La")
 MAX_NAMED = 5  # names in an error
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "lpips", "torch-fidelity")
+
+# --num_workers is the user's choice, and more than the cores may suit a slow disk.
+warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 @dataclass(frozen=True)
