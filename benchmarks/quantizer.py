@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.common import Table, both_thread_counts, interleaved, seeded
 from modules import LooCQuantizer
 from modules.quantizer import USAGE_DECAY, reinit_rate
-from utils.plots import figure
+from utils.plots import new_figure, save_figure
 
 SHAPE = (256, 128, 7, 7)  # z of a batch of 256 at 28 × 28
 SETTINGS = [(k, 4) for k in (64, 256, 1024, 4096, 16384)] + [(512, d) for d in (2, 4, 8, 16, 64)]
@@ -134,13 +134,14 @@ def scaling(path: Path) -> dict[str, list[tuple[float, float]]]:
         "dimension d": [(d, seconds(dim=d)) for d in (2, 4, 8, 16, 32, 64, 128)],
         "interpolation scale": [(s, seconds(scale=s)) for s in (1, 2, 3, 4)],
     }
-    with figure(path, 4, 13, 3.2) as axes:
-        for ax, (name, points) in zip(axes, curves.items()):
-            ax.plot(*zip(*points), marker="o", color="#1f6f8b")
-            if name != "interpolation scale":
-                ax.set_xscale("log", base=2)
-            ax.set(xlabel=name, ylabel="seconds", ylim=(0, None))
-        axes[0].figure.suptitle("Quantiser, forward and backward (batch 256, K = 256, d = 4)")
+    figure, axes = new_figure(4, 13, 3.2)
+    for ax, (name, points) in zip(axes, curves.items()):
+        ax.plot(*zip(*points), marker="o", color="#1f6f8b")
+        if name != "interpolation scale":
+            ax.set_xscale("log", base=2)
+        ax.set(xlabel=name, ylabel="seconds", ylim=(0, None))
+    figure.suptitle("Quantiser, forward and backward (batch 256, K = 256, d = 4)")
+    save_figure(path, figure)
     return curves
 
 

@@ -75,6 +75,8 @@ def test_defaults_are_the_papers_small_setting() -> None:
         (["--num_embeddings", "5"], "--num_embeddings is unknown; did you mean --num_embedding?"),
         (["stray"], "unexpected argument stray"),
         (["--seed"], "argument --seed: expected one argument"),
+        (["--lr=--"], "argument --lr: -- is no value"),
+        (["a\nb\x1b[31m"], r"unexpected argument a b\x1b[31m"),
     ],
 )
 def test_wrong_flags_are_one_line(

@@ -111,6 +111,31 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_one_wrong_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
+    path, model = tmp_path / "m.pt", VQVAE(SMALL)
+    save_checkpoint(path, model, {})
+    content = bytearray(path.read_bytes())
+    content[content.index(model.encoder.conv_2.weight.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"m\.pt is refused: it is truncated or damaged"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("value", [None, -1, 2**63, 1.5, True, torch.zeros(2)])
+def test_a_count_is_checked(value: object, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "m.pt", VQVAE(SMALL), {"step": value})
+    with pytest.raises(UserError, match=r"m\.pt is damaged: its step is no count"):
+        read_checkpoint(tmp_path / "m.pt").count("step")
+
+
+def test_a_state_dict_of_no_channels(tmp_path: Path) -> None:
+    state = torch.load(GOLDEN / "checkpoint_looc.pt", weights_only=True)
+    state["_encoder._conv_3.weight"] = torch.zeros(0, 16, 3, 3)
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(UserError, match=r"another architecture: hidden_size: 0 is less than 2"):
+        load_model(tmp_path / "m.pt")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from utils.codebook import CodebookStatistics, entropy_bits, perplexity, usage
-from utils.plots import plot_codebook, plot_slots, plot_usage, principal_components
+from utils.plots import draw_all, principal_components, save_figure
 
 
 def test_entropy_by_closed_forms() -> None:
@@ -74,9 +74,8 @@ def test_principal_components() -> None:
 def test_plots_are_pictures(num_embedding: int, slots: int, dim: int, tmp_path: Path) -> None:
     statistics = CodebookStatistics(num_embedding)
     statistics.add(torch.randint(max(1, num_embedding - 1), (2, 4, 4, slots)))
-    plot_usage(tmp_path / "usage.png", statistics)
-    plot_slots(tmp_path / "slots.png", statistics)
-    plot_codebook(tmp_path / "codebook.png", torch.randn(num_embedding, dim), statistics.counts)
+    for name, figure in draw_all(statistics, torch.randn(num_embedding, dim)).items():
+        save_figure(tmp_path / f"{name}.png", figure)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("codebook.png", "slots.png", "usage.png"),
     ]

@@ -40,6 +40,7 @@ from datasets import (
     pixel_variance,
     split_validation,
 )
+from datasets.loader import DecodedBatches
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -798,6 +799,12 @@ def test_skipped_images_are_not_decoded(file_images: FileImages) -> None:
     (file_images.folder / "00.png").unlink()
     loader = BatchLoader(file_images, 4, device=CPU)
     assert list(chain(*epoch_numbers(loader, start=1))) == list(range(4, 23))
+
+
+def test_there_are_no_more_workers_than_batches(file_images: FileImages) -> None:
+    loader = BatchLoader(file_images, len(file_images), device=CPU, num_workers=1000)
+    assert isinstance(loader.source, DecodedBatches)
+    assert loader.source.num_workers == 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -266,18 +266,49 @@ def test_best_is_written_before_last_tells_its_score(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"batch": -1}, {"batch": 4}, {"epoch": -1}, {"step": float("inf")}, {"optimizer": {}}],
+    [
+        *({"batch": -1}, {"batch": 4}, {"epoch": -1}, {"step": float("inf")}, {"step": 2**63}),
+        *({"validated": torch.zeros(2)}, {"best": float("nan")}, {"best": "high"}),
+        *({"optimizer": {}}, {"optimizer": {"state": []}}, {"optimizer": {"state": {0: 1}}}),
+    ],
 )
 def test_a_damaged_state_is_not_resumed(change: dict[str, object], tmp_path: Path) -> None:
     make(tmp_path).fit()
     checkpoint = read_checkpoint(tmp_path / "models" / "last.pt")
     damaged = replace(checkpoint, content={**checkpoint.content, **change})
-    with pytest.raises(UserError, match=r"last\.pt cannot be resumed"):
+    with pytest.raises(UserError, match=r"last\.pt (cannot be resumed|is damaged): "):
         make(tmp_path).resume(damaged)
     content = {**checkpoint.content}
-    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
-    with pytest.raises(UserError, match="misshapen"):
-        make(tmp_path).resume(replace(checkpoint, content=content))
+    averages = content["optimizer"]["state"][0]
+    for name, spoiled, message in (
+        ("exp_avg", torch.zeros(1), "misshapen"),
+        ("exp_avg_sq", averages["exp_avg_sq"].to_sparse(), "misshapen"),
+        ("exp_avg_sq", averages["exp_avg_sq"] - 1, "negative"),
+        ("exp_avg", averages["exp_avg"] + float("inf"), "not finite"),
+        ("step", torch.zeros(3), "misshapen"),
+    ):
+        content["optimizer"]["state"][0] = {**averages, name: spoiled}
+        with pytest.raises(UserError, match=message):
+            make(tmp_path).resume(replace(checkpoint, content=content))
+
+
+def test_averages_that_share_memory_are_resumed_apart(tmp_path: Path) -> None:
+    make(tmp_path, replace(TRAIN, max_steps=3)).fit()
+    checkpoint = read_checkpoint(tmp_path / "models" / "last.pt")
+    entry = checkpoint.content["optimizer"]["state"][0]
+    entry["exp_avg_sq"] = torch.ones(1, 1, 1, 1).expand(entry["exp_avg"].shape)
+    trainer = make(tmp_path)
+    trainer.resume(checkpoint)
+    trainer.fit()
+    assert trainer.step == 9
+
+
+def test_no_more_parts_than_images(tmp_path: Path) -> None:
+    trainer = make(tmp_path, replace(TRAIN, batch_size=2**20, accumulate=2**20, max_steps=1))
+    passes: list[int] = []
+    trainer.model.encoder.register_forward_hook(lambda *_: passes.append(1))
+    trainer.fit()
+    assert len(passes) == 20 + 1  # and one of validation
 
 
 def test_the_meter_weighs_images() -> None:
@@ -302,8 +333,8 @@ def test_tensorboard_shows_curves_pictures_and_usage(tmp_path: Path) -> None:
     for group in ("train", "validation"):
         for name in ("psnr", "usage_percent", "perplexity", "reconstruction"):
             assert f"{group}/{name}" in tags["scalars"]
-    assert tags["images"] == ["validation/reconstructions"]
-    assert tags["histograms"] == ["validation/usage"]
+    pictures = [f"codebook/{name}" for name in ("codebook", "slots", "usage")]
+    assert sorted(tags["images"]) == [*pictures, "validation/reconstructions"]
     assert [event.step for event in events.Scalars("validation/psnr")] == [3, 6, 9]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import signal
 import sys
@@ -54,6 +55,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold what no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,55 +11,63 @@ from torch import Tensor
 from utils.codebook import CodebookStatistics, perplexity, usage
 from utils.files import whole_file
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 USED, UNUSED = "#1f6f8b", "#d1495b"
 
 
-@contextmanager
-def figure(path: Path, columns: int, width: float, height: float) -> Iterator[Any]:
-    """Axes of a new figure in one row, written to path as PNG when the block ends."""
+def new_figure(columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure and its axes in one row; inches."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(width, height), layout="constrained")
-    yield drawing.subplots(1, columns)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG."""
     with whole_file(path) as temporary:
-        drawing.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=120)
 
 
-def plot_usage(path: Path, statistics: CodebookStatistics) -> None:
+def draw_usage(statistics: CodebookStatistics) -> Figure:
     """Counts by codevector, and sorted."""
     counts = statistics.counts
     positions = range(len(counts))
-    with figure(path, 2, 11, 3.6) as (left, right):
-        left.fill_between(positions, counts.numpy(), step="mid", color=USED)
-        left.set(title="Counts by codevector", xlabel="codevector", ylabel="times used")
-        right.plot(positions, counts.sort(descending=True).values.numpy(), color=USED)
-        right.axhline(float(counts.double().mean()), color="grey", linestyle=":", label="mean")
-        if (counts > 0).any():
-            right.set_yscale("symlog")
-        right.set(title="Sorted counts", xlabel="rank", ylabel="times used")
-        right.legend(title=caption(statistics))
-        for axes in (left, right):
-            axes.set_xlim(-0.5, len(counts) - 0.5)
-            axes.set_ylim(bottom=0)
+    figure, (left, right) = new_figure(2, 11, 3.6)
+    left.fill_between(positions, counts.numpy(), step="mid", color=USED)
+    left.set(title="Counts by codevector", xlabel="codevector", ylabel="times used")
+    right.plot(positions, counts.sort(descending=True).values.numpy(), color=USED)
+    right.axhline(float(counts.double().mean()), color="grey", linestyle=":", label="mean")
+    if (counts > 0).any():
+        right.set_yscale("symlog")
+    right.set(title="Sorted counts", xlabel="rank", ylabel="times used")
+    right.legend(title=caption(statistics))
+    for axes in (left, right):
+        axes.set_xlim(-0.5, len(counts) - 0.5)
+        axes.set_ylim(bottom=0)
+    return figure
 
 
-def plot_slots(path: Path, statistics: CodebookStatistics) -> None:
+def draw_slots(statistics: CodebookStatistics) -> Figure:
     """Which unit slots use which codevectors, and in how many slots a codevector is used."""
     share = statistics.slot_counts / statistics.slot_counts.sum(1, keepdim=True)
     order = statistics.counts.argsort(descending=True)
     reach = (statistics.slot_counts > 0).sum(0)
     slots = len(share)
-    with figure(path, 2, 11, 3.6) as (left, right):
-        root = share[:, order].sqrt().numpy()  # the root, so that rare use can be seen
-        mesh = left.imshow(root, aspect="auto", cmap="viridis", interpolation="nearest")
-        left.figure.colorbar(mesh, ax=left, label="root of the share of the slot's codes")
-        left.set(title="Use by unit slot", xlabel="codevector, most used first", ylabel="slot")
-        right.bar(range(slots + 1), torch.bincount(reach, minlength=slots + 1).tolist(), color=USED)
-        right.set(
-            title="Slots in which a codevector is used",
-            xlabel=f"slots, of {slots}",
-            ylabel="codevectors",
-        )
+    figure, (left, right) = new_figure(2, 11, 3.6)
+    root = share[:, order].sqrt().numpy()  # the root, so that rare use can be seen
+    mesh = left.imshow(root, aspect="auto", cmap="viridis", interpolation="nearest")
+    figure.colorbar(mesh, ax=left, label="root of the share of the slot's codes")
+    left.set(title="Use by unit slot", xlabel="codevector, most used first", ylabel="slot")
+    right.bar(range(slots + 1), torch.bincount(reach, minlength=slots + 1).tolist(), color=USED)
+    right.set(
+        title="Slots in which a codevector is used",
+        xlabel=f"slots, of {slots}",
+        ylabel="codevectors",
+    )
+    return figure
 
 
 def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,22 +86,32 @@ def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
     return padded, share
 
 
-def plot_codebook(path: Path, codebook: Tensor, counts: Tensor) -> None:
-    """Map of the codevectors on their two principal axes; used and unused apart."""
+def draw_codebook(codebook: Tensor, counts: Tensor) -> Figure:
+    """Map of the codevectors on their two principal axes; used and unused apart: (K, d), (K,)."""
     points, share = principal_components(codebook.detach().cpu())
     used = counts > 0
-    with figure(path, 1, 6, 5.4) as axes:
-        axes.scatter(*points[~used].T.numpy(), marker="x", color=UNUSED, s=22, linewidths=1)
-        area = 8 + 72 * (counts[used] / counts.max().clamp_min(1)).sqrt()
-        axes.scatter(*points[used].T.numpy(), s=area.numpy(), color=USED, alpha=0.7, linewidths=0)
-        axes.set(
-            title=f"Codebook: {int(used.sum())} used (dots, area by count), "
-            f"{int((~used).sum())} unused (crosses)",
-            xlabel=f"first principal axis ({share[0]:.0%} of variance)",
-            ylabel=f"second principal axis ({share[1]:.0%})",
-        )
-        axes.title.set_fontsize(10)
-        axes.set_aspect("equal", adjustable="datalim")
+    figure, axes = new_figure(1, 6, 5.4)
+    axes.scatter(*points[~used].T.numpy(), marker="x", color=UNUSED, s=22, linewidths=1)
+    area = 8 + 72 * (counts[used] / counts.max().clamp_min(1)).sqrt()
+    axes.scatter(*points[used].T.numpy(), s=area.numpy(), color=USED, alpha=0.7, linewidths=0)
+    axes.set(
+        title=f"Codebook: {int(used.sum())} used (dots, area by count), "
+        f"{int((~used).sum())} unused (crosses)",
+        xlabel=f"first principal axis ({share[0]:.0%} of variance)",
+        ylabel=f"second principal axis ({share[1]:.0%})",
+    )
+    axes.title.set_fontsize(10)
+    axes.set_aspect("equal", adjustable="datalim")
+    return figure
+
+
+def draw_all(statistics: CodebookStatistics, codebook: Tensor) -> dict[str, Figure]:
+    """The three pictures of a codebook, by name."""
+    return {
+        "usage": draw_usage(statistics),
+        "slots": draw_slots(statistics),
+        "codebook": draw_codebook(codebook, statistics.counts),
+    }
 
 
 def caption(statistics: CodebookStatistics) -> str:

@@ -34,6 +34,7 @@ from utils.distributed import (
 from utils.errors import Stopped, UserError, one_line
 from utils.images import comparison, mean_squared_errors, psnr, to_bytes, to_signed
 from utils.logger import log
+from utils.plots import draw_all
 from utils.signals import StopRequest
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -441,8 +442,8 @@ class Trainer:
         regular = self.epoch % max(1, self.config.num_epochs // 50) == 0
         if shown and (regular or self.step == self.total_steps):
             self.board.add_image("validation/reconstructions", comparison(*shown), self.step)
-            frequency = statistics.counts / statistics.counts.sum()
-            self.board.add_histogram("validation/usage", frequency, self.step)
+            for name, figure in draw_all(statistics, self.model.quantizer.codebook).items():
+                self.board.add_figure(f"codebook/{name}", figure, self.step)
         return scores
 
     def write_scalars(self, group: str, scores: Mapping[str, float]) -> None:
@@ -533,7 +534,7 @@ class NoBoard:
 
     def add_image(self, *arguments: Any) -> None: ...
 
-    def add_histogram(self, *arguments: Any) -> None: ...
+    def add_figure(self, *arguments: Any) -> None: ...
 
 
 def open_board(folder: Path, step: int) -> AbstractContextManager[SummaryWriter | NoBoard]:
@@ -541,16 +542,21 @@ def open_board(folder: Path, step: int) -> AbstractContextManager[SummaryWriter 
     return nullcontext(NoBoard()) if rank() > 0 else SummaryWriter(str(folder), purge_step=step)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Load Adam's averages; settings stay those of the flags. Raises ValueError if damaged."""
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
     checked: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(parameters))}
     for index, parameter in enumerate(parameters):
+        stored = state[index] if isinstance(state, Mapping) else None
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"there are no averages of parameter {index}")
         expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
         for name, like in expected.items():
-            value = state[index][name]
+            value = stored[name]
             if describe(value) != describe(like) or not value.isfinite().all():
                 raise ValueError(f"{name} of parameter {index} is misshapen or not finite")
+            if name != "exp_avg" and value.min() < 0:
+                raise ValueError(f"{name} of parameter {index} is negative")
             # A tensor of its own: what is stored may be one number, expanded, or shared.
             checked[index][name] = torch.empty_like(like).copy_(value)
     groups = optimizer.state_dict()["param_groups"]
