@@ -1,22 +1,26 @@
 # Two commands: `make demo` and `make test`. Both set up .venv once; nothing is installed twice.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz soak check-python
+.PHONY: help demo weights test lint bench fuzz soak check-python
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 OUTPUT ?= output
+# Where the weights of LPIPS's and FID's networks lie; torch hub's folder unless set.
+WEIGHTS_DIR ?=
+WEIGHTS_FLAG := $(if $(WEIGHTS_DIR),--weights_dir $(WEIGHTS_DIR))
 EXP := demo
 # A run that fits 2 CPU cores and a few minutes; the paper's settings are main.py's defaults.
 DEMO_FLAGS ?= --batch_size 64 --lr 1e-3 --max_steps 1800
 
 help:
-	@echo "make demo   train, test and evaluate on bundled Fashion-MNIST images, about 2 minutes on 2 cores"
-	@echo "make test   the test suite"
-	@echo "make lint   ruff and mypy"
-	@echo "make bench  speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
-	@echo "make fuzz   1,000 damaged images, checkpoints and command lines each"
-	@echo "make soak   20,000 steps, 200,000 images, 20,000 pairs; writes docs/soak.md"
+	@echo "make demo     train, test and evaluate on bundled Fashion-MNIST images, about 2 minutes on 2 cores"
+	@echo "make test     the test suite"
+	@echo "make weights  fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
+	@echo "make lint     ruff and mypy"
+	@echo "make bench    speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
+	@echo "make fuzz     1,000 damaged images, checkpoints and command lines each"
+	@echo "make soak     20,000 steps, 200,000 images, 20,000 pairs; writes docs/soak.md"
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -49,10 +53,13 @@ soak: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(PY) main.py --output_folder $(OUTPUT) --exp_name $(EXP) --overwrite $(DEMO_FLAGS)
-	$(PY) test.py --output_folder $(OUTPUT) --model_name $(EXP)/best.pt
-	$(PY) evaluation.py --metrics l1 ssim psnr \
+	$(PY) test.py --output_folder $(OUTPUT) --model_name $(EXP)/best.pt --save_codes
+	$(PY) evaluation.py --metrics l1 ssim psnr $$($(PY) -m utils.weights lpips $(WEIGHTS_DIR)) $(WEIGHTS_FLAG) \
 	  --gt_path $(OUTPUT)/results/$(EXP)/best.pt/original/ -g_path $(OUTPUT)/results/$(EXP)/best.pt/rec
 	@$(PY) -m utils.summary $(OUTPUT) $(EXP)/best.pt
+
+weights: $(VENV)/.installed
+	$(PY) evaluation.py --fetch_weights $(WEIGHTS_FLAG)
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest

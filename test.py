@@ -1,15 +1,19 @@
 """Reconstruct the test images of a checkpoint and analyse its codebook.
 
 Writes <output_folder>/results/<model_name>/: original/ and rec/ with one picture an image,
-analysis.json, reconstructions.png, usage.png, slots.png and codebook.png. Model flags are checks:
-one that contradicts the checkpoint is an error. Under torchrun the images are split over processes.
+analysis.json, reconstructions.png, usage.png, slots.png, codebook.png and report.html. Model flags
+are checks: one that contradicts the checkpoint is an error. Under torchrun the images are split
+over processes.
+--save_codes writes the indices of all images, entropy-coded, to codes.looc; --from_codes makes the
+pictures of rec/ from such a file and the checkpoint, without the data set.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +30,20 @@ from modules.vqvae import DOWNSAMPLING
 from utils.arguments import build, parse_flags
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.codebook import CodebookStatistics
+from utils.codes import (
+    CodeFile,
+    Spool,
+    codes_info,
+    file_rate,
+    need_coder,
+    pixel_sum,
+    save_codes,
+    spooled,
+)
 from utils.devices import keep_freed_memory
 from utils.distributed import (
     first_goes_ahead,
+    gather,
     gather_items,
     num_ranks,
     rank,
@@ -39,11 +54,14 @@ from utils.distributed import (
 from utils.errors import UserError, run
 from utils.files import inside, writable_folder, write_json
 from utils.images import save_comparison, save_picture, to_bytes, to_signed
-from utils.logger import start_logging
-from utils.plots import plot_codebook, plot_slots, plot_usage
+from utils.logger import log, start_logging
+from utils.plots import draw_all, save_figure
+from utils.report import write_report
+from utils.results import remove_results
 from utils.search import SearchConfig, apply_search
 
 NUM_SHOWN = 32
+CODES = "codes.looc"
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,12 @@ class TestConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     image_format: str = option("png", "format of the pictures", choices=("png", "jpg"))
     jpeg_quality: int = option(75, "quality of jpg pictures", minimum=1, maximum=100)
+    save_codes: bool = option(False, "write the indices, entropy-coded, to codes.looc")
+    from_codes: str | None = option(None, "reconstruct from this code file instead of images")
+
+    def __post_init__(self) -> None:
+        if self.save_codes and self.from_codes is not None:
+            raise ValueError("--save_codes contradicts --from_codes, which reads codes")
 
 
 def main() -> None:
@@ -64,12 +88,34 @@ def main() -> None:
     start_logging(quiet=rank() > 0)
     keep_freed_memory()
     device = start_ranks(config.device)
+    torch.backends.cudnn.deterministic = True  # the same codes, the same pictures
     checkpoint = open_checkpoint(config, flags)
+    if config.from_codes is None:
+        test(checkpoint, config, flags, device)
+    else:
+        test_from_codes(checkpoint, config, flags, device)
+    stop_ranks()
+
+
+def test(
+    checkpoint: Checkpoint, config: TestConfig, flags: dict[str, Any], device: torch.device
+) -> None:
+    """Reconstruct the images of the data set, write everything and report."""
     data = data_of(checkpoint, flags)
     with first_goes_ahead():
         images = open_images(checkpoint, data)
     model = checkpoint.model().to(device)
     apply_search(build(SearchConfig, flags), model, device)
+    info = None
+    if config.save_codes:
+        need_coder("--save_codes")
+        info = codes_info(
+            model,
+            dataset=data.dataset,
+            image_size=images.image_size,
+            num_images=len(images),
+            batch_size=config.batch_size,
+        )
     results = results_folder(config)
     loader = BatchLoader(
         images,
@@ -81,14 +127,21 @@ def main() -> None:
         skip_bad=data.skip_bad_images,
     )
 
-    with shared_folder(results / "original") as original, shared_folder(results / "rec") as rec:
-        found = reconstruct(model, loader, config, original, rec)
+    with (
+        shared_folder(results / "original") as original,
+        shared_folder(results / "rec") as rec,
+        spooled(results / CODES, info) if info else nullcontext() as spool,
+    ):
+        found = reconstruct(model, loader, config, original, rec, spool)
+        rate = found.statistics.rate(images.image_size**2)
+        if spool is not None:
+            rate |= save_codes(results / CODES, spool, found.bad_images)
     if rank() == 0:
         analysis = {
             "model": asdict(model.config),
             "data": asdict(data),
             "image_format": config.image_format,
-            "rate": found.statistics.rate(images.image_size**2),
+            "rate": rate,
             "codebook": found.statistics.summary(),
             "skipped_images": {
                 "count": len(found.bad_images),
@@ -96,8 +149,24 @@ def main() -> None:
             },
         }
         write_findings(results, model, found, analysis)
-        report(analysis, results)
-    stop_ranks()
+        show(analysis, [results / "analysis.json", write_report(results)])
+
+
+def test_from_codes(
+    checkpoint: Checkpoint, config: TestConfig, flags: dict[str, Any], device: torch.device
+) -> None:
+    """Make the pictures of rec/ from a code file, and report."""
+    need_coder("--from_codes")
+    codes = CodeFile(Path(str(config.from_codes)))
+    codes.check_flags(flags)
+    model = checkpoint.model().to(device)
+    codes.check_model(model, checkpoint.path)
+    results = results_folder(config)
+    with shared_folder(results / "rec") as rec:
+        same = decode(model, codes, config, rec)
+    if rank() == 0:
+        remove_results(results)
+        show_codes(codes, same, results)
 
 
 def open_checkpoint(config: TestConfig, flags: dict[str, Any]) -> Checkpoint:
@@ -145,7 +214,12 @@ class Findings(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(
-    model: VQVAE, loader: BatchLoader, config: TestConfig, original: Path, rec: Path
+    model: VQVAE,
+    loader: BatchLoader,
+    config: TestConfig,
+    original: Path,
+    rec: Path,
+    spool: Spool | None,
 ) -> Findings:
     """Write every image and its reconstruction, named by its position in the set.
 
@@ -153,21 +227,19 @@ def reconstruct(
     """
     statistics = CodebookStatistics(model.config.num_embedding)
     first: list[tuple[int, Tensor]] = []
-
-    def write(position: int, pair: Tensor) -> None:
-        name = f"{position:08d}.{config.image_format}"
-        for folder, image in zip((original, rec), pair):
-            save_picture(folder / name, image, config.jpeg_quality)
-
     total = sum(len(share) for share in loader.shares(epoch=0, start=0))
     with ThreadPoolExecutor() as pool, tqdm(total=total, unit="image", disable=rank() > 0) as bar:
         for positions, images in loader.numbered():
-            output, quantized = model(to_signed(images))
-            statistics.add(quantized.indices)
-            pairs = torch.stack([images.cpu(), to_bytes(output).cpu()], dim=1)  # (B, 2, C, H, W)
+            indices = model.encode(to_signed(images))  # (B, H, W, m)
+            output = to_bytes(model.decode(indices)).cpu()  # (B, C, h, w), as --from_codes does it
+            statistics.add(indices)
+            if spool is not None:
+                spool.add(indices, output)
             numbers: list[int] = positions.tolist()
+            pairs = torch.stack([images.cpu(), output], dim=1)  # (B, 2, C, h, w)
             first.extend(list(zip(numbers, pairs))[: NUM_SHOWN - len(first)])
-            list(pool.map(write, numbers, pairs))
+            for folder, pictures in ((original, pairs[:, 0]), (rec, output)):
+                write_pictures(pool, folder, numbers, pictures, config)
             bar.update(len(images))
     statistics.sum_over_ranks()
     if not statistics.num_images:
@@ -180,21 +252,49 @@ def reconstruct(
     )
 
 
+@torch.no_grad()
+def decode(model: VQVAE, codes: CodeFile, config: TestConfig, rec: Path) -> bool:
+    """Write the reconstructions of a code file; whether they are, bit for bit, those once saved."""
+    device, info = model.quantizer.codebook.device, codes.info
+    pixels = 0
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=info.num_coded, unit="image", disable=rank() > 0) as bar,
+    ):
+        for positions, indices in codes.batches(rank(), num_ranks()):
+            output = to_bytes(model.decode(indices.to(device))).cpu()  # (B, C, h, w)
+            pixels += pixel_sum(output)
+            write_pictures(pool, rec, positions.tolist(), output, config)
+            bar.update(len(output))
+    return sum(gather(pixels)) == info.pixel_sum
+
+
+def write_pictures(
+    pool: ThreadPoolExecutor, folder: Path, numbers: list[int], images: Tensor, config: TestConfig
+) -> None:
+    """Write images (B, C, h, w), uint8, under their positions in the set."""
+
+    def write(number: int, image: Tensor) -> None:
+        path = folder / f"{number:08d}.{config.image_format}"
+        save_picture(path, image, config.jpeg_quality)
+
+    list(pool.map(write, numbers, images))
+
+
 def write_findings(
     results: Path, model: VQVAE, found: Findings, analysis: Mapping[str, Any]
 ) -> None:
     """Replace everything in the results but the pictures of the images."""
-    for stale in ("metrics.json", "metrics.csv"):  # of the pictures just replaced
-        (results / stale).unlink(missing_ok=True)
+    remove_results(results)
     save_comparison(results / "reconstructions.png", found.shown[:, 0], found.shown[:, 1])
-    plot_usage(results / "usage.png", found.statistics)
-    plot_slots(results / "slots.png", found.statistics)
-    plot_codebook(results / "codebook.png", model.quantizer.codebook, found.statistics.counts)
+    for name, figure in draw_all(found.statistics, model.quantizer.codebook).items():
+        save_figure(results / f"{name}.png", figure)
     write_json(results / "analysis.json", analysis)
 
 
-def report(analysis: dict[str, Any], results: Path) -> None:
+def show(analysis: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """Print usage, rate and the paths of what was written."""
+    results = paths[0].parent
     rate, codebook = analysis["rate"], analysis["codebook"]
     skipped = analysis["skipped_images"]["count"]
     rows = {
@@ -206,18 +306,40 @@ def report(analysis: dict[str, Any], results: Path) -> None:
         "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",
         "bits per pixel, entropy": f"{rate['entropy_bits_per_pixel']:.3f}",
     }
+    written = ["original", "rec", "reconstructions.png", "usage.png", "slots.png", "codebook.png"]
+    if "coded_bytes" in rate:
+        rows["bits per pixel, coded"] = coded(rate)
+        written.append(CODES)
+    print_rows(rows, [*(results / name for name in written), *paths])
+
+
+def show_codes(codes: CodeFile, same: bool, results: Path) -> None:
+    """Print what the code file held and where its pictures are."""
+    rate = file_rate(codes.path, codes.info)
+    rows = {
+        "images": f"{codes.info.num_coded}",
+        "bits per pixel, coded": coded(rate),
+        "as when saved": "bit for bit" if same else "no",
+    }
+    if not same:
+        log.warning(
+            "some pixels differ from those of the run that saved the codes: "
+            "another device or version of PyTorch rounds otherwise"
+        )
+    print_rows(rows, [results / "rec"])
+
+
+def coded(rate: Mapping[str, float]) -> str:
+    """The real rate, and how many tables made it: one, or one for each slot (at each position)."""
+    tables = f"{rate['coded_tables']} table{'s' if rate['coded_tables'] > 1 else ''} of frequencies"
+    return f"{rate['coded_bits_per_pixel']:.3f} (with {tables})"
+
+
+def print_rows(rows: Mapping[str, str], paths: Sequence[Path]) -> None:
     for name, value in rows.items():
         sys.stdout.write(f"{name:24} {value}\n")
-    for name in (
-        "original",
-        "rec",
-        "reconstructions.png",
-        "usage.png",
-        "slots.png",
-        "codebook.png",
-        "analysis.json",
-    ):
-        sys.stdout.write(f"{results / name}\n")
+    for path in paths:
+        sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":

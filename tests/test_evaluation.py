@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from utils import metrics, networks
+from utils import extremes, metrics, networks, protocols
 from utils.metrics import METRICS
 from utils.networks import Network
 
@@ -75,6 +75,13 @@ def evaluate(
 Evaluate = Callable[..., tuple[int, str, str]]
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of the statistics that are kept, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "looc"
+
+
 def run_script(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
@@ -117,13 +124,14 @@ def test_published_command(results: Path) -> None:
     assert (end.returncode, end.stderr) == (0, "")
     lines = end.stdout.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["metric", "L1", "SSIM", "PSNR"]
-    assert lines[4:] == [f"results/metrics.{suffix}" for suffix in ("json", "csv")]
+    pictures = [f"worst_{name}.png" for name in PIXEL_METRICS]
+    assert lines[4:] == [f"results/{name}" for name in (*pictures, "metrics.json", "metrics.csv")]
     directions = [re.search("(lower|higher) is better", line) for line in lines[1:4]]
     assert len({match and match.start() for match in directions}) == 1
     content, rows = written(results)
     assert content["pairs"] == len(rows) == 4
     assert sorted(path.name for path in results.iterdir()) == [
-        *("metrics.csv", "metrics.json", "original", "rec"),
+        *("metrics.csv", "metrics.json", "original", "rec", *sorted(pictures)),
     ]
 
 
@@ -231,7 +239,10 @@ def test_batches_and_workers_change_nothing(results: Path, evaluate: Evaluate) -
 
 def test_identical_images_keep_the_record_finite(results: Path, evaluate: Evaluate) -> None:
     code, output, errors = evaluate("--g_path", str(results / "original"))
-    assert (code, errors) == (0, "")
+    assert code == 0
+    assert errors == (
+        "--gt_path and --g_path are one folder: images are compared with themselves\n"
+    )
     content, rows = written(results)
     psnr = content["metrics"]["psnr"]
     assert psnr == {"mean": None, "variance": None, "n": 0, "identical": 4}
@@ -288,7 +299,10 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, nn.Modul
 def test_all_metrics_by_default(results: Path, evaluate: Evaluate) -> None:
     code, output, errors = evaluate("--batch_size", "3", metrics=())
     assert code == 0
-    assert errors == "FID of 4 images is biased; compare values of 2048 or more\n"
+    assert errors == (
+        "FID of 4 images is biased: the covariance of its 2048 features needs as many images; "
+        "KID is then the one to read (--metrics kid)\n"
+    )
     assert [line.split()[0] for line in output.splitlines()[1:6]] == [
         *("L1", "SSIM", "PSNR", "LPIPS", "FID"),
     ]
@@ -311,6 +325,147 @@ def test_all_metrics_by_default(results: Path, evaluate: Evaluate) -> None:
     assert content["weights"]["fid"]["sha256"] == "2" * 64
 
 
+@pytest.mark.usefixtures("fakes")
+def test_kid_precision_and_recall_on_demand(results: Path, evaluate: Evaluate) -> None:
+    code, output, errors = evaluate(metrics=("kid", "precision_recall"))
+    assert (code, errors) == (
+        0,
+        "KID takes subsets of 2 images, half of those there are, instead of 1000\n",
+    )
+    assert [line.split()[0] for line in output.splitlines()[1:4]] == ["KID", "Precision", "Recall"]
+    content, _ = written(results)
+    assert list(content["metrics"]) == ["kid", "precision", "recall"]
+    x, y = (
+        metrics.features(
+            torch.stack([torch.tensor(np.array(picture(first + i)))[None] for i in range(4)]),
+            FakeInception(),
+        )
+        for first in (0, 10)
+    )
+    mean, spread = metrics.kernel_distance(x, y)
+    found = content["metrics"]["kid"]
+    assert (found["mean"], found["variance"]) == pytest.approx((mean, spread**2))
+    assert content["metrics"]["precision"]["mean"] == metrics.precision_recall(x, y).precision
+    assert content["metrics"]["precision"]["variance"] is None
+    assert content["weights"].keys() == {"kid", "precision_recall"}
+    assert content["settings"]["kid"] == {"subsets": 100, "subset_size": 2, "seed": 2020}
+    evaluate(metrics=("kid", "precision_recall"))
+    assert written(results)[0] == content
+
+
+@pytest.mark.usefixtures("fakes")
+def test_fid_of_a_folder_and_itself_is_zero(results: Path, evaluate: Evaluate) -> None:
+    evaluate("--g_path", str(results / "original"), metrics=("fid",))
+    mean = written(results)[0]["metrics"]["fid"]["mean"]
+    assert mean == 0
+    assert math.copysign(1, mean) == 1
+
+
+@pytest.mark.usefixtures("fakes")
+def test_the_warning_counts_what_was_decoded(results: Path, evaluate: Evaluate) -> None:
+    truncate(results)
+    errors = evaluate("--skip_bad_images", metrics=("fid",))[2]
+    assert errors.startswith("FID of 3 images is biased")
+
+
+@pytest.fixture
+def seen(fakes: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of images that Inception was given."""
+    counts: list[int] = []
+    forward = fakes["fid"].forward
+
+    def counted(x: Tensor) -> Any:
+        counts.append(len(x))
+        return forward(x)
+
+    monkeypatch.setattr(fakes["fid"], "forward", counted)
+    return counts
+
+
+def test_statistics_of_the_originals_are_kept_by_content(
+    results: Path, evaluate: Evaluate, seen: list[int], cache: Path
+) -> None:
+    evaluate(metrics=("fid",))
+    assert (sum(seen), len(list(cache.iterdir()))) == (8, 1)
+    first = contents(results)
+    (results / "original").rename(results / "elsewhere")
+    evaluate("--gt_path", str(results / "elsewhere"), metrics=("fid",))
+    assert sum(seen) == 12  # the reconstructions alone
+    assert contents(results)["metrics.csv"] == first["metrics.csv"]
+    (results / "elsewhere").rename(results / "original")
+    evaluate(metrics=("fid",))
+    assert contents(results) == first
+    for change, images in (
+        ([], 4),
+        (["--protocol", "reference"], 8),
+        (["--num_test", "3"], 6),
+        (["--no-cache"], 8),
+        (["--skip_bad_images"], 8),
+    ):
+        seen.clear()
+        evaluate(*change, metrics=("fid",))
+        assert sum(seen) == images, change
+    picture(99).save(results / "original" / "00000001.png")
+    seen.clear()
+    evaluate(metrics=("fid",))
+    assert sum(seen) == 8
+
+
+def test_vectors_are_kept_where_they_are_needed(
+    results: Path, evaluate: Evaluate, seen: list[int]
+) -> None:
+    evaluate("--no-cache", metrics=("fid", "kid"))
+    expected = written(results)[0]["metrics"]
+    for needed, images in ((("fid",), 8), (("kid",), 8), (("kid", "fid"), 4)):
+        seen.clear()
+        evaluate(metrics=needed)
+        assert sum(seen) == images
+    assert written(results)[0]["metrics"] == expected
+
+
+@pytest.mark.parametrize("damage", ["truncate", "text", "shape", "nan", "objects", "missing"])
+def test_a_damaged_cache_is_one_line(
+    damage: str, results: Path, evaluate: Evaluate, seen: list[int], cache: Path
+) -> None:
+    evaluate("--num_test", "3", metrics=("fid", "l1"))
+    expected = contents(results)
+    (file,) = cache.iterdir()
+    arrays: dict[str, Any] = dict(np.load(file))
+    if damage == "shape":
+        arrays["mean"] = arrays["mean"][:2]
+    elif damage == "nan":
+        arrays["scatter"][0, 0] = math.nan
+    elif damage == "objects":
+        arrays["mean"] = np.array([{}], dtype=object)
+    elif damage == "missing":
+        del arrays["count"]
+    if damage in ("truncate", "text"):
+        file.write_bytes(file.read_bytes()[:300] if damage == "truncate" else b"no archive")
+    else:
+        np.savez(file, **arrays)
+    seen.clear()
+    code, _, errors = evaluate("--num_test", "3", metrics=("fid", "l1"))
+    assert code == 0
+    assert errors.count("\n") == 2  # the other is the bias of FID
+    assert f"{file} is damaged" in errors
+    assert contents(results) == expected
+    assert sum(seen) == 6
+    evaluate("--num_test", "3", metrics=("fid", "l1"))
+    assert sum(seen) == 9
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_cache_that_cannot_be_written_is_one_line(
+    results: Path, evaluate: Evaluate, cache: Path
+) -> None:
+    cache.parent.mkdir()
+    cache.touch()
+    code, _, errors = evaluate(metrics=("fid",))
+    assert code == 0
+    assert f"cannot write {cache}" in errors
+    assert (results / "metrics.json").exists()
+
+
 @pytest.mark.parametrize("name", ["lpips", "fid"])
 def test_damaged_networks_are_refused(
     name: str,
@@ -324,10 +479,7 @@ def test_damaged_networks_are_refused(
         return values[:, :1] if name == "lpips" else (values,)
 
     monkeypatch.setattr(fakes[name], "forward", spoiled)
-    result = evaluate(metrics=(name,))
-    warning, _, error = result[2].rpartition("evaluation.py")
-    assert warning.count("\n") == (name == "fid")
-    assert_refused((*result[:2], "evaluation.py" + error), results, "weights.pth are damaged")
+    assert_refused(evaluate(metrics=(name,)), results, "weights.pth are damaged")
 
 
 def test_random_backbone_from_a_file(results: Path, evaluate: Evaluate, tmp_path: Path) -> None:
@@ -372,6 +524,107 @@ def test_absent_weights_are_one_line(results: Path) -> None:
         "--lpips_weights",
         "--metrics l1 ssim psnr",
     )
+
+
+# Protocol, rate and pictures
+
+
+def test_protocol_is_recorded(results: Path, evaluate: Evaluate) -> None:
+    evaluate()
+    clean = written(results)[0]
+    assert clean["protocol"]["name"] == "clean"
+    assert clean["protocol"]["jpeg_quality"] is None
+    evaluate("--protocol", "reference")
+    reference = written(results)[0]
+    assert reference["protocol"]["name"] == "reference"
+    assert reference["protocol"]["jpeg_quality"] == 75
+    assert reference["protocol"]["inception_side"] == 229
+    assert reference["settings"]["ssim"] == {"window": 11, "win_size": 11, "data_range": 255}
+    for name in PIXEL_METRICS:
+        assert reference["metrics"][name] != clean["metrics"][name]
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reference_protocol_is_its_steps(workers: int, results: Path, evaluate: Evaluate) -> None:
+    evaluate("--protocol", "reference", metrics=("l1", "fid"), workers=workers)
+    content, rows = written(results)
+    sets = []
+    for folder in ("original", "rec"):
+        images = []
+        for row in rows:
+            pixels = np.array(Image.open(results / folder / f"{row['name']}.png"))
+            if folder == "original":
+                pixels = pixels - ((pixels > 0) & (pixels < 64))
+            pixels = protocols.through_jpeg(pixels[None].astype(np.uint8), 75)
+            images.append(protocols.resized(pixels, 229))
+        sets.append(metrics.FeatureStatistics())
+        sets[-1].update(metrics.features(torch.from_numpy(np.stack(images)), FakeInception()))
+    expected = metrics.frechet_distance(*sets)
+    assert content["metrics"]["fid"]["mean"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_rate_of_tests_analysis(results: Path, evaluate: Evaluate) -> None:
+    rate = {
+        "codes_per_image": 1568,
+        "nominal_bits_per_pixel": 16.0,
+        "entropy_bits_per_pixel": 14.5,
+    }
+    (results / "analysis.json").write_text(json.dumps({"rate": {**rate, "other": 1}}))
+    _, output, errors = evaluate("--output", str(results / "new"))
+    assert errors == ""
+    assert json.loads((results / "new" / "metrics.json").read_text())["rate"] == rate
+    assert output.splitlines()[4:7] == [
+        "codes per image          1568",
+        "bits per pixel, nominal  16",
+        "bits per pixel, entropy  14.5",
+    ]
+    (results / "rec").rename(results / "of_another_model")
+    evaluate("--g_path", str(results / "of_another_model"))
+    assert written(results)[0]["rate"] is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rate": {"codes_per_image": null}}'])
+def test_a_damaged_analysis_is_one_line(text: str, results: Path, evaluate: Evaluate) -> None:
+    (results / "analysis.json").write_text(text)
+    code, _, errors = evaluate()
+    assert code == 0
+    assert errors.count("\n") == 1
+    assert f"{results / 'analysis.json'} has no rate" in errors
+    assert written(results)[0]["rate"] is None
+
+
+def test_worst_and_best_as_pictures(results: Path, evaluate: Evaluate) -> None:
+    evaluate()
+    for name in PIXEL_METRICS:
+        with Image.open(results / f"worst_{name}.png") as image:
+            assert image.mode == "RGB"
+            assert min(image.size) > 900
+
+
+def test_no_pictures_among_the_images(results: Path, evaluate: Evaluate) -> None:
+    for _ in range(2):
+        code, _, errors = evaluate("--output", str(results / "rec"))
+        assert (code, errors.count("\n")) == (0, 1)
+        assert "no pictures are written there" in errors
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False])
+def test_extremes_are_sorted(lower_is_better: bool) -> None:
+    values = [float(value) for value in np.random.default_rng(0).permutation(30)] + [math.inf]
+    worst, best = extremes.extremes(values, lower_is_better=lower_is_better)
+    ordered = sorted(values)
+    high, low = [ordered[::-1][:10], ordered[:10]]
+    found = [[values[position] for position in positions] for positions in (worst, best)]
+    assert found == ([high, low] if lower_is_better else [low, high])
+    assert extremes.extremes([1.0, 2.0], lower_is_better=True) == ([1, 0], [0, 1])
+
+
+@pytest.mark.parametrize("size", [(28, 28), (300, 20), (1, 200), (256, 256)])
+def test_tiles_fit(size: tuple[int, int]) -> None:
+    tile = extremes.fitted(picture(0, size))
+    assert max(tile.size) <= extremes.TILE
+    assert max(tile.size) > extremes.TILE // 2
 
 
 # What is refused
@@ -448,6 +701,14 @@ def nothing(results: Path) -> None:
         (nothing, ["--metrics", "fid", "--num_test", "1"], ["--metrics fid needs 2 images"]),
         (
             nothing,
+            ["--metrics", "precision_recall", "--num_test", "3"],
+            ["--metrics precision_recall needs 4 images or more, and there are 3"],
+        ),
+        (nothing, ["--metrics", "precision"], ["did you mean precision_recall?"]),
+        (nothing, ["--protocol", "referenc"], ["--protocol", "did you mean reference?"]),
+        (nothing, ["--gt_path", "{results}"], ["--gt_path lacks 4 of 12", "--g_path lacks 8"]),
+        (
+            nothing,
             ["--metrics", "lpips", "--lpips_net", "alex"],
             ["--lpips_net alex", "31×31", "4 of 4", "00000000"],
         ),
@@ -504,13 +765,46 @@ def test_unreadable_subfolder(
     assert_refused(result, results, "--g_path", "rec/locked", "Permission denied")
 
 
-def test_a_failed_run_keeps_the_previous_results(results: Path, evaluate: Evaluate) -> None:
+def test_a_path_that_no_encoding_has_can_be_printed(results: Path) -> None:
+    flags = ["--gt_path", "original", "-g_path", "rec", "--metrics", "l1", "--output", "\udcff"]
+    ended = run_script(*flags, cwd=results, PYTHONIOENCODING="utf-8")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.endswith("\\udcff/metrics.csv\n")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The results in a folder by name."""
+    files = [*folder.glob("metrics.*"), *folder.glob("worst_*.png")]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_a_failed_run_keeps_the_previous_results_but_not_as_current(
+    results: Path, evaluate: Evaluate
+) -> None:
     evaluate()
-    before = {path: path.read_bytes() for path in results.glob("metrics.*")}
+    before = contents(results)
+    assert len(before) == 5
+    whole = (results / "rec" / "00000002.png").read_bytes()
     truncate(results)
+    for _ in range(2):
+        assert evaluate()[0] == 2
+        assert contents(results) == {}
+        assert contents(results / "previous_metrics") == before
+    (results / "worst_l1.png").touch()  # as if killed while writing: belongs to no record
     assert evaluate()[0] == 2
-    assert {path: path.read_bytes() for path in results.glob("metrics.*")} == before
-    assert len(before) == 2
+    assert contents(results) == {}
+    assert contents(results / "previous_metrics") == before
+    (results / "rec" / "00000002.png").write_bytes(whole)
+    assert evaluate()[0] == 0
+    assert contents(results) == before
+    assert not (results / "previous_metrics").exists()
+
+
+def test_a_refused_run_leaves_the_results_alone(results: Path, evaluate: Evaluate) -> None:
+    evaluate()
+    before = contents(results)
+    assert evaluate("--num_test", "9")[0] == 2
+    assert contents(results) == before
 
 
 def test_bad_image_in_a_process_of_its_own(results: Path) -> None:

@@ -46,6 +46,7 @@ from utils.arguments import flag_fields, names, number_kind
 from utils.checkpoint import read_checkpoint
 from utils.errors import UserError
 from utils.logger import log
+from utils.pairs import Pair, read_header, read_image
 from utils.search import SearchConfig
 from utils.trainer import TrainConfig
 
@@ -348,7 +349,6 @@ def test_images(number: int, folder: Path, capfd: pytest.CaptureFixture[str]) ->
     name, content = mutated_image(rng)
     path = folder / name
     path.write_bytes(content)
-    evaluation = loaded("evaluation.py")
     with bounded():
         try:
             image = decode(path, 32, str(path))
@@ -356,9 +356,9 @@ def test_images(number: int, folder: Path, capfd: pytest.CaptureFixture[str]) ->
         except UserError as error:
             assert_one_line(error, name)
         try:
-            size, mode = evaluation["read_header"](path)
-            pair = evaluation["Pair"]("a", path, path, size, mode)
-            pixels = evaluation["read_image"](path, pair)
+            size, mode = read_header(path)
+            pair = Pair("a", path, path, size, mode)
+            pixels = read_image(path, pair)
             assert pixels.shape == (1 if mode == "L" else 3, size[1], size[0])
             assert pixels.dtype == np.uint8
         except UserError as error:

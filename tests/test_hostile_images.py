@@ -24,12 +24,12 @@ from torch import Tensor
 
 from datasets import BatchLoader, FileImages, ImageSet, TensorImages, open_dataset, pixel_variance
 from datasets.folders import list_images
-from evaluation import Pair, read_header, read_image
 from modules import VQVAE, ModelConfig
 from tests.conftest import Outcome, run_process
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.images import SUFFIXES
+from utils.pairs import Pair, read_header, read_image
 
 CPU = torch.device("cpu")
 Script = Callable[..., Outcome]

@@ -17,6 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from utils import metrics, networks
+from utils.download import Downloads, Unavailable
 from utils.errors import UserError
 from utils.metrics import METRICS, FeatureStatistics, Pixels
 from utils.networks import LPIPS_BACKBONES
@@ -272,15 +273,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
-    """Every download fails; what was asked for is noted."""
-    asked: list[tuple[str, str, str]] = []
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Every download fails; what was asked for, and the hash it was to have, are noted."""
+    asked: list[tuple[str, str]] = []
 
-    def fail(url: str, path: str, hash_prefix: str) -> None:
-        asked.append((url, path, hash_prefix))
-        raise OSError("Network is unreachable")
+    def fail(_: Downloads, url: str, path: Path, sha256_prefix: str) -> None:
+        path.write_bytes(b"half")
+        asked.append((url, sha256_prefix))
+        raise Unavailable("Network is unreachable")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(Downloads, "get", fail)
     return asked
 
 
@@ -331,36 +333,17 @@ def test_absent_weights_are_downloaded_else_one_line(
     file: str,
     digest: str,
     hub: Path,
-    downloads: list[tuple[str, str, str]],
+    downloads: list[tuple[str, str]],
 ) -> None:
     with pytest.raises(UserError) as caught:
         load()
     for part in (file, str(hub), "Network is unreachable", f"--{flag}_weights", "l1 ssim psnr"):
         assert part in str(caught.value)
-    ((url, path, hash_prefix),) = downloads
+    assert "python evaluation.py --fetch_weights" in str(caught.value)
+    ((url, sha256_prefix),) = downloads
     assert url.startswith("https://")
     assert url.endswith("/" + file)
-    assert path == str(hub / file)
-    assert hash_prefix == digest
-
-
-def test_waiting_for_a_download_is_limited_and_leaves_no_trace(
-    hub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import socket
-
-    limits: list[float | None] = []
-
-    def note(*_: Any, **__: Any) -> None:
-        limits.append(socket.getdefaulttimeout())
-        raise OSError("no")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", note)
-    before = socket.getdefaulttimeout()
-    with pytest.raises(UserError):
-        networks.inception_network()
-    assert limits == [networks.DOWNLOAD_TIMEOUT]
-    assert socket.getdefaulttimeout() == before
+    assert sha256_prefix == digest
     assert not list(hub.iterdir())
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,10 @@ SSIM_SETTINGS: dict[str, Any] = {
 }
 SSIM_WINDOW = 11  # what scikit-image makes of sigma 1.5
 FID_ENOUGH = 2048  # fewer images than features: the covariance has no full rank
+ROUNDING = 1e-4  # of the variances' sum: what float64 may lose in 2048 roots of zero eigenvalues
+KID_SUBSET_SIZE = 1000  # torch-fidelity's, as are the 100 subsets and their seed
+NEIGHBOUR = 3  # torch-fidelity's: the balls of precision and recall reach the third neighbour
+DISTANCES_AT_ONCE = 1000  # images a side: rows of the matrix of distances
 
 
 def l1(x: Pixels, y: Pixels) -> Values:
@@ -34,15 +38,16 @@ def l1(x: Pixels, y: Pixels) -> Values:
     return np.asarray(difference.mean(axis=(1, 2, 3)) / DATA_RANGE)
 
 
-def ssim(x: Pixels, y: Pixels) -> Values:
-    """Structural similarity as first defined (Wang et al. 2004): Gaussian window, sigma 1.5.
+def ssim(x: Pixels, y: Pixels, settings: Mapping[str, Any] = SSIM_SETTINGS) -> Values:
+    """Structural similarity, by default as first defined (Wang et al. 2004): Gaussian, sigma 1.5.
 
-    The mean over channels; both sides of the images must be 11 pixels or more.
+    Settings are scikit-image's. The mean over channels; both sides of the images must be 11 pixels
+    or more.
     """
     from skimage.metrics import structural_similarity
 
     similarity: Any = structural_similarity  # scikit-image does not type it
-    return np.array([similarity(a, b, channel_axis=0, **SSIM_SETTINGS) for a, b in zip(x, y)])
+    return np.array([similarity(a, b, channel_axis=0, **settings) for a, b in zip(x, y)])
 
 
 def psnr(x: Pixels, y: Pixels) -> Values:
@@ -84,17 +89,21 @@ def rgb(x: Tensor) -> Tensor:
 class FeatureStatistics:
     """Mean and covariance of feature vectors that arrive batch by batch.
 
-    Memory does not grow with their number; sums are merged in float64 (Chan et al. 1979), so there
-    is no cancellation.
+    Memory does not grow with their number, unless keep: the vectors are then kept too, 8 KB an
+    image of 2048 features. Sums are merged in float64 (Chan et al. 1979), so there is no
+    cancellation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = False) -> None:
+        self.kept: list[Tensor] | None = [] if keep else None  # (b, d) float32 each, on the CPU
         self.count = 0
         self.mean = torch.zeros((), dtype=torch.float64)  # (d,) from the first batch on
         self.scatter = torch.zeros((), dtype=torch.float64)  # (d, d), sum of (f - mean)(f - mean)ᵀ
 
     def update(self, batch: Tensor) -> None:
         """Add feature vectors (B, d)."""
+        if self.kept is not None:
+            self.kept.append(batch.float().cpu())
         batch = batch.double()
         total = self.count + len(batch)
         batch_mean = batch.mean(0)  # (d,)
@@ -110,15 +119,87 @@ class FeatureStatistics:
         sigma = self.scatter / (self.count - 1)
         return {"mu": self.mean.cpu().numpy(), "sigma": sigma.cpu().numpy()}
 
+    def vectors(self) -> Tensor:
+        """All feature vectors (N, d), float32, on the CPU. Raises ValueError where not kept."""
+        if self.kept is None:
+            raise ValueError("the feature vectors were not kept")
+        self.kept = [torch.cat(self.kept)]
+        return self.kept[0]
+
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½); FID where features are Inception's.
 
-    Source: Heusel et al. 2017. Both sets need two feature vectors or more.
+    Source: Heusel et al. 2017. Both sets need two feature vectors or more. No distance is negative:
+    where rounding alone makes it so, it is 0.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    return float(fid_statistics_to_metric(a.as_arrays(), b.as_arrays(), False)[KEY_METRIC_FID])
+    x, y = a.as_arrays(), b.as_arrays()
+    distance = float(fid_statistics_to_metric(x, y, False)[KEY_METRIC_FID])
+    scale = float(np.trace(x["sigma"]) + np.trace(y["sigma"]))
+    return 0.0 if -ROUNDING * scale <= distance <= 0 else distance
+
+
+class Estimate(NamedTuple):
+    """Mean and standard deviation over the subsets that it was computed from."""
+
+    mean: float
+    spread: float
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
+    """Squared maximum mean discrepancy of feature vectors (N, d), kernel (x·y / d + 1)³.
+
+    KID where features are Inception's (Bińkowski et al. 2018), by torch-fidelity with its defaults:
+    unbiased, over 100 seeded subsets of `kid_subset_size(N)`. Needs 4 vectors or more a set. A
+    value slightly below 0 is valid: the sets cannot be told apart.
+    """
+    from torch_fidelity.metric_kid import (
+        KEY_METRIC_KID_MEAN,
+        KEY_METRIC_KID_STD,
+        kid_features_to_metric,
+    )
+
+    size = kid_subset_size(min(len(a), len(b)))
+    found = kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)
+    return Estimate(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
+
+
+def kid_subset_size(num_images: int) -> int:
+    """1000, and at most half of the images: subsets of nearly all would show no spread."""
+    return min(KID_SUBSET_SIZE, num_images // 2)
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares from 0 to 1."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(originals: Tensor, reconstructions: Tensor) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) of feature vectors (N, d).
+
+    Precision: the share of reconstructions inside some original's ball, which reaches its third
+    neighbour; recall: the share of originals inside some reconstruction's. By torch-fidelity with
+    its defaults, a part of the distances at a time. Needs 4 vectors or more a set.
+    """
+    from torch_fidelity.metric_prc import (
+        KEY_METRIC_PRECISION,
+        KEY_METRIC_RECALL,
+        prc_features_to_metric,
+    )
+
+    found = prc_features_to_metric(
+        reconstructions,
+        originals,
+        prc_neighborhood=NEIGHBOUR,
+        prc_batch_size=DISTANCES_AT_ONCE,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return PrecisionRecall(found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL])
 
 
 @dataclass(frozen=True)
@@ -127,25 +208,42 @@ class Metric:
 
     label: str
     direction: str
-    smallest_side: int = 1
+    smallest_side: int = 1  # of images
+    smallest_set: int = 1  # of images
     compare: Callable[[Pixels, Pixels], Values] | None = None  # None: it needs a network
+    network: str | None = None  # whose values it takes: lpips, an image pair; inception, two sets
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.direction.startswith("lower")
 
 
 METRICS: dict[str, Metric] = {
     "l1": Metric("L1", "lower is better", compare=l1),
     "ssim": Metric("SSIM", "higher is better", SSIM_WINDOW, compare=ssim),
     "psnr": Metric("PSNR (dB)", "higher is better", compare=psnr),
-    "lpips": Metric("LPIPS", "lower is better"),
-    "fid": Metric("FID", "lower is better"),
+    "lpips": Metric("LPIPS", "lower is better", network="lpips"),
+    "fid": Metric("FID", "lower is better", smallest_set=2, network="inception"),
+    "kid": Metric("KID", "lower is better", smallest_set=4, network="inception"),
+    "precision": Metric("Precision", "higher is better", smallest_set=4, network="inception"),
+    "recall": Metric("Recall", "higher is better", smallest_set=4, network="inception"),
 }
+DEFAULT_METRICS = ("l1", "ssim", "psnr", "lpips", "fid")
+# What --metrics offers, and the metrics that each choice gives.
+CHOICES: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in (*DEFAULT_METRICS, "kid")},
+    "precision_recall": ("precision", "recall"),
+}
+NEED_VECTORS = ("kid", "precision_recall")  # whose choice keeps all feature vectors in memory
 
 
 @dataclass(frozen=True)
 class Summary:
     """Mean and population variance over n images; None where there is nothing to average.
 
-    Identical images have an infinite PSNR: they are counted in `identical`, not averaged. FID is
-    one value for the whole set: its mean is that value, without variance.
+    Identical images have an infinite PSNR: they are counted in `identical`, not averaged. FID,
+    precision and recall are one value for the whole set: the mean is that value, without variance.
+    KID's are over its subsets.
     """
 
     mean: float | None
@@ -161,3 +259,16 @@ def summarise(values: Sequence[float]) -> Summary:
     if not finite:
         return Summary(None, None, 0, identical)
     return Summary(float(np.mean(finite)), float(np.var(finite)), len(finite), identical)
+
+
+def settings(num_images: int) -> dict[str, Any]:
+    """What was chosen where a definition leaves a choice."""
+    return {
+        "data_range": DATA_RANGE,
+        "variance": "population, over images; of KID over subsets",
+        "l1": "mean |x - y| / data_range",
+        "lpips_range": [-1, 1],
+        "fid": {"features": "2048", "resize": "torch-fidelity's, to 299"},
+        "kid": {"subsets": 100, "subset_size": kid_subset_size(num_images), "seed": 2020},
+        "precision_recall": {"neighbour": NEIGHBOUR},
+    }

@@ -1,37 +1,35 @@
-"""The networks behind LPIPS and FID: their weights found or downloaded, checked and loaded."""
+"""The networks behind LPIPS and FID, on weights that were found, and values they are known by."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import socket
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from utils import weights
+from utils.download import Unavailable
 from utils.errors import UserError, one_line
-
-DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+from utils.metrics import FeatureStatistics, features, frechet_distance
+from utils.weights import WEIGHTS, Fetched, sha256, weights_folder
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """An LPIPS backbone: torchvision's name of its weights, the smallest image side it takes."""
+    """An LPIPS backbone: the smallest image side it takes. Its weights are WEIGHTS's."""
 
-    weights: str
     smallest_side: int
 
 
 LPIPS_BACKBONES = {
-    "vgg": Backbone("VGG16_Weights.IMAGENET1K_V1", smallest_side=16),
-    "alex": Backbone("AlexNet_Weights.IMAGENET1K_V1", smallest_side=31),
+    "vgg": Backbone(smallest_side=16),
+    "alex": Backbone(smallest_side=31),
 }
 
 
@@ -44,15 +42,14 @@ class Network:
     sha256: str
 
 
-def lpips_network(net: str, given: str | None = None) -> Network:
-    """lpips.LPIPS on the backbone `net`; weights from the given path or torch hub's folder.
+def lpips_network(net: str, given: str | None = None, folder: str | None = None) -> Network:
+    """lpips.LPIPS on the backbone `net`; weights from the given path or folder (torch hub's).
 
     Raises UserError where the weights are missing, damaged or of another network.
     """
     import lpips
-    from torchvision.models import get_weight
 
-    path = find_weights("--lpips_weights", given, get_weight(LPIPS_BACKBONES[net].weights).url)
+    path = find_weights("--lpips_weights", given, net, folder)
     state = read_weights("--lpips_weights", path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,15 +68,16 @@ def lpips_network(net: str, given: str | None = None) -> Network:
     return Network(model.eval().requires_grad_(False), path, sha256(path))
 
 
-def inception_network(given: str | None = None) -> Network:
-    """torch-fidelity's Inception, giving the 2048 features of FID.
+def inception_network(
+    given: str | None = None, folder: str | None = None, layer: str = "2048"
+) -> Network:
+    """torch-fidelity's Inception, giving the 2048 features of FID or those of another layer.
 
     Raises UserError where the weights are missing, damaged or of another network.
     """
     from torch_fidelity import FeatureExtractorInceptionV3
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    path = find_weights("--inception_weights", given, URL_INCEPTION_V3)
+    path = find_weights("--inception_weights", given, "inception", folder)
     # The extractor unpickles what it is given without restriction, so it never sees the file: it
     # gets a copy of the tensors that were read safely.
     copy = io.BytesIO()
@@ -87,7 +85,7 @@ def inception_network(given: str | None = None) -> Network:
     copy.seek(0)
     try:
         model = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=copy
+            "inception-v3-compat", [layer], feature_extractor_weights_path=copy
         )
     except RuntimeError as error:
         reason = one_line(error).partition("FeatureExtractorInceptionV3: ")[2] or one_line(error)
@@ -98,39 +96,73 @@ def inception_network(given: str | None = None) -> Network:
     return Network(model, path, sha256(path))
 
 
-def find_weights(flag: str, given: str | None, url: str) -> Path:
-    """The given file, else the one in torch hub's folder, downloaded if need be."""
+def find_weights(flag: str, given: str | None, name: str, folder: str | None) -> Path:
+    """The given file, else the one in the folder, downloaded from its usual address if need be.
+
+    name is that of an entry of WEIGHTS, folder torch hub's unless given.
+    """
     if given is not None:
         return Path(given)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    wanted, place = WEIGHTS[name], weights_folder(folder)
+    path = weights.find(wanted, place)
+    if path is not None:
+        return path
     try:
-        if not path.is_file():
-            download(url, path)
-    except (OSError, RuntimeError, HTTPException) as error:  # no network; a wrong hash
+        return weights.download(wanted, place)
+    except (Unavailable, UserError) as error:
         raise UserError(
-            f"{path.name} is not in {path.parent} and cannot be downloaded from {url} "
-            f"({one_line(error)}); put it there, name the file with {flag}, "
+            f"{wanted.usual} is not in {place} and cannot be downloaded ({one_line(error)}); "
+            f"try python evaluation.py --fetch_weights, name the file with {flag}, "
             "or go without: --metrics l1 ssim psnr"
         ) from error
-    return path
 
 
-def download(url: str, path: Path) -> None:
-    """Fetch the file and check it against the hash at the end of its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with time_limit(DOWNLOAD_TIMEOUT):
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
+def fetch_weights(folder: str | None = None) -> Iterator[Fetched]:
+    """Bring the weights of every network into the folder (torch hub's), one after the other.
+
+    Raises UserError where that fails; nothing half written is left.
+    """
+    return weights.fetch(WEIGHTS, KNOWN_VALUES, weights_folder(folder))
 
 
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Connections opened inside give up after that many seconds of silence."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def known_lpips(net: str, path: Path) -> float:
+    """The mean LPIPS of torchmetrics' documented example.
+
+    Its random images are drawn after an LPIPS-VGG has been built from the same generator.
+    """
+    from torchvision.models import vgg16
+
+    network = lpips_network(net, str(path)).module
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(123)
+        vgg16(init_weights=False)
+        for channels in (64, 128, 256, 512, 512):  # the linear heads
+            nn.Conv2d(channels, 1, 1, bias=False)
+        x, y = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))
+        return float(network(x, y).mean())
+
+
+def known_fid(path: Path) -> float:
+    """The FID, of the first 64 features, of torchmetrics' documented example.
+
+    Its random images are drawn after the network has been built from the same generator.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(123)
+        network = inception_network(str(path), layer="64").module
+        sets = FeatureStatistics(), FeatureStatistics()
+        for statistics, bounds in zip(sets, ((0, 200), (100, 255))):
+            images = torch.randint(*bounds, (100, 3, 299, 299), dtype=torch.uint8)
+            for first in range(0, 100, 10):
+                statistics.update(features(images[first : first + 10], network))
+    return frechet_distance(*sets)
+
+
+KNOWN_VALUES: dict[str, Callable[[Path], float]] = {
+    "vgg": partial(known_lpips, "vgg"),
+    "alex": partial(known_lpips, "alex"),
+    "inception": known_fid,
+}
 
 
 def read_weights(flag: str, path: Path) -> Mapping[str, Tensor]:
@@ -153,12 +185,3 @@ def read_weights(flag: str, path: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{flag} {path} is refused: it holds no state dict")
     return state
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ LABELS = {
     "originals": "results/{name}/original",
     "reconstructions": "results/{name}/rec",
     "side by side": "results/{name}/reconstructions.png",
+    "report": "results/{name}/report.html",
     "codebook plots": "results/{name}/{{usage,slots,codebook}}.png",
     "TensorBoard": "logs/{experiment}",
 }
@@ -58,6 +59,11 @@ def table(analysis: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
         "codes per image": f"{rate['codes_per_image']}",
         "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",
         "bits per pixel, entropy": f"{rate['entropy_bits_per_pixel']:.3f}",
+        **(
+            {"bits per pixel, coded": f"{rate['coded_bits_per_pixel']:.3f}"}
+            if "coded_bytes" in rate
+            else {}
+        ),
         "codebook usage": f"{codebook['usage_percent']:.1f} %",
         "perplexity": f"{codebook['perplexity']:.1f} of {model['num_embedding']}",
     }

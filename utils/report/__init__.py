@@ -1,0 +1,92 @@
+"""One page about a run: report.html in the results folder, which opens from disk, without network.
+
+It is made of what main.py, test.py and evaluation.py have written. What is missing or damaged
+becomes a line that says so, and how to get it. Again, by hand:
+
+python -m utils.report <results folder>
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.files import whole_file
+from utils.report.codebook import codebook_map, unit_slots, usage_histogram
+from utils.report.curves import training_curves
+from utils.report.files import Found, experiment, find, part
+from utils.report.markup import section, text
+from utils.report.pictures import reconstructions, worst_images
+from utils.report.tables import commands, configuration, key_figures, lead
+
+LARGEST_SIDE, SMALLEST_SIDE = 256, 48  # images are shrunk to a side that keeps to LARGEST
+LARGEST = 4_500_000  # characters of the page
+
+
+def write_report(results: Path, logs: Path | None = None) -> Path:
+    """Write report.html into the results folder and return its path.
+
+    logs: TensorBoard's folder; by default <output>/logs/<experiment>, where results are
+    <output>/results/<experiment>/<checkpoint>. Raises UserError where the page cannot be written.
+    """
+    if not results.is_dir():
+        raise UserError(f"{results} is no folder of results")
+    found = find(results, logs)
+    side = LARGEST_SIDE
+    while len(content := page(found, side)) > LARGEST and side > SMALLEST_SIDE:
+        side = max(SMALLEST_SIDE, int(0.95 * side * math.sqrt(LARGEST / len(content))))
+    path = results / "report.html"
+    with whole_file(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+    return path
+
+
+def page(found: Found, side: int) -> str:
+    """The page, with no image larger than side."""
+    sections: dict[str, tuple[str, Callable[[Found], str]]] = {
+        "figures": ("Key figures", key_figures),
+        "reconstructions": ("Reconstructions", lambda found: reconstructions(found, side)),
+        "worst": ("Worst images", lambda found: worst_images(found, side)),
+        "training": ("Training", training_curves),
+        "usage": ("Codebook usage", usage_histogram),
+        "codebook": ("Codebook map", codebook_map),
+        "slots": ("Unit slots", unit_slots),
+        "configuration": ("Configuration", configuration),
+        "reproduce": ("Commands", commands),
+    }
+    name = experiment(found.results)
+    links = "".join(
+        f'<li><a href="#{key}">{title}</a></li>' for key, (title, _) in sections.items()
+    )
+    bodies = "".join(
+        section(key, title, partial(build, found)) for key, (title, build) in sections.items()
+    )
+    breakable = text(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{text(name)} – LooC</title><style>\n{style}</style></head>\n<body>"
+        '<a class="skip" href="#main">Skip to the report</a>\n'
+        f"<header><h1>{breakable}</h1>{lead(found)}"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
+        f'<main id="main" tabindex="-1">{bodies}</main>\n'
+        f"<footer><p>{made(found)}</p></footer></body></html>\n"
+    )
+
+
+def made(found: Found) -> str:
+    stored = part(found.metrics, "versions")
+    packages = stored or {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    versions = ", ".join(f"{name} {number}" for name, number in packages.items())
+    return text(
+        f"Written by LooC on {time.strftime('%d %B %Y, %H:%M %Z')}, from {found.results}. "
+        f"Python {sys.version.split()[0]}, {versions}."
+    )

@@ -1,0 +1,111 @@
+"""The curves of training, each with what to see in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from utils.report.files import Found
+from utils.report.markup import Missing, details, figure, shown, spread, table, text
+from utils.report.svg import Point, line_chart
+
+MAX_POINTS = 400  # of a curve
+MAX_ROWS = 12  # of a curve's table
+CURVES = {  # scalar → (title, unit, least of the axis, what to see)
+    "loss": (
+        "Loss",
+        "loss",
+        None,
+        "It should fall and level off. <b>Bad:</b> spikes, a rise, or no bend at all: the run was "
+        "too short, or the learning rate is wrong.",
+    ),
+    "psnr": (
+        "PSNR",
+        "dB",
+        None,
+        "Training and validation should rise together. <b>Bad:</b> validation that falls while "
+        "training rises: the model learns its images by heart.",
+    ),
+    "usage_percent": (
+        "Codebook usage",
+        "% of codevectors",
+        0,
+        "It should be near 100 % and stay there. <b>Bad:</b> a fall: codevectors die and nothing "
+        "brings them back.",
+    ),
+    "perplexity": (
+        "Perplexity",
+        "codevectors",
+        0,
+        "How many codevectors, equally used, would carry as much; K is the ceiling. <b>Bad:</b> "
+        "far below K, or a collapse.",
+    ),
+}
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most MAX_POINTS points: of each stretch the lowest and the highest; spikes stay."""
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    size = -(-2 * len(points) // MAX_POINTS)
+    kept: list[Point] = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+        kept.extend(sorted(ends))
+    return kept
+
+
+def training_curves(found: Found) -> str:
+    place = f" It was looked for in {text(found.logs)}." if found.logs else ""
+    found.need("TensorBoard's folder", f"main.py writes it.{place}")
+    charts = []
+    for scalar, (title, unit, low, caption) in CURVES.items():
+        series = {
+            group: found.curves[f"{group}/{scalar}"]
+            for group in ("train", "validation")
+            if found.curves.get(f"{group}/{scalar}")
+        }
+        if not series:
+            continue
+        values = [value for points in series.values() for _, value in points]
+        log = scalar == "loss" and min(values) > 0 and max(values) > 20 * min(values)
+        ends = "; ".join(
+            f"{group} from {shown(points[0][1])} to {shown(points[-1][1])}"
+            for group, points in series.items()
+        )
+        described = f"{ends}, steps {points_range(series)}"
+        chart = line_chart(
+            title,
+            described,
+            {group: thinned(points) for group, points in series.items()},
+            "step",
+            f"{unit}, logarithmic" if log else unit,
+            log=log,
+            low=low,
+        )
+        charts.append(
+            f"<div><h3>{title}</h3>"
+            + figure(chart, caption)
+            + details(f"{title} as a table", curve_table(title, series))
+            + "</div>"
+        )
+    if not charts:
+        raise Missing("TensorBoard's files hold none of the curves of main.py.")
+    return f'<div class="columns">{"".join(charts)}</div>'
+
+
+def points_range(series: Mapping[str, Sequence[Point]]) -> str:
+    steps = [step for points in series.values() for step, _ in points]
+    return f"{min(steps):,} to {max(steps):,}"
+
+
+def curve_table(title: str, series: Mapping[str, Sequence[Point]]) -> str:
+    """A few values of each curve; the curves are not looked at at the same steps."""
+    few = [[points[i] for i in spread(len(points), MAX_ROWS)] for points in series.values()]
+    steps = sorted({step for points in few for step, _ in points})
+    columns = [dict(points) for points in few]
+    rows = [
+        (f"{step:,}", *(shown(column[step]) if step in column else "" for column in columns))
+        for step in steps
+    ]
+    return table(title, ("step", *series), {"": rows})

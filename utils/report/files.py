@@ -1,0 +1,206 @@
+"""What lies in a folder of results or belongs to it, and the commands that write it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from utils.checkpoint import Checkpoint, read_checkpoint
+from utils.errors import one_line
+from utils.images import image_names
+from utils.report.markup import Missing, command, text
+from utils.report.svg import Point
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that lies in the results folder or belongs to it, as far as it can be read."""
+
+    results: Path
+    logs: Path | None = None
+    analysis: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # name → metric → value
+    curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)  # scalar → (step, value)
+    checkpoint: Checkpoint | None = None
+    pairs: Mapping[str, tuple[Path, Path]] = field(default_factory=dict)  # name → both pictures
+    problems: Mapping[str, str] = field(default_factory=dict)  # what could not be read, and why
+
+    def need(self, name: str, command: str) -> None:
+        """Raise Missing where that could not be read."""
+        if name in self.problems:
+            raise Missing(f"{text(name)} {text(self.problems[name])}. {command}")
+
+
+def find(results: Path, logs: Path | None) -> Found:
+    """Read everything; what cannot be read is noted in problems."""
+    problems: dict[str, str] = {}
+
+    def attempt(name: str, read: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return read()
+        except Missing as gap:
+            problems[name] = str(gap)
+        except FileNotFoundError:
+            problems[name] = "is not there"
+        except Exception as error:  # as varied as the damage
+            problems[name] = f"cannot be read: {one_line(error)[:200]}"
+        return otherwise
+
+    model, guess = belongings(results)
+    folder = guess if logs is None else logs
+    metrics = attempt("metrics.json", lambda: read_json(results / "metrics.json"), {})
+    return Found(
+        results,
+        folder,
+        attempt("analysis.json", lambda: read_json(results / "analysis.json"), {}),
+        metrics,
+        attempt("metrics.csv", lambda: read_values(results / "metrics.csv"), {}),
+        attempt("TensorBoard's folder", lambda: read_curves(folder), {}),
+        attempt("the checkpoint", lambda: read_model(model), None),
+        attempt("the pair of original/ and rec/", lambda: find_pairs(results, metrics), {}),
+        problems,
+    )
+
+
+def belongings(results: Path) -> tuple[Path | None, Path | None]:
+    """Checkpoint and logs of the results, by the layout of the output folder."""
+    place = results.resolve()
+    for folder in place.parents:
+        if folder.name == "results":
+            name = place.relative_to(folder)
+            return folder.parent / "models" / name, folder.parent / "logs" / name.parent
+    return None, None
+
+
+def experiment(results: Path) -> str:
+    """<experiment>/<checkpoint>, or the folder's name where it lies elsewhere."""
+    model, _ = belongings(results)
+    place = results.resolve()
+    if model is None:
+        return place.name
+    return str(place.relative_to(next(p for p in place.parents if p.name == "results")))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return content
+
+
+def read_values(path: Path) -> dict[str, dict[str, float]]:
+    """The metrics of each pair, by its name."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return {
+            row.pop("name"): {metric: float(value) for metric, value in row.items()}
+            for row in csv.DictReader(file)
+        }
+
+
+def read_model(path: Path | None) -> Checkpoint:
+    if path is None or not path.is_file():
+        raise Missing("is not in models/ beside results/")
+    return read_checkpoint(path)
+
+
+def read_curves(folder: Path | None) -> dict[str, list[Point]]:
+    """TensorBoard's scalars, without what an interrupted run wrote after its last checkpoint."""
+    if folder is None or not any(folder.glob("events.out.tfevents.*")):
+        raise Missing("has no event files")
+    from tensorboard.backend.event_processing import event_accumulator as events
+
+    few = dict.fromkeys(events.DEFAULT_SIZE_GUIDANCE, 1)
+    board = events.EventAccumulator(str(folder), {**few, events.SCALARS: 0})
+    board.Reload()
+    return {
+        name: [(item.step, item.value) for item in board.Scalars(name) if finite(item.value)]
+        for name in board.Tags()[events.SCALARS]
+    }
+
+
+def find_pairs(results: Path, metrics: Mapping[str, Any]) -> dict[str, tuple[Path, Path]]:
+    """Original and reconstruction by name without suffix: those measured, else those here."""
+    settings = part(metrics, "settings")
+    measured = [Path(str(settings.get(key) or "-")) for key in ("gt_path", "g_path")]
+    own = [results / "original", results / "rec"]
+    originals, others = (
+        {name[: name.rindex(".")]: folder / name for name in image_names(folder)}
+        for folder in (measured if all(folder.is_dir() for folder in measured) else own)
+    )
+    return {name: (originals[name], others[name]) for name in sorted(originals.keys() & others)}
+
+
+def part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What lies under a key, if that is a mapping, else nothing."""
+    value = mapping.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def numbers(value: object) -> list[float]:
+    """A list of finite numbers; empty where it is anything else."""
+    try:
+        array = np.array(value if isinstance(value, list) else [], dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        return []
+    return array.tolist() if array.ndim == 1 and np.isfinite(array).all() else []
+
+
+def finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def stale(found: Found) -> str:
+    """A warning where the checkpoint was written after the results."""
+    results = found.results / "analysis.json"
+    if found.checkpoint is None or not results.exists():
+        return ""
+    if found.checkpoint.path.stat().st_mtime <= results.stat().st_mtime:
+        return ""
+    return (
+        '<div class="missing"><p>The checkpoint is newer than these results, which are of an '
+        f"earlier one. test.py puts them in step:</p>{command(test_command(found))}</div>"
+    )
+
+
+def output_and_name(found: Found) -> tuple[str, str]:
+    """The output folder and the name that --model_name takes."""
+    model, _ = belongings(found.results)
+    name = experiment(found.results)
+    if model is None:
+        return "<output_folder>", "<experiment>/best.pt"
+    return str(found.results.resolve())[: -len(f"/results/{name}")] or "/", name
+
+
+def test_command(found: Found) -> str:
+    output, name = output_and_name(found)
+    return joined(["python", "test.py", "--output_folder", output, "--model_name", name])
+
+
+def evaluation_command(found: Found) -> str:
+    """With the metrics that were measured, or all that need no weights."""
+    settings = part(found.metrics, "settings")
+    measured = list(part(found.metrics, "metrics")) or ["l1", "ssim", "psnr"]
+    paths = [
+        str(settings.get(key) or (found.results / name).resolve())
+        for key, name in (("gt_path", "original"), ("g_path", "rec"))
+    ]
+    return joined(
+        [
+            *("python", "evaluation.py", "--metrics", *map(str, measured)),
+            *("--gt_path", paths[0], "--g_path", paths[1]),
+        ]
+    )
+
+
+def joined(words: Sequence[str]) -> str:
+    """A command line; what is still to be filled in stays readable."""
+    return " ".join(word if word.startswith("<") else shlex.quote(word) for word in words)

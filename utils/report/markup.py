@@ -1,0 +1,86 @@
+"""The parts that the page is made of: text, numbers, tables, figures and sections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+from utils.errors import one_line, printable
+
+Rows = Sequence[Sequence[object]]
+
+
+class Missing(Exception):
+    """What a section lacks; its message says how to get it."""
+
+
+def text(value: object) -> str:
+    """Anything as text of HTML, on one line."""
+    return escape(printable(str(value)))
+
+
+def shown(value: object, digits: int = 4) -> str:
+    """A number for people; a dash for anything else."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return "–"
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:#,.{digits}g}".rstrip(".")
+
+
+def spread(count: int, number: int) -> list[int]:
+    """Positions of at most so many, evenly spaced from the first to the last."""
+    if count <= number:
+        return list(range(count))
+    return [round(position * (count - 1) / (number - 1)) for position in range(number)]
+
+
+def table(
+    caption: str, header: Sequence[str], groups: Mapping[str, Rows], style: str = "numbers"
+) -> str:
+    """Rows under their groups' names (none where it is empty); the first cell of a row heads it."""
+    parts = [f"<caption>{text(caption)}</caption><thead><tr>"]
+    parts += [f'<th scope="col">{text(cell)}</th>' for cell in header]
+    parts.append("</tr></thead>")
+    for group, rows in groups.items():
+        parts.append("<tbody>")
+        if group:
+            parts.append(
+                f'<tr><th colspan="{len(header)}" scope="rowgroup">{text(group)}</th></tr>'
+            )
+        for first, *others in rows:
+            cells = "".join(f"<td>{text(cell)}</td>" for cell in others)
+            parts.append(f'<tr><th scope="row">{text(first)}</th>{cells}</tr>')
+        parts.append("</tbody>")
+    return (
+        f'<div class="scroll" role="group" tabindex="0" aria-label="{text(caption)}">'
+        f'<table class="{style}">{"".join(parts)}</table></div>'
+    )
+
+
+def details(summary: str, content: str) -> str:
+    return f"<details><summary>{text(summary)}</summary>{content}</details>"
+
+
+def figure(content: str, caption: str, *, beside: bool = False) -> str:
+    """caption is HTML; it stands beside the content where there is room and it is asked for."""
+    style = ' class="beside"' if beside else ""
+    return f"<figure{style}>{content}<figcaption>{caption}</figcaption></figure>"
+
+
+def command(*lines: str) -> str:
+    """Commands to copy."""
+    return "".join(f"<pre><code>{text(line)}</code></pre>" for line in lines)
+
+
+def section(identity: str, title: str, build: Callable[[], str]) -> str:
+    """A section; where it cannot be built it says why."""
+    try:
+        body = build()
+    except Missing as gap:
+        body = f'<div class="missing">{gap}</div>'
+    except Exception as error:  # the files may hold anything
+        reason = text(f"{type(error).__name__}: {one_line(error)[:200]}")
+        body = f'<div class="missing">This cannot be shown; a file is damaged. {reason}</div>'
+    return f'<section aria-labelledby="{identity}"><h2 id="{identity}">{title}</h2>{body}</section>'

@@ -1,0 +1,177 @@
+"""Originals beside their reconstructions and errors: some of all, and the worst."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError
+from utils.images import open_image, viewed
+from utils.metrics import METRICS
+from utils.report.files import Found, evaluation_command, test_command
+from utils.report.markup import Missing, command, figure, shown, spread, table, text
+
+NUM_SHOWN = 16
+NUM_WORST = 8
+ENLARGED = 96  # pixels that the side of a small image is enlarged to, at most
+ERROR_RANGE = 64  # of 255, drawn in the brightest colour
+COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
+WAYS = {"psnr": -1, "lpips": 1}  # the worst images are the smallest (-1) or the largest (1)
+
+
+def colours(share: np.ndarray) -> np.ndarray:
+    """Values from 0 (black) to 1 (pale yellow) → bytes, (…) → (…, 3)."""
+    places = np.linspace(0, 1, len(COLOURS))
+    channels = [np.interp(share, places, channel) for channel in zip(*COLOURS)]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def uri(picture: Image.Image) -> str:
+    """A picture as a PNG inside the page."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def fitted(picture: Image.Image, side: int) -> Image.Image:
+    """Small pictures enlarged by a whole factor, without smoothing; large ones shrunk to side."""
+    longest = max(picture.size)
+    if longest > side:
+        share = side / longest
+        size = max(1, round(picture.width * share)), max(1, round(picture.height * share))
+        return picture.resize(size, Image.Resampling.LANCZOS)
+    factor = max(1, ENLARGED // longest)
+    size = picture.width * factor, picture.height * factor
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def triplet(original: Path, reconstruction: Path, side: int) -> Image.Image:
+    """Original, reconstruction and error side by side, with a transparent gap."""
+    pictures = []
+    for path in (original, reconstruction):
+        with open_image(path, path.name) as image:
+            pictures.append(viewed(image, "RGB"))
+    if pictures[0].size != pictures[1].size:
+        raise UserError(f"{original.name} and its reconstruction differ in size")
+    x, y = (np.asarray(picture, dtype=np.int16) for picture in pictures)  # (H, W, 3)
+    error = np.abs(x - y).mean(-1) / ERROR_RANGE  # (H, W)
+    tiles = [fitted(tile, side) for tile in (*pictures, Image.fromarray(colours(error)))]
+    width, height = tiles[0].size
+    whole = Image.new("RGBA", (3 * width + 12, height))
+    for position, tile in enumerate(tiles):
+        whole.paste(tile, (position * (width + 6), 0))
+    return whole
+
+
+def tiles(found: Found, names: Sequence[str], side: int) -> str:
+    """A list of triplets, each with its name and values; one that cannot be read says so."""
+    items, widest = [], 0
+    for name in names:
+        values = found.values.get(name, {})
+        scores = ", ".join(
+            f"{METRICS[key].label.partition(' ')[0]} {shown(value, 3)}"
+            for key, value in values.items()
+            if key in METRICS
+        )
+        try:
+            picture = triplet(*found.pairs[name], side)
+        except (UserError, KeyError) as error:
+            reason = "its pictures are not there" if isinstance(error, KeyError) else error
+            items.append(f'<li class="tile">{text(name)}: {text(reason)}</li>')
+            continue
+        widest = max(widest, picture.width)
+        described = f"Image {name}: original, reconstruction and error. {scores}"
+        items.append(
+            f'<li class="tile"><img src="{uri(picture)}" width="{picture.width}" '
+            f'height="{picture.height}" alt="{text(described)}">{text(name)}'
+            f"{'<br>' if scores else ''}{text(scores)}</li>"
+        )
+    return f'<ul class="tiles" style="--tile: {max(widest, 200)}px">{"".join(items)}</ul>'
+
+
+def error_key() -> str:
+    """The colours of the error maps, in bytes."""
+    strip = Image.fromarray(colours(np.linspace(0, 1, 256)[None]))
+    return (
+        '<svg class="key" viewBox="0 0 320 34" role="img" aria-label="Colours of the error: black '
+        f'is none, pale yellow is {ERROR_RANGE} of 255 or more"><image href="{uri(strip)}" '
+        'width="320" height="14" preserveAspectRatio="none"/><text x="0" y="30">no error</text>'
+        f'<text x="320" y="30" text-anchor="end">{ERROR_RANGE} of 255 or more</text></svg>'
+    )
+
+
+def need_pairs(found: Found) -> None:
+    found.need(
+        "the pair of original/ and rec/", "test.py writes them:" + command(test_command(found))
+    )
+
+
+def reconstructions(found: Found, side: int) -> str:
+    need_pairs(found)
+    if not found.pairs:
+        raise Missing("original/ and rec/ hold no pair of pictures of one name.")
+    names = list(found.pairs)
+    chosen = [names[position] for position in spread(len(names), NUM_SHOWN)]
+    return figure(
+        tiles(found, chosen, side) + error_key(),
+        f"From left to right: original, reconstruction, mean absolute error over channels. "
+        f"{len(chosen)} of {len(names):,} images, evenly spaced by name, not chosen by quality; "
+        f"small images are enlarged without smoothing, those above {side} pixels shrunk. "
+        "<b>One should see</b> errors that are faint and look like noise. <b>Bad:</b> error maps "
+        "in which the object can be recognised (edges and texture are lost), blocks of the "
+        "latents' grid, or a glow over plain areas (a shift of colour).",
+    )
+
+
+def worst_images(found: Found, side: int) -> str:
+    measure = "evaluation.py measures the images:" + command(evaluation_command(found))
+    found.need("metrics.csv", measure)
+    need_pairs(found)
+    measured = {metric for values in found.values.values() for metric in values}
+    content = quantiles(found)
+    for metric, way in WAYS.items():
+        if metric not in measured:
+            continue
+        label = METRICS[metric].label.partition(" ")[0]
+        ranked = sorted(
+            (way * values[metric], name)
+            for name, values in found.values.items()
+            if not math.isnan(values.get(metric, math.nan))
+        )
+        names = [name for _, name in reversed(ranked[-NUM_WORST:])]
+        content += f"<h3>Worst by {label}</h3>" + figure(
+            tiles(found, names, side),
+            f"The {len(names)} images of {'lowest' if way < 0 else 'highest'} {label}, the worst "
+            "first; colours of the error as above. <b>One should see</b> the hardest images: fine "
+            "texture, print, noise. <b>Bad:</b> images that look easy, all of one kind (it is "
+            "rare in training), or reconstructions that show something else.",
+        )
+    return content
+
+
+def quantiles(found: Found) -> str:
+    """How each metric is spread over the images."""
+    columns: dict[str, list[float]] = {}
+    for values in found.values.values():
+        for metric, value in values.items():
+            if not math.isnan(value):
+                columns.setdefault(metric, []).append(value)
+    steps = (0, 0.05, 0.5, 0.95, 1)
+    rows = [
+        (
+            METRICS[metric].label if metric in METRICS else metric,
+            *(shown(float(v), 3) for v in np.quantile(values, steps, method="nearest")),
+        )
+        for metric, values in columns.items()
+    ]
+    return table(
+        f"Spread over {len(found.values):,} images",
+        ("metric", "least", "5 %", "median", "95 %", "most"),
+        {"": rows},
+    )
