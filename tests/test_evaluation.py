@@ -125,13 +125,14 @@ def test_published_command(results: Path) -> None:
     lines = end.stdout.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["metric", "L1", "SSIM", "PSNR"]
     pictures = [f"worst_{name}.png" for name in PIXEL_METRICS]
-    assert lines[4:] == [f"results/{name}" for name in (*pictures, "metrics.json", "metrics.csv")]
+    files = (*pictures, "metrics.json", "metrics.csv", "report.html")
+    assert lines[4:] == [f"results/{name}" for name in files]
     directions = [re.search("(lower|higher) is better", line) for line in lines[1:4]]
     assert len({match and match.start() for match in directions}) == 1
     content, rows = written(results)
     assert content["pairs"] == len(rows) == 4
     assert sorted(path.name for path in results.iterdir()) == [
-        *("metrics.csv", "metrics.json", "original", "rec", *sorted(pictures)),
+        *("metrics.csv", "metrics.json", "original", "rec", "report.html", *sorted(pictures)),
     ]
 
 
@@ -769,7 +770,7 @@ def test_a_path_that_no_encoding_has_can_be_printed(results: Path) -> None:
     flags = ["--gt_path", "original", "-g_path", "rec", "--metrics", "l1", "--output", "\udcff"]
     ended = run_script(*flags, cwd=results, PYTHONIOENCODING="utf-8")
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.endswith("\\udcff/metrics.csv\n")
+    assert ended.stdout.endswith("\\udcff/report.html\n")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
