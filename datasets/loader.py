@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -156,6 +158,21 @@ def ignore_signals(_worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """End what workers are left when the process ends.
+
+    Else multiprocessing would send them SIGTERM, which they ignore, and wait for them.
+    """
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a DataLoader would report their death
+    for worker in workers:
+        worker.kill()
+
+
+atexit.register(end_workers)  # runs before what multiprocessing has registered
 
 
 class BatchOrder(Sampler[list[int]]):

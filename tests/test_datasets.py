@@ -41,6 +41,7 @@ from datasets import (
     split_validation,
 )
 from datasets.loader import DecodedBatches
+from tests.conftest import run_process
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -849,3 +850,22 @@ def test_lmdb_in_threads_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert len(list(pool.map(image_set.__getitem__, TRAIN * 50))) == 500
     loader = BatchLoader(image_set, 3, device=CPU, num_workers=2)
     assert sorted(chain(*epoch_numbers(loader))) == TRAIN
+
+
+def test_workers_end_with_the_process(tmp_path: Path) -> None:
+    """Also where something still holds the loader, and though they ignore SIGTERM."""
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    program = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from datasets import BatchLoader\n"
+        "from datasets.images import FileImages\n"
+        "images = FileImages(Path('.'), ['a.png', 'b.png', 'c.png'], 8)\n"
+        "sys.kept = BatchLoader(images, 1, device=torch.device('cpu'), num_workers=2)\n"
+        "sys.epoch = sys.kept.epoch()\n"
+        "print(next(sys.epoch).shape)\n"
+    )
+    outcome = run_process(["-c", program], tmp_path)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "[1, 3, 8, 8]" in outcome.out
