@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import signal
@@ -444,6 +445,8 @@ class Trainer:
             self.board.add_image("validation/reconstructions", comparison(*shown), self.step)
             for name, figure in draw_all(statistics, self.model.quantizer.codebook).items():
                 self.board.add_figure(f"codebook/{name}", figure, self.step)
+            del figure
+            gc.collect()  # figures are cycles of megabytes that Python would leave for long
         return scores
 
     def write_scalars(self, group: str, scores: Mapping[str, float]) -> None:
