@@ -58,15 +58,16 @@ def find(results: Path, logs: Path | None) -> Found:
     model, guess = belongings(results)
     folder = guess if logs is None else logs
     metrics = attempt("metrics.json", lambda: read_json(results / "metrics.json"), {})
+    values = attempt("metrics.csv", lambda: read_values(results / "metrics.csv"), {})
     return Found(
         results,
         folder,
         attempt("analysis.json", lambda: read_json(results / "analysis.json"), {}),
         metrics,
-        attempt("metrics.csv", lambda: read_values(results / "metrics.csv"), {}),
+        values,
         attempt("TensorBoard's folder", lambda: read_curves(folder), {}),
         attempt("the checkpoint", lambda: read_model(model), None),
-        attempt("the pair of original/ and rec/", lambda: find_pairs(results, metrics), {}),
+        attempt("the pair of original/ and rec/", lambda: find_pairs(results, metrics, values), {}),
         problems,
     )
 
@@ -127,7 +128,9 @@ def read_curves(folder: Path | None) -> dict[str, list[Point]]:
     }
 
 
-def find_pairs(results: Path, metrics: Mapping[str, Any]) -> dict[str, tuple[Path, Path]]:
+def find_pairs(
+    results: Path, metrics: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, tuple[Path, Path]]:
     """Original and reconstruction by name without suffix: those measured, else those here."""
     settings = part(metrics, "settings")
     measured = [Path(str(settings.get(key) or "-")) for key in ("gt_path", "g_path")]
@@ -136,7 +139,9 @@ def find_pairs(results: Path, metrics: Mapping[str, Any]) -> dict[str, tuple[Pat
         {name[: name.rindex(".")]: folder / name for name in image_names(folder)}
         for folder in (measured if all(folder.is_dir() for folder in measured) else own)
     )
-    return {name: (originals[name], others[name]) for name in sorted(originals.keys() & others)}
+    names = originals.keys() & others
+    names = names & values.keys() or names
+    return {name: (originals[name], others[name]) for name in sorted(names)}
 
 
 def part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -80,7 +80,8 @@ def quality_rows(found: Found) -> list[tuple[str, str, str]]:
         mean, variance = score.get("mean"), score.get("variance")
         notes = [known.direction] if known else []
         if finite(variance):
-            notes.append(f"± {shown(math.sqrt(max(variance, 0)), 3)} from image to image")
+            spread = "between subsets" if name in OF_SETS else "from image to image"
+            notes.append(f"± {shown(math.sqrt(max(variance, 0)), 3)} {spread}")
         if score.get("identical"):
             notes.append(f"{score['identical']} identical pairs, of infinite {label}, left out")
         if name == "fid" and finite(score.get("n")) and score["n"] < FID_ENOUGH:
