@@ -69,11 +69,11 @@ def saved_step(folder: Path) -> int:
     return int(read_checkpoint(path).content["step"]) if path.exists() else 0
 
 
-def wait_for_writes(path: Path, number: int) -> None:
-    """Until the file has been replaced so many times."""
+def wait_for_writes(process: BaseProcess, path: Path, number: int) -> None:
+    """Until the process has replaced the file so many times, or has ended."""
     seen = {identity(path)}
     limit = time.monotonic() + 60
-    while len(seen) <= number and time.monotonic() < limit:
+    while len(seen) <= number and process.is_alive() and time.monotonic() < limit:
         seen.add(identity(path))
         time.sleep(0.001)
 
@@ -113,7 +113,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(
     steps = []
     for _ in range(10):
         process = start(tmp_path, "main.py", *FLAGS, "--save_every", "1")
-        wait_for_writes(last(tmp_path), seeded.randrange(1, 12))
+        wait_for_writes(process, last(tmp_path), seeded.randrange(1, 12))
         time.sleep(seeded.uniform(0.0, 0.03))
         process.kill()
         process.join()
@@ -129,7 +129,7 @@ def test_a_signal_finishes_the_step_and_saves(
     name: str, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
     process = start(tmp_path, "main.py", *FLAGS, "--save_every", "1")
-    wait_for_writes(last(tmp_path), 1)
+    wait_for_writes(process, last(tmp_path), 1)
     number = getattr(signal, name)
     assert process.pid is not None
     os.kill(process.pid, number)
