@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from utils.errors import UserError
 from utils.logger import log
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,16 @@ def run_process(words: Sequence[str], folder: Path) -> Outcome:
         check=False,
     )
     return Outcome(result.returncode, result.stdout, result.stderr)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The one line of the UserError that call raises."""
+    with pytest.raises(UserError) as raised:
+        call()
+    message = str(raised.value)
+    del raised  # it is in a circle with this frame, which would keep worker processes alive
+    assert "\n" not in message
+    return message
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

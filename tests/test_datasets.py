@@ -41,8 +41,7 @@ from datasets import (
     split_validation,
 )
 from datasets.loader import DecodedBatches
-from tests.conftest import run_process
-from utils.errors import UserError
+from tests.conftest import refusal, run_process
 
 CPU = torch.device("cpu")
 TRAIN, TEST = list(range(10)), list(range(10, 13))  # numbers of the images in the tiny sets
@@ -196,16 +195,6 @@ LAYOUTS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "lsun-church": make_lsun("church_outdoor"),
     "folder": make_folder,
 }
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    """The one line of the UserError that call raises."""
-    with pytest.raises(UserError) as raised:
-        call()
-    message = str(raised.value)
-    del raised  # it is in a circle with this frame, which would keep worker processes alive
-    assert "\n" not in message
-    return message
 
 
 def files_below(folder: Path) -> set[Path]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from datasets import BatchLoader, FileImages, ImageSet, TensorImages, open_dataset, pixel_variance
 from datasets.folders import list_images
 from modules import VQVAE, ModelConfig
-from tests.conftest import Outcome, run_process
+from tests.conftest import Outcome, refusal, run_process
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.images import SUFFIXES
@@ -209,16 +209,6 @@ def colours_of(pixels: Tensor | np.ndarray) -> np.ndarray:
     """The middles of the quarters: (3, H, W) → (4, 3)."""
     array, near, far = np.asarray(pixels).astype(int), 8, 24
     return np.stack([array[:, y, x] for y in (near, far) for x in (near, far)])
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The one line of the UserError that call raises."""
-    with pytest.raises(UserError) as raised:
-        call()
-    message = str(raised.value)
-    del raised  # it is in a circle with this frame, which would keep worker processes alive
-    assert "\n" not in message
-    return message
 
 
 # ------------------------------------------------------------------------------------ what is shown
