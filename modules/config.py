@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.quantizer import ANCHORS, DISTANCES, SPLITS
+from modules.quantizer import (
+    ANCHORS,
+    CODEBOOK_UPDATES,
+    DISTANCES,
+    GRADIENTS,
+    LATENT_NORMS,
+    SPLITS,
+    STARTS,
+)
 
 # What each quantiser implies for flags that were not given.
 QUANTIZERS: dict[str, dict[str, Any]] = {
@@ -65,6 +73,25 @@ class ModelConfig:
     first_batch: bool = option(False, "re-initialise on the first training batch only")
     contras_loss: bool = option(False, "add the contrastive loss")
     commitment_cost: float = option(0.25, "commitment weight λ", minimum=0, maximum=1e6)
+    codebook_update: str = option(
+        "gradient", "what moves codevectors in use", choices=CODEBOOK_UPDATES
+    )
+    ema_decay: float = option(
+        0.8, "decay of the running mean of --codebook_update ema", minimum=0, maximum=1 - 1e-6
+    )
+    codebook_start: str = option("uniform", "where codevectors begin", choices=tuple(STARTS))
+    latent_norm: str = option(
+        "none", "what of the latents is brought to mean square one", choices=tuple(LATENT_NORMS)
+    )
+    gradient: str = option(
+        "straight_through", "gradient through the match", choices=tuple(GRADIENTS)
+    )
+    latent_channels: int | None = option(
+        None,
+        "channels of the latents (default: those of --hidden_size for looc, else d)",
+        minimum=1,
+        maximum=2**14,
+    )
     hidden_size: int = option(128, "channels of encoder and decoder", minimum=2, maximum=2**14)
     num_residual_hidden: int = option(
         32, "channels inside a residual block", minimum=1, maximum=2**14
@@ -84,11 +111,12 @@ class ModelConfig:
             )
         if self.quantizer == "looc":
             scale = max(self.interpolation_scale, 1)
-            if self.hidden_size * scale**2 % self.embedding_dim:
+            if self.channels * scale**2 % self.embedding_dim:
+                flag = "--hidden_size" if self.latent_channels is None else "--latent_channels"
                 times = f" times {scale}² of --interpolation_scale" if scale > 1 else ""
                 raise ValueError(
                     f"--embedding_dim {self.embedding_dim} does not divide "
-                    f"the {self.hidden_size} channels of --hidden_size{times}"
+                    f"the {self.channels} channels of {flag}{times}"
                 )
         elif self.interpolation_scale > 1:
             raise ValueError(
@@ -101,6 +129,8 @@ class ModelConfig:
             )
 
     @property
-    def latent_channels(self) -> int:
-        """Channels C of the quantiser's input: all of them for LooC, one unit for CVQ and VQ."""
+    def channels(self) -> int:
+        """Channels C of the quantiser's input; by default one unit's for CVQ and VQ."""
+        if self.latent_channels is not None:
+            return self.latent_channels
         return self.hidden_size if self.quantizer == "looc" else self.embedding_dim

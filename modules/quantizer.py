@@ -324,6 +324,95 @@ def best_over_ranks(scores: Tensor, vectors: Tensor) -> Tensor:
     return sum_over_ranks(torch.where((rank == first)[:, None], vectors, 0))
 
 
+class Crowd:
+    """The features (N, d) of all processes, numbered in the order of ranks."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+        counts = torch.zeros(num_ranks(), dtype=torch.int64, device=features.device)
+        rank = dist.get_rank() if num_ranks() > 1 else 0
+        counts[rank] = len(features)
+        ends = sum_over_ranks(counts).cumsum(0).tolist()
+        self.start, self.total = ends[rank] - len(features), ends[-1]
+
+    def take(self, numbers: Tensor) -> Tensor:
+        """The features of these numbers, which the first process draws: (n,) → (n, d)."""
+        numbers = from_first_rank(numbers.to(self.features.device))
+        own = (numbers >= self.start) & (numbers < self.start + len(self.features))
+        sent = self.features.new_zeros(len(numbers), self.features.shape[1])
+        sent[own] = self.features[numbers[own] - self.start]  # whoever has it sends it
+        return sum_over_ranks(sent)
+
+
+# --------------------------------------------------------------------------- latents' normalisation
+
+
+def unit_length(units: Tensor) -> Tensor:
+    """Each unit on its own to root mean square one, which is length √d."""
+    return F.normalize(units, dim=-1) * math.sqrt(units.shape[-1])
+
+
+def position_length(units: Tensor) -> Tensor:
+    """All units of a position together to root mean square one."""
+    return unit_length(units.flatten(-2)).view(units.shape)
+
+
+def layer_norm(units: Tensor) -> Tensor:
+    """All units of a position together to mean zero and variance one."""
+    return F.layer_norm(units, units.shape[-2:])
+
+
+CODEBOOK_UPDATES = ("gradient", "ema")
+
+LATENT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {  # (B, H, W, m, d) → (B, H, W, m, d)
+    "none": lambda units: units,
+    "unit": unit_length,
+    "position": position_length,
+    "layer": layer_norm,
+}
+
+
+# ------------------------------------------------------------------------------- codebook's start
+
+
+def drawn_features(quantizer: LooCQuantizer, features: Tensor) -> Tensor:
+    """K finite features of the batch, each at most once where there are as many: (N, d) → (K, d).
+
+    The codebook as it is where there are none.
+    """
+    crowd = Crowd(features[features.isfinite().all(1)])
+    if not crowd.total:
+        return quantizer.codebook.detach()
+    drawn = torch.randperm(crowd.total)
+    return crowd.take(
+        drawn.repeat(-(-quantizer.num_embedding // crowd.total))[: quantizer.num_embedding]
+    )
+
+
+def clustered_features(quantizer: LooCQuantizer, features: Tensor) -> Tensor:
+    """Centres of the finite features of the batch, by k-means: (N, d) → (K, d)."""
+    centres = drawn_features(quantizer, features)
+    features = features[features.isfinite().all(1)]
+    for _ in range(KMEANS_ROUNDS):
+        indices = search(
+            features, centres, quantizer.distance, quantizer.search, quantizer.search_memory
+        )
+        counts = sum_over_ranks(count_indices(indices, len(centres)))
+        sums = sum_over_ranks(sums_by_index(features, indices, len(centres)))
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
+    return centres
+
+
+KMEANS_ROUNDS = 10
+
+Start = Callable[["LooCQuantizer", Tensor], Tensor]
+STARTS: dict[str, Start | None] = {
+    "uniform": None,
+    "features": drawn_features,
+    "kmeans": clustered_features,
+}
+
+
 # ---------------------------------------------------------------------------------------- anchors
 
 
@@ -398,28 +487,17 @@ def pooled_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tenso
 
 
 def fill_pool(quantizer: LooCQuantizer, features: Tensor) -> None:
-    """Fill the pool with finite features of this batch; once full, replace a random half of it.
-
-    The features of all processes take part alike: the first one draws, whoever has it sends it.
-    """
-    features = features[features.isfinite().all(1)]
-    counts = torch.zeros(num_ranks(), dtype=torch.int64, device=features.device)
-    rank = dist.get_rank() if num_ranks() > 1 else 0
-    counts[rank] = len(features)
-    ends = sum_over_ranks(counts).cumsum(0).tolist()
-    start, total = ends[rank] - len(features), ends[-1]
+    """Fill the pool with finite features of this batch; once full, replace a random half of it."""
+    crowd = Crowd(features[features.isfinite().all(1)])
     filled, capacity = int(quantizer.pool_size), quantizer.num_embedding
     if filled < capacity:
-        slots = torch.arange(filled, min(capacity, filled + total))
+        slots = torch.arange(filled, min(capacity, filled + crowd.total))
     else:
-        slots = torch.randperm(capacity)[: min((capacity + 1) // 2, total)]
-    drawn = torch.randperm(total)[: len(slots)]
-    slots, drawn = (from_first_rank(draw.to(features.device)) for draw in (slots, drawn))
-    own = (drawn >= start) & (drawn < start + len(features))
-    sent = features.new_zeros(len(drawn), features.shape[1])
-    sent[own] = features[drawn[own] - start]
-    quantizer.pool[slots] = sum_over_ranks(sent)
-    quantizer.pool_size.fill_(max(filled, min(capacity, filled + total)))
+        slots = torch.randperm(capacity)[: min((capacity + 1) // 2, crowd.total)]
+    drawn = torch.randperm(crowd.total)[: len(slots)]
+    slots = from_first_rank(slots.to(features.device))
+    quantizer.pool[slots] = crowd.take(drawn)
+    quantizer.pool_size.fill_(max(filled, min(capacity, filled + crowd.total)))
 
 
 Anchor = Callable[["LooCQuantizer", Tensor, Tensor], Anchors]  # quantiser, (N, d), (k, d)
@@ -451,9 +529,10 @@ def steps_settled(usage: Tensor) -> int:
 
 
 def unsettle(quantizer: LooCQuantizer, incompatible_keys: Any) -> None:
-    """Look at the usage anew after another has been loaded."""
+    """Look at the state anew after another has been loaded."""
     del incompatible_keys
     quantizer._settled_steps = 0
+    quantizer._start_seen = False
     quantizer._notes = None
 
 
@@ -462,16 +541,22 @@ class Notes:
     """What training calls since the last update have seen."""
 
     counts: Tensor  # (K,), int64, how often each codevector was matched
+    sums: Tensor  # (K, d), of the features that matched it; (0, d) unless the update is "ema"
     candidates: Tensor  # (k,), int64, the codevectors that the update may pull
     anchors: Anchors  # of the candidates, the best so far
 
 
-def count_matches(features: Tensor, indices: Tensor, loss: Tensor, length: int) -> Tensor:
-    """How often each codevector was matched by a finite feature: (N, d), (N,) → (length,)."""
+def finite_matches(features: Tensor, indices: Tensor, loss: Tensor, length: int) -> Tensor:
+    """The indices, `length` in place of those of features that are not finite: (N,) → (N,)."""
     # That the loss is finite tells that all features are; on CUDA, to read it would be to wait.
     if loss.is_cuda or not loss.isfinite():
-        indices = indices.where(features.isfinite().all(1), length)
-    return count_indices(indices, length + 1)[:length]
+        return indices.where(features.isfinite().all(1), length)
+    return indices
+
+
+def sums_by_index(features: Tensor, indices: Tensor, length: int) -> Tensor:
+    """For each index the sum of its features: (N, d), (N,) → (length, d)."""
+    return features.new_zeros(length, features.shape[1]).index_add_(0, indices, features)
 
 
 def count_indices(indices: Tensor, length: int) -> Tensor:
@@ -482,38 +567,85 @@ def count_indices(indices: Tensor, length: int) -> Tensor:
     return torch.bincount(indices, minlength=length)
 
 
-# ----------------------------------------------------------------------- straight-through and loss
+# -------------------------------------------------------------------------- gradient and loss
+
+
+def straight_through(gradient: Tensor, features: Tensor, quantized: Tensor) -> Tensor:
+    """As if nothing had been replaced."""
+    del features, quantized
+    return gradient
+
+
+def rotation(gradient: Tensor, features: Tensor, quantized: Tensor) -> Tensor:
+    """As if features had been turned and stretched onto their codevectors: all (N, d).
+
+    z_q = ‖e‖/‖z‖·R·z, R = I − 2rrᵀ + 2êẑᵀ and r = (ẑ + ê)/‖ẑ + ê‖ held constant, so that
+    ∂z = ‖e‖/‖z‖·(g − 2r(r·g) + 2ẑ(ê·g)): Fifty et al., "Restructuring Vector Quantization with
+    the Rotation Trick", ICLR 2025. Straight through where a feature has no direction.
+    """
+    length = features.norm(dim=1, keepdim=True)
+    z, e = unit_norm(features), unit_norm(quantized)
+    r = unit_norm(z + e)
+    along = 2 * z * (e * gradient).sum(1, keepdim=True)
+    turned = gradient - 2 * r * (r * gradient).sum(1, keepdim=True) + along
+    stretched = turned * (quantized.norm(dim=1, keepdim=True) / length.clamp_min(1e-6))
+    return torch.where(length > 1e-6, stretched, gradient)
+
+
+GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "straight_through": straight_through,
+    "rotation": rotation,
+}
 
 
 class Replace(torch.autograd.Function):
-    """Codevectors in place of features, straight through, and the loss that draws them together.
+    """Codevectors in place of features, and the loss that draws them together.
 
-    z_q = e[indices]; loss = λ·mean((sg[z_q] − z)²) + mean((z_q − sg[z])²). With r = z_q − z and n
-    elements, ∂loss/∂z = −2λr/n, to which the gradient of z_q is added as it is, and
-    ∂loss/∂e_k = 2/n·Σ r over the features of k. Only r is kept for the backward pass.
+    z_q = e[indices]; loss = λ·mean((sg[z_q] − z)²) + κ·mean((z_q − sg[z])²), κ being 0 where
+    codevectors are not moved by gradients. With r = z_q − z and n elements, ∂loss/∂z = −2λr/n, to
+    which one of GRADIENTS adds that of z_q, and ∂loss/∂e_k = 2κ/n·Σ r over the features of k.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, codebook: Tensor, indices: Tensor, commitment_cost: float
+        ctx: Any,
+        features: Tensor,
+        codebook: Tensor,
+        indices: Tensor,
+        commitment_cost: float,
+        codebook_cost: float,
+        gradient: str,
     ) -> tuple[Tensor, Tensor]:
         quantized = codebook.index_select(0, indices)  # (N, d)
         residual = quantized - features
-        ctx.save_for_backward(residual, indices)
-        ctx.commitment_cost = commitment_cost
+        # The codebook changes before the backward pass; only the rotation needs what it was.
+        turned = (quantized,) if gradient == "rotation" else ()
+        ctx.save_for_backward(residual, indices, *turned)
+        ctx.commitment_cost, ctx.codebook_cost = commitment_cost, codebook_cost
         ctx.num_embedding = len(codebook)
+        ctx.gradient = gradient
         flat = residual.view(-1)
-        return quantized, (1 + commitment_cost) * torch.dot(flat, flat) / max(1, flat.numel())
+        cost = codebook_cost + commitment_cost
+        return quantized, cost * torch.dot(flat, flat) / max(1, flat.numel())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         grad_quantized, grad_loss = grad_outputs
-        residual, indices = ctx.saved_tensors
+        residual, indices, *turned = ctx.saved_tensors
+        if turned:
+            (quantized,) = turned
+            features = quantized - residual
+            grad_quantized = GRADIENTS[ctx.gradient](grad_quantized, features, quantized)
         scale = grad_loss * (2 / max(1, residual.numel()))
         grad_features = torch.addcmul(grad_quantized, residual, -ctx.commitment_cost * scale)
-        sums = residual.new_zeros(ctx.num_embedding, residual.shape[1])
-        return grad_features, sums.index_add_(0, indices, residual) * scale, None, None
+        grad_codebook = None
+        if ctx.codebook_cost:
+            sums = sums_by_index(residual, indices, ctx.num_embedding)
+            grad_codebook = sums * (ctx.codebook_cost * scale)
+        return grad_features, grad_codebook, None, None, None, None
 
 
 # ------------------------------------------------------------------------------- contrastive loss
@@ -613,7 +745,15 @@ class LooCQuantizer(nn.Module):
         split: "fixed" (contiguous channels) or "interval" (every m-th channel).
         interpolation_scale: β; 0 or 1 is off.
         first_batch: re-initialise on the first training batch only.
-        contras_loss: add the contrastive loss in training.
+        contras_loss: add the contrastive loss in training; needs codebook_update "gradient".
+        codebook_update: "gradient", the loss moves codevectors, or "ema", each is the running mean
+            of the features that matched it.
+        ema_decay: of that mean, for one step.
+        codebook_start: "uniform" in ±1/K, "features" of the first training batch, or their centres
+            by "kmeans".
+        latent_norm: "none", "unit" (each unit alone), "position" (all units of a position) or
+            "layer" (these with their mean removed); what is normalised has mean square one.
+        gradient: "straight_through" or "rotation", how the latents' gradient reaches z.
 
     Attributes `search` (a backend of `search`, or "auto") and `search_memory` (MiB of similarities
     held at a time, None for a default) change speed and memory, not results. While the attribute
@@ -622,8 +762,9 @@ class LooCQuantizer(nn.Module):
 
     State: parameter `codebook` (K, d); buffers `usage` (K,), the running average p_k of how often
     each codevector was used; `reinitialised`, whether a training batch has passed; `pool` (K, d)
-    and `pool_size`, past features, which "random" alone fills. In training mode a call updates
-    them, never from features that are not finite; in evaluation mode it writes nothing.
+    and `pool_size`, past features, which "random" alone fills; with "ema" `ema_count` (K,), the
+    running average of matches a step; with a start from features `started`. In training mode a call
+    updates them, never from features that are not finite; in evaluation mode it writes nothing.
 
     Where torch.distributed is initialised, the processes have to make training calls together (of
     any number of images each, none included): usage and anchors are then those of all features,
@@ -638,6 +779,8 @@ class LooCQuantizer(nn.Module):
     reinitialised: Tensor
     pool: Tensor
     pool_size: Tensor
+    ema_count: Tensor | None
+    started: Tensor | None
 
     def __init__(
         self,
@@ -651,12 +794,21 @@ class LooCQuantizer(nn.Module):
         interpolation_scale: int = 0,
         first_batch: bool = False,
         contras_loss: bool = False,
+        codebook_update: str = "gradient",
+        ema_decay: float = 0.8,
+        codebook_start: str = "uniform",
+        latent_norm: str = "none",
+        gradient: str = "straight_through",
     ) -> None:
         super().__init__()
         for name, value, registry in (
             ("distance", distance, DISTANCES),
             ("anchor", anchor, ANCHORS),
             ("split", split, SPLITS),
+            ("codebook_update", codebook_update, CODEBOOK_UPDATES),
+            ("codebook_start", codebook_start, STARTS),
+            ("latent_norm", latent_norm, LATENT_NORMS),
+            ("gradient", gradient, GRADIENTS),
         ):
             if value not in registry:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(registry)}")
@@ -668,6 +820,10 @@ class LooCQuantizer(nn.Module):
         ):
             if not number >= least:
                 raise ValueError(f"{name} {number} is less than {least}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay {ema_decay} is not in [0, 1)")
+        if contras_loss and codebook_update != "gradient":
+            raise ValueError(f"contras_loss has no effect with codebook_update {codebook_update!r}")
         self.num_embedding = num_embedding
         self.embedding_dim = embedding_dim
         self.commitment_cost = commitment_cost
@@ -677,19 +833,30 @@ class LooCQuantizer(nn.Module):
         self.interpolation_scale = interpolation_scale
         self.first_batch = first_batch
         self.contras_loss = contras_loss
+        self.codebook_update = codebook_update
+        self.ema_decay = ema_decay
+        self.codebook_start = codebook_start
+        self.latent_norm = latent_norm
+        self.gradient = gradient
         self.search = "auto"
         self.search_memory: int | None = None
 
         bound = 1 / num_embedding
         self.codebook = nn.Parameter(
-            torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound)
+            torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound),
+            requires_grad=codebook_update == "gradient",
         )
         self.register_buffer("usage", torch.zeros(num_embedding))
         self.register_buffer("reinitialised", torch.tensor(False))
         self.register_buffer("pool", torch.zeros(num_embedding, embedding_dim))
         self.register_buffer("pool_size", torch.tensor(0))
+        by_ema = codebook_update == "ema"
+        self.register_buffer("ema_count", torch.zeros(num_embedding) if by_ema else None)
+        from_data = STARTS[codebook_start] is not None
+        self.register_buffer("started", torch.tensor(False) if from_data else None)
         self.defer_update = False
         self._settled_steps = 0
+        self._start_seen = False
         self._notes: Notes | None = None
         self.register_load_state_dict_post_hook(unsettle)  # type: ignore[no-untyped-call]
 
@@ -704,16 +871,20 @@ class LooCQuantizer(nn.Module):
         """Quantise z (B, C, H, W); in training mode also re-initialise unused codevectors.
 
         The loss is λ·mean((sg[z_q] − z)²) + mean((z_q − sg[z])²), at the extrapolated size, plus
-        the contrastive loss where it is on. The latents have the gradient of z and the values of
-        `decode(indices)`, as the codebook was before re-initialisation.
+        the contrastive loss where it is on; by "ema" it is the first term alone. z is what it is
+        after `latent_norm`. The latents have the values of `decode(indices)`, as the codebook was
+        before it was updated, and their gradient reaches z as `gradient` says.
         """
         with torch.autocast(z.device.type, enabled=False):
             units = self._cut(z)  # (B, H, W, m, d)
             features = units.reshape(-1, self.embedding_dim)  # (N, d)
             constant = features.detach()
+            if self.training and not self._start_seen:
+                self._start(constant)
             indices = self._search(constant)  # (N,)
             quantized, loss = Replace.apply(
-                features, self.codebook, indices, self.commitment_cost
+                *(features, self.codebook, indices, self.commitment_cost),
+                *(float(self.codebook_update == "gradient"), self.gradient),
             )  # (N, d), scalar
             if self.training:
                 if self.contras_loss:
@@ -759,7 +930,8 @@ class LooCQuantizer(nn.Module):
             )
         # The permutation after it is then a view: this copy is several times the faster one.
         channels_last = extrapolated.contiguous(memory_format=torch.channels_last)
-        return SPLITS[self.split].cut(channels_last.permute(0, 2, 3, 1), self.embedding_dim)
+        units = SPLITS[self.split].cut(channels_last.permute(0, 2, 3, 1), self.embedding_dim)
+        return LATENT_NORMS[self.latent_norm](units)
 
     def _join(self, units: Tensor) -> Tensor:
         """Units (B, H, W, m, d) → (B, C, H, W)."""
@@ -775,10 +947,22 @@ class LooCQuantizer(nn.Module):
         return loss
 
     @torch.no_grad()
+    def _start(self, features: Tensor) -> None:
+        """Take the codebook from the features of the first training batch, or its first part."""
+        self._start_seen = True
+        make = STARTS[self.codebook_start]
+        if make is not None and self.started is not None and not self.started:
+            self.codebook.copy_(make(self, features))
+            self.started.fill_(True)
+
+    @torch.no_grad()
     def _observe(self, features: Tensor, indices: Tensor, loss: Tensor) -> None:
         """Take note of the features of a training call, and update unless that is deferred."""
         notes = self._notes or self._new_notes()
-        notes.counts += count_matches(features, indices, loss, self.num_embedding)
+        indices = finite_matches(features, indices, loss, self.num_embedding)
+        notes.counts += count_indices(indices, self.num_embedding + 1)[:-1]
+        if self.codebook_update == "ema":
+            notes.sums += sums_by_index(features, indices, self.num_embedding + 1)[:-1]
         propose = ANCHORS[self.anchor]
         if propose is not None and self._may_reinitialise():
             if self.anchor == "random":
@@ -808,6 +992,7 @@ class LooCQuantizer(nn.Module):
         scores = codevectors.new_full((len(candidates),), -torch.inf)
         return Notes(
             torch.zeros(self.num_embedding, dtype=torch.int64, device=self.usage.device),
+            torch.zeros_like(self.codebook) if self.codebook_update == "ema" else codevectors[:0],
             candidates,
             Anchors(scores, codevectors),
         )
@@ -818,6 +1003,8 @@ class LooCQuantizer(nn.Module):
         The last writer of the codebook in a step.
         """
         counts = sum_over_ranks(notes.counts)
+        if self.ema_count is not None:
+            self._follow(counts, sum_over_ranks(notes.sums), self.ema_count)
         total = counts.sum()
         share = torch.where(total > 0, counts / total, self.usage)
         self.usage.lerp_(share.to(self.usage.dtype), 1 - USAGE_DECAY)
@@ -828,3 +1015,14 @@ class LooCQuantizer(nn.Module):
             target = best_over_ranks(*notes.anchors)
             rate = reinit_rate(self.usage)[notes.candidates, None].to(codevectors.dtype)
             self.codebook[notes.candidates] = codevectors.lerp(target, rate)
+
+    def _follow(self, counts: Tensor, sums: Tensor, ema_count: Tensor) -> None:
+        """c_k ← δ·c_k + (1 − δ)·n_k, then e_k ← e_k + (1 − δ)·n_k/c_k·(mean_k − e_k).
+
+        That is e_k = s_k/c_k of a running sum s_k of features, which need not be kept; δ the decay,
+        n_k and mean_k the matches of this step: van den Oord et al., arXiv 1711.00937, appendix A.
+        """
+        share = counts * (1 - self.ema_decay)
+        ema_count.mul_(self.ema_decay).add_(share)
+        rate = torch.where(counts > 0, share / ema_count, 0)[:, None].to(self.codebook.dtype)
+        self.codebook.lerp_(sums / counts.clamp_min(1)[:, None], rate)

@@ -23,7 +23,7 @@ class VQVAE(nn.Module):
         self.config = config
         residual = (config.num_residual_layers, config.num_residual_hidden)
         self.encoder = Encoder(config.in_channels, config.hidden_size, *residual)
-        self.pre_vq_conv = nn.Conv2d(config.hidden_size, config.latent_channels, 1)
+        self.pre_vq_conv = nn.Conv2d(config.hidden_size, config.channels, 1)
         self.quantizer = LooCQuantizer(
             config.num_embedding,
             config.embedding_dim,
@@ -34,10 +34,13 @@ class VQVAE(nn.Module):
             interpolation_scale=config.interpolation_scale,
             first_batch=config.first_batch,
             contras_loss=config.contras_loss,
+            codebook_update=config.codebook_update,
+            ema_decay=config.ema_decay,
+            codebook_start=config.codebook_start,
+            latent_norm=config.latent_norm,
+            gradient=config.gradient,
         )
-        self.decoder = Decoder(
-            config.latent_channels, config.in_channels, config.hidden_size, *residual
-        )
+        self.decoder = Decoder(config.channels, config.in_channels, config.hidden_size, *residual)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images → (reconstruction of the same shape, Quantized)."""

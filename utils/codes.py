@@ -139,7 +139,7 @@ def codes_info(
 
 def index_shape(config: ModelConfig, image_size: int) -> tuple[int, int, int]:
     """(H, W, m) of the indices of an image."""
-    channels = config.latent_channels * max(config.interpolation_scale, 1) ** 2
+    channels = config.channels * max(config.interpolation_scale, 1) ** 2
     side = image_size // DOWNSAMPLING
     return side, side, channels // config.embedding_dim
 
