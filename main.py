@@ -34,12 +34,13 @@ from utils.distributed import (
 from utils.errors import UserError, one_line, run
 from utils.files import inside, remove_left_overs, writable_folder
 from utils.logger import log, start_logging
+from utils.recipes import with_recipe
 from utils.search import SearchConfig, apply_search
 from utils.trainer import TrainConfig, Trainer, contradictions
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, ModelConfig, DataConfig, TrainConfig, SearchConfig)
+    flags = with_recipe(parse_flags(__doc__, ModelConfig, DataConfig, TrainConfig, SearchConfig))
     data, config = build(DataConfig, flags), build(TrainConfig, flags)
     start_logging(quiet=rank() > 0)
     keep_freed_memory()

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 CONTRASTIVE_TEMPERATURE = 0.07
 USAGE_DECAY = 0.99
+BATCH_NORM_RATE = 0.1
 
 log = logging.getLogger("looc.quantizer")
 
@@ -347,65 +348,96 @@ class Crowd:
 # --------------------------------------------------------------------------- latents' normalisation
 
 
-def unit_length(units: Tensor) -> Tensor:
-    """Each unit on its own to root mean square one, which is length √d."""
+def as_they_are(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+    del quantizer, training
+    return units
+
+
+def unit_length(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+    """Each unit alone to mean square one, which is length √d."""
+    del quantizer, training
     return F.normalize(units, dim=-1) * math.sqrt(units.shape[-1])
 
 
-def position_length(units: Tensor) -> Tensor:
-    """All units of a position together to root mean square one."""
-    return unit_length(units.flatten(-2)).view(units.shape)
-
-
-def layer_norm(units: Tensor) -> Tensor:
-    """All units of a position together to mean zero and variance one."""
+def layer_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+    """All channels of a position together to mean zero and variance one."""
+    del quantizer, training
     return F.layer_norm(units, units.shape[-2:])
 
 
-CODEBOOK_UPDATES = ("gradient", "ema")
+def batch_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+    """Each channel to mean zero and variance one over the batch of all processes.
 
-LATENT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {  # (B, H, W, m, d) → (B, H, W, m, d)
-    "none": lambda units: units,
+    Outside training by the running averages: Ioffe and Szegedy, arXiv 1502.03167.
+    """
+    mean, variance = quantizer.latent_mean, quantizer.latent_variance  # (m, d)
+    if training:
+        rows = units.flatten(0, 2)  # (B·H·W, m, d)
+        count = sum_over_ranks(torch.full((), len(rows), device=rows.device)).clamp_min(1)
+        mean = SumOverRanks.apply(rows.sum(0)) / count
+        variance = SumOverRanks.apply((rows - mean).square().sum(0)) / count
+        quantizer._average_latents(mean.detach(), variance.detach())
+    return (units - mean) * (variance + 1e-5).rsqrt()
+
+
+class SumOverRanks(torch.autograd.Function):
+    """`sum_over_ranks`, the gradient being summed over all processes too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        del ctx
+        return sum_over_ranks(values.clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        del ctx
+        return sum_over_ranks(grad_outputs[0].clone())
+
+
+# Units (B, H, W, m, d) → the same shape, all of one scale.
+LATENT_NORMS: dict[str, Callable[[LooCQuantizer, Tensor, bool], Tensor]] = {
+    "none": as_they_are,
     "unit": unit_length,
-    "position": position_length,
     "layer": layer_norm,
+    "batch": batch_norm,
 }
 
 
 # ------------------------------------------------------------------------------- codebook's start
 
 
-def drawn_features(quantizer: LooCQuantizer, features: Tensor) -> Tensor:
-    """K finite features of the batch, each at most once where there are as many: (N, d) → (K, d).
+def drawn_features(quantizer: LooCQuantizer, features: Tensor) -> Tensor | None:
+    """K finite features, each at most once where there are as many: (N, d) → (K, d).
 
-    The codebook as it is where there are none.
+    None where there are none.
     """
     crowd = Crowd(features[features.isfinite().all(1)])
     if not crowd.total:
-        return quantizer.codebook.detach()
-    drawn = torch.randperm(crowd.total)
-    return crowd.take(
-        drawn.repeat(-(-quantizer.num_embedding // crowd.total))[: quantizer.num_embedding]
-    )
+        return None
+    length = quantizer.num_embedding
+    return crowd.take(torch.randperm(crowd.total).repeat(-(-length // crowd.total))[:length])
 
 
-def clustered_features(quantizer: LooCQuantizer, features: Tensor) -> Tensor:
-    """Centres of the finite features of the batch, by k-means: (N, d) → (K, d)."""
+def clustered_features(quantizer: LooCQuantizer, features: Tensor) -> Tensor | None:
+    """Centres of the finite features, by k-means from `drawn_features`."""
     centres = drawn_features(quantizer, features)
+    if centres is None:
+        return None
     features = features[features.isfinite().all(1)]
     for _ in range(KMEANS_ROUNDS):
         indices = search(
             features, centres, quantizer.distance, quantizer.search, quantizer.search_memory
         )
-        counts = sum_over_ranks(count_indices(indices, len(centres)))
+        counts = sum_over_ranks(count_indices(indices, len(centres)))[:, None]
         sums = sum_over_ranks(sums_by_index(features, indices, len(centres)))
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
+        centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
     return centres
 
 
 KMEANS_ROUNDS = 10
 
-Start = Callable[["LooCQuantizer", Tensor], Tensor]
+Start = Callable[["LooCQuantizer", Tensor], "Tensor | None"]
 STARTS: dict[str, Start | None] = {
     "uniform": None,
     "features": drawn_features,
@@ -568,6 +600,8 @@ def count_indices(indices: Tensor, length: int) -> Tensor:
 
 
 # -------------------------------------------------------------------------- gradient and loss
+
+CODEBOOK_UPDATES = ("gradient", "ema")
 
 
 def straight_through(gradient: Tensor, features: Tensor, quantized: Tensor) -> Tensor:
@@ -751,8 +785,9 @@ class LooCQuantizer(nn.Module):
         ema_decay: of that mean, for one step.
         codebook_start: "uniform" in ±1/K, "features" of the first training batch, or their centres
             by "kmeans".
-        latent_norm: "none", "unit" (each unit alone), "position" (all units of a position) or
-            "layer" (these with their mean removed); what is normalised has mean square one.
+        latent_norm: "none"; or, to mean square one, "unit" (each unit alone), "layer" (the channels
+            of a position, their mean removed) or "batch" (each channel over the batch, likewise).
+        latent_channels: channels C of the latents, which "batch" has to know.
         gradient: "straight_through" or "rotation", how the latents' gradient reaches z.
 
     Attributes `search` (a backend of `search`, or "auto") and `search_memory` (MiB of similarities
@@ -763,7 +798,8 @@ class LooCQuantizer(nn.Module):
     State: parameter `codebook` (K, d); buffers `usage` (K,), the running average p_k of how often
     each codevector was used; `reinitialised`, whether a training batch has passed; `pool` (K, d)
     and `pool_size`, past features, which "random" alone fills; with "ema" `ema_count` (K,), the
-    running average of matches a step; with a start from features `started`. In training mode a call
+    running average of matches a step; with a start from features `started`; with norm "batch" the
+    running `latent_mean` and `latent_variance` (m, d). In training mode a call
     updates them, never from features that are not finite; in evaluation mode it writes nothing.
 
     Where torch.distributed is initialised, the processes have to make training calls together (of
@@ -781,6 +817,8 @@ class LooCQuantizer(nn.Module):
     pool_size: Tensor
     ema_count: Tensor | None
     started: Tensor | None
+    latent_mean: Tensor
+    latent_variance: Tensor
 
     def __init__(
         self,
@@ -798,6 +836,7 @@ class LooCQuantizer(nn.Module):
         ema_decay: float = 0.8,
         codebook_start: str = "uniform",
         latent_norm: str = "none",
+        latent_channels: int | None = None,
         gradient: str = "straight_through",
     ) -> None:
         super().__init__()
@@ -854,6 +893,10 @@ class LooCQuantizer(nn.Module):
         self.register_buffer("ema_count", torch.zeros(num_embedding) if by_ema else None)
         from_data = STARTS[codebook_start] is not None
         self.register_buffer("started", torch.tensor(False) if from_data else None)
+        if latent_norm == "batch":
+            shape = self._unit_shape(latent_channels)
+            self.register_buffer("latent_mean", torch.zeros(shape))
+            self.register_buffer("latent_variance", torch.ones(shape))
         self.defer_update = False
         self._settled_steps = 0
         self._start_seen = False
@@ -876,7 +919,7 @@ class LooCQuantizer(nn.Module):
         before it was updated, and their gradient reaches z as `gradient` says.
         """
         with torch.autocast(z.device.type, enabled=False):
-            units = self._cut(z)  # (B, H, W, m, d)
+            units = self._cut(z, self.training)  # (B, H, W, m, d)
             features = units.reshape(-1, self.embedding_dim)  # (N, d)
             constant = features.detach()
             if self.training and not self._start_seen:
@@ -918,20 +961,16 @@ class LooCQuantizer(nn.Module):
         codebook = self.codebook.detach()
         return search(features, codebook, self.distance, self.search, self.search_memory)
 
-    def _cut(self, z: Tensor) -> Tensor:
+    def _cut(self, z: Tensor, training: bool = False) -> Tensor:
         """(B, C, H, W) of any float type → units (B, H, W, m, d), in the codebook's type."""
         if z.dim() != 4:
             raise ValueError(f"latents of shape {tuple(z.shape)} are not (B, C, H, W)")
         extrapolated = extrapolate(z.to(self.codebook.dtype), self.interpolation_scale)
-        if extrapolated.shape[1] % self.embedding_dim:
-            raise ValueError(
-                f"embedding_dim {self.embedding_dim} does not divide "
-                f"the {extrapolated.shape[1]} channels of the latents"
-            )
+        self._unit_shape(z.shape[1])
         # The permutation after it is then a view: this copy is several times the faster one.
         channels_last = extrapolated.contiguous(memory_format=torch.channels_last)
         units = SPLITS[self.split].cut(channels_last.permute(0, 2, 3, 1), self.embedding_dim)
-        return LATENT_NORMS[self.latent_norm](units)
+        return LATENT_NORMS[self.latent_norm](self, units, training)
 
     def _join(self, units: Tensor) -> Tensor:
         """Units (B, H, W, m, d) → (B, C, H, W)."""
@@ -946,14 +985,35 @@ class LooCQuantizer(nn.Module):
         )
         return loss
 
+    def _unit_shape(self, channels: int | None) -> tuple[int, int]:
+        """(m, d) of latents of so many channels; raises ValueError where d does not divide them."""
+        if channels is None:
+            raise ValueError("latent_norm 'batch' needs latent_channels")
+        extrapolated = channels * max(self.interpolation_scale, 1) ** 2
+        if extrapolated % self.embedding_dim:
+            raise ValueError(
+                f"embedding_dim {self.embedding_dim} does not divide "
+                f"the {extrapolated} channels of the latents"
+            )
+        return extrapolated // self.embedding_dim, self.embedding_dim
+
+    @torch.no_grad()
+    def _average_latents(self, mean: Tensor, variance: Tensor) -> None:
+        """Keep the running averages of what batch_norm has seen, where that is finite."""
+        for average, value in ((self.latent_mean, mean), (self.latent_variance, variance)):
+            average.lerp_(torch.where(value.isfinite(), value, average), BATCH_NORM_RATE)
+
     @torch.no_grad()
     def _start(self, features: Tensor) -> None:
-        """Take the codebook from the features of the first training batch, or its first part."""
-        self._start_seen = True
+        """Make the codebook of the features of the first training batch, or of its first part."""
         make = STARTS[self.codebook_start]
         if make is not None and self.started is not None and not self.started:
-            self.codebook.copy_(make(self, features))
+            codebook = make(self, features)
+            if codebook is None:
+                return
+            self.codebook.copy_(codebook)
             self.started.fill_(True)
+        self._start_seen = True
 
     @torch.no_grad()
     def _observe(self, features: Tensor, indices: Tensor, loss: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from modules.quantizer import ANCHORS
 from tests.conftest import ROOT, Outcome, run_process
 from utils.devices import seed_everything
 from utils.distributed import seed_rank
+from utils.recipes import RECIPES
 from utils.trainer import TrainConfig, Trainer
 
 CPU = torch.device("cpu")
@@ -72,11 +74,11 @@ def my_part(features: torch.Tensor) -> torch.Tensor:
     return features.tensor_split([len(features) // 3, len(features) // 2])[dist.get_rank()]
 
 
-def quantise(folder: Path, anchor: str, steps: int) -> list[torch.Tensor]:
+def quantise(folder: Path, anchor: str, steps: int, **switches: Any) -> list[torch.Tensor]:
     """State after some steps of the quantiser alone, which are all of them re-initialisation."""
     del folder
     torch.manual_seed(0)
-    quantizer = LooCQuantizer(32, 4, anchor=anchor)
+    quantizer = LooCQuantizer(32, 4, anchor=anchor, **switches)
     generator = torch.Generator().manual_seed(1)
     seed_rank(5)
     states = []
@@ -99,6 +101,23 @@ def test_every_process_writes_the_same_codebook(anchor: str, tmp_path: Path) -> 
     torch.testing.assert_close(first[1], one[1])  # usage
     if anchor in ("closest", "none"):
         torch.testing.assert_close(first, one)
+
+
+SWITCHES: tuple[dict[str, Any], ...] = (
+    {"codebook_update": "ema"},
+    {"codebook_update": "ema", "codebook_start": "features"},
+    {"codebook_update": "ema", "codebook_start": "kmeans", "distance": "l2"},
+)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda switches: "-".join(switches))
+def test_switches_write_the_same_codebook(switches: dict[str, Any], tmp_path: Path) -> None:
+    work = partial(quantise, **switches)
+    first, *others = together(3, work, tmp_path, "closest", 4)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
+    one = together(1, work, tmp_path / "one", "closest", 4)[0]
+    torch.testing.assert_close(first, one)
 
 
 def draw(folder: Path, anchor: str) -> torch.Tensor:
@@ -140,7 +159,7 @@ def test_draws_have_the_distribution_of_one_process(anchor: str, tmp_path: Path)
 
 
 def train(
-    folder: Path, anchor: str, num_images: int, accumulate: int
+    folder: Path, anchor: str, num_images: int, accumulate: int, **switches: Any
 ) -> dict[str, torch.Tensor | float]:
     """Weights after 20 steps, the validation's PSNR, and how far codebooks ever were apart.
 
@@ -153,7 +172,7 @@ def train(
     config = replace(TRAIN, accumulate=accumulate)
     share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     seed_everything(1, CPU)
-    model = VQVAE(replace(MODEL, anchor=anchor)).double()
+    model = VQVAE(replace(MODEL, anchor=anchor, **switches)).double()
     model.quantizer.search = "torch"
     seed_rank(1)
     trainer = Trainer(
@@ -199,6 +218,17 @@ def test_processes_equal_one_with_the_whole_batch(
             torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-6)
     written = sorted(path.name for path in (tmp_path / "several" / "models").iterdir())
     assert written == ["best.pt", "last.pt", "previous.pt"]
+
+
+def test_the_best_recipe_equals_one_process(tmp_path: Path) -> None:
+    """Batch norm, its gradient and the EMA over all processes, of which one has the last image."""
+    own = {name: value for name, value in RECIPES["best"].items() if hasattr(MODEL, name)}
+    work = partial(train, **own | {"codebook_start": "uniform"})  # draws depend on who has what
+    (one,) = together(1, work, tmp_path / "one", "closest", 25, 1)
+    for result in together(2, work, tmp_path / "several", "closest", 25, 1):
+        assert result["apart"] == 0
+        for name, value in one.items():
+            torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("anchor", ["random", "probrandom"])

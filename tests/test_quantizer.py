@@ -445,6 +445,207 @@ def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch)
     assert max(seen) <= 2000
 
 
+# ------------------------------------------------------------------------ switches beside the paper
+
+EMA = {"codebook_update": "ema"}
+BATCH = {"latent_norm": "batch", "latent_channels": 8}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "ema": EMA,
+    "features": {"codebook_start": "features"},
+    "kmeans": {"codebook_start": "kmeans"},
+    "unit": {"latent_norm": "unit"},
+    "layer": {"latent_norm": "layer"},
+    "batch": BATCH,
+    "rotation": {"gradient": "rotation"},
+    "all": {**EMA, **BATCH, "codebook_start": "kmeans", "gradient": "rotation", "distance": "l2"},
+    "all by angle": {**EMA, "latent_norm": "unit", "codebook_start": "features"},
+}
+every_switch = pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+every_anchor = pytest.mark.parametrize("anchor", ANCHORS)
+
+
+@every_switch
+@every_anchor
+@pytest.mark.parametrize("scale", [0, 2])
+def test_switches_keep_the_quantisers_properties(
+    switch: dict[str, Any], anchor: str, scale: int
+) -> None:
+    """Output is the decoding of its indices, all stays finite, evaluation writes nothing."""
+    quantizer, z = make({**switch, "anchor": anchor, "interpolation_scale": scale}), latents()
+    for step in range(4):
+        output, loss, _ = quantizer((z + step).requires_grad_())
+        (loss + output.square().sum()).backward()
+    quantizer.eval()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    random_state = torch.get_rng_state()
+    output, _, indices = quantizer(z)
+    torch.testing.assert_close(output, quantizer.decode(indices), rtol=0, atol=1e-6)
+    assert torch.equal(quantizer.encode(z), indices)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.isfinite().all()
+
+
+@every_switch
+def test_switches_survive_a_round_trip(switch: dict[str, Any]) -> None:
+    one = make({**switch, "anchor": "random"}, num_embedding=32)
+    one(latents())
+    other = make({**switch, "anchor": "random"}, num_embedding=32)
+    other.load_state_dict(one.state_dict())
+    for quantizer in (one, other):
+        torch.manual_seed(5)
+        quantizer(latents() + 1)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+
+
+@every_switch
+@every_anchor
+def test_switches_let_no_bad_feature_in(switch: dict[str, Any], anchor: str) -> None:
+    quantizer, z = make({**switch, "anchor": anchor}), latents()
+    z[0, 0, 0, 0] = torch.inf
+    z[1, 5, 1, 1] = torch.nan
+    for batch in (z, torch.full_like(z, torch.nan), z, latents()[:0], latents()):
+        quantizer(batch)
+        assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("setting", [EMA, {**EMA, "anchor": "none"}, {**EMA, "distance": "l2"}])
+def test_ema_in_parts_counts_as_a_whole(setting: dict[str, Any]) -> None:
+    whole, parts, z = make(setting).double(), make(setting).double(), latents(5, 8, 3, 5).double()
+    for step in range(3):
+        whole(z + step)
+        for number, part in enumerate((z + step).split([2, 0, 3])):
+            parts.defer_update = number < 2
+            parts(part)
+        torch.testing.assert_close(parts.codebook, whole.codebook)
+        torch.testing.assert_close(parts.ema_count, whole.ema_count)
+
+
+def test_ema_is_the_running_mean_of_what_matched() -> None:
+    """The codebook is s_k / c_k of running sums and counts, kept here step by step."""
+    quantizer = make({**EMA, "anchor": "none", "distance": "l2", "ema_decay": 0.7})
+    counts, sums = torch.zeros(8), torch.zeros(8, 4)
+    start = quantizer.codebook.detach().clone()
+    for step in range(6):
+        z = latents() * (1 + step)
+        indices = quantizer(z).indices
+        features = z.permute(0, 2, 3, 1).reshape(-1, 4)
+        counts = 0.7 * counts + 0.3 * torch.bincount(indices.flatten(), minlength=8)
+        sums = 0.7 * sums + 0.3 * torch.zeros(8, 4).index_add(0, indices.flatten(), features)
+        expected = torch.where(counts[:, None] > 0, sums / counts[:, None], start)
+        torch.testing.assert_close(quantizer.codebook.detach(), expected)
+        assert not quantizer.codebook.requires_grad
+        quantised = quantizer.eval()(z)
+        quantizer.train()
+    # Only the commitment is left of the loss.
+    error = (quantizer.decode(quantised.indices) - z).square().mean()
+    torch.testing.assert_close(quantised.loss, 0.25 * error)
+
+
+def test_a_codevector_that_ema_left_dead_is_pulled() -> None:
+    quantizer, z = make(EMA), latents().abs()
+    quantizer.usage.fill_(1.0)
+    quantizer.usage[3] = 0.0
+    with torch.no_grad():
+        quantizer.codebook[3] = -50.0
+    quantizer(z)
+    assert quantizer.codebook[3].min() > -1
+
+
+def test_a_start_from_features_takes_each_at_most_once() -> None:
+    quantizer, z = (
+        make({"codebook_start": "features", "anchor": "none"}, num_embedding=40),
+        latents(),
+    )
+    z[0, 2] = torch.nan  # 15 of 60 features
+    quantizer(z)
+    features = z.permute(0, 2, 3, 1).reshape(-1, 4)
+    found = (quantizer.codebook[:, None] == features).all(-1)  # (K, N)
+    assert found.sum(1).eq(1).all()
+    assert found.sum(0).max() == 1
+    before = quantizer.codebook.detach().clone()
+    quantizer(latents() + 1)
+    assert torch.equal(quantizer.codebook, before)
+
+
+def test_a_start_with_fewer_features_than_codevectors() -> None:
+    quantizer = make({"codebook_start": "kmeans", "anchor": "none"}, num_embedding=100)
+    quantizer(latents())
+    assert quantizer.started
+    waiting = make({"codebook_start": "features"})
+    before = waiting.codebook.detach().clone()
+    waiting(torch.full_like(latents(), torch.nan))
+    assert torch.equal(waiting.codebook, before)
+    assert not waiting.started
+    waiting(latents())
+    assert waiting.started
+
+
+def test_kmeans_finds_clusters() -> None:
+    centres = torch.tensor([[3.0, 0], [0, 3], [-3, 0], [0, -3]])
+    features = centres.repeat(50, 1) + 0.1 * torch.randn(200, 2)
+    errors = {}
+    for start in ("features", "kmeans"):
+        torch.manual_seed(0)
+        quantizer = LooCQuantizer(8, 2, codebook_start=start, anchor="none", distance="l2")
+        z = features.T.reshape(1, 2, 200, 1)
+        quantizer(z)
+        errors[start] = (quantizer.eval()(z).latents - z).square().mean()
+    assert errors["kmeans"] < 0.9 * errors["features"]
+
+
+def test_rotation_is_the_gradient_of_the_turned_and_stretched_feature() -> None:
+    quantizer = make({"gradient": "rotation", "commitment_cost": 0.0, "anchor": "none"}).double()
+    z, direction = latents().double().requires_grad_(), latents().double().flip(0)
+    output, _, indices = quantizer(z)
+    (gradient,) = torch.autograd.grad((output * direction).sum(), z)
+    units = z.permute(0, 2, 3, 1).reshape(-1, 4)
+    with torch.no_grad():
+        chosen = quantizer.codebook[indices.flatten()]
+        turned = []
+        for feature, codevector in zip(units, chosen):
+            a, b = F.normalize(feature, dim=0), F.normalize(codevector, dim=0)
+            r = F.normalize(a + b, dim=0)
+            matrix = torch.eye(4) - 2 * torch.outer(r, r) + 2 * torch.outer(b, a)
+            turned.append(matrix * codevector.norm() / feature.norm())
+            torch.testing.assert_close(turned[-1] @ feature, codevector)
+    again = torch.einsum("nij,nj->ni", torch.stack(turned), units)
+    again = again.view(2, 3, 5, 8).permute(0, 3, 1, 2)
+    torch.testing.assert_close(again, output)
+    (expected,) = torch.autograd.grad((again * direction).sum(), z)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("norm", ["unit", "layer", "batch"])
+def test_normalised_latents_have_mean_square_one(norm: str) -> None:
+    quantizer = make({"latent_norm": norm, "latent_channels": 8})
+    units = quantizer._cut(1e3 * latents(4, 8, 6, 6), training=True)
+    over = {"unit": (4,), "layer": (3, 4), "batch": (0, 1, 2)}[norm]
+    torch.testing.assert_close(units.square().mean(over), torch.ones_like(units.mean(over)))
+    assert norm == "unit" or units.mean(over).abs().max() < 1e-5
+
+
+def test_batch_norm_is_pytorchs() -> None:
+    quantizer = make({**BATCH, "split": "interval"})
+    peer = torch.nn.BatchNorm2d(8, affine=False)
+    for step in range(3):
+        z = (3 * latents() + step).requires_grad_()
+        ours = quantizer._join(quantizer._cut(z, training=True))
+        theirs = peer(z)
+        torch.testing.assert_close(ours, theirs)
+        direction = latents().flip(0)
+        gradients = [torch.autograd.grad((y * direction).sum(), z)[0] for y in (ours, theirs)]
+        torch.testing.assert_close(*gradients)
+    mean = quantizer._join(quantizer.latent_mean.expand(1, 1, 1, -1, -1)).flatten()
+    torch.testing.assert_close(mean, peer.running_mean)
+    assert quantizer(latents()).latents.shape == latents().shape
+
+
+# ------------------------------------------------------------------------------ wrong arguments
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -455,6 +656,14 @@ def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch)
         ({"split": "random"}, "split 'random'"),
         ({"interpolation_scale": -2}, "interpolation_scale -2"),
         ({"commitment_cost": float("nan")}, "commitment_cost nan"),
+        ({"codebook_update": "adam"}, "codebook_update 'adam' is none of gradient, ema"),
+        ({"ema_decay": 1.0}, r"ema_decay 1.0 is not in \[0, 1\)"),
+        ({"codebook_start": "zero"}, "codebook_start 'zero'"),
+        ({"latent_norm": "group"}, "latent_norm 'group'"),
+        ({"latent_norm": "batch"}, "latent_norm 'batch' needs latent_channels"),
+        ({"latent_norm": "batch", "latent_channels": 6}, "does not divide the 6 channels"),
+        ({"gradient": "none"}, "gradient 'none'"),
+        ({"contras_loss": True, "codebook_update": "ema"}, "contras_loss has no effect"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:

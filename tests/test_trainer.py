@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from datasets import BatchLoader, TensorImages
 from modules import VQVAE, ModelConfig
 from utils.checkpoint import read_checkpoint
 from utils.devices import resolve_device, seed_everything
-from utils.errors import UserError
-from utils.trainer import Meter, TrainConfig, Trainer, contradictions
+from utils.errors import Stopped, UserError
+from utils.trainer import SCHEDULES, Meter, TrainConfig, Trainer, contradictions
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(num_embedding=16, hidden_size=8, num_residual_hidden=4)
@@ -77,6 +78,53 @@ def test_resumed_equals_uninterrupted(anchor: str, stop: int, tmp_path: Path) ->
     second.fit()
     assert second.step == whole.step == 9
     assert same(weights(whole), weights(second))
+
+
+BEST = replace(SMALL, codebook_update="ema", codebook_start="kmeans", latent_norm="batch")
+
+
+@pytest.mark.parametrize("model", [BEST, replace(BEST, anchor="random", gradient="rotation")])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_switches_and_schedules_resume(model: ModelConfig, schedule: str, tmp_path: Path) -> None:
+    """Stopped by a signal after 5 of 9 steps."""
+    config = replace(TRAIN, schedule=schedule, warmup_steps=3)
+    whole = make(tmp_path / "whole", config, model)
+    whole.fit()
+    first = make(tmp_path / "parts", config, model)
+    step = first.train_step
+
+    def stopped(images: torch.Tensor) -> None:
+        step(images)
+        if first.step == 5:
+            first.stop.signal = signal.SIGTERM
+
+    first.train_step = stopped  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        first.fit()
+    second = make(tmp_path / "parts", config, model)
+    second.resume(read_checkpoint(tmp_path / "parts" / "models" / "last.pt"))
+    assert second.step == 5
+    second.fit()
+    assert same(weights(whole), weights(second))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.45, 0.6, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+        ("wsd", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(
+    schedule: str, expected: list[float], tmp_path: Path
+) -> None:
+    config = replace(TRAIN, schedule=schedule, warmup_steps=4, max_steps=10, num_epochs=9)
+    trainer = make(tmp_path, config)
+    rates = []
+    for trainer.step in range(1, 11):
+        rates.append(trainer.learning_rate() / config.lr)
+    assert rates == pytest.approx(expected)
 
 
 def test_validation_changes_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,9 +36,16 @@ from utils.errors import Stopped, UserError, one_line
 from utils.images import comparison, mean_squared_errors, psnr, to_bytes, to_signed
 from utils.logger import log
 from utils.plots import draw_all
+from utils.recipes import RECIPES
 from utils.signals import StopRequest
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done → factor of lr
+    "constant": lambda _: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "wsd": lambda done: min(1.0, 5 * (1 - done)),  # warm-up, stable, decay over the last fifth
+}
 SIGNED_PEAK = 2.0  # the width of [−1, 1]
 NUM_SHOWN = 16  # validation images in TensorBoard
 
@@ -54,7 +61,18 @@ class TrainConfig:
     batch_size: int = option(1024, "images a step", minimum=1, maximum=2**20)
     num_epochs: int = option(500, "passes over the training images", minimum=1, maximum=10**9)
     max_steps: int | None = option(None, "stop after this many steps", minimum=1, maximum=10**12)
+    recipe: str = option(
+        "paper", "what the flags that are not given are set to", choices=tuple(RECIPES)
+    )
     lr: float = option(3e-4, "learning rate of Adam", above=0, maximum=10)
+    schedule: str = option(
+        "constant",
+        "of the learning rate; all but constant end at 0, wsd by falling in the last fifth",
+        choices=tuple(SCHEDULES),
+    )
+    warmup_steps: int = option(
+        0, "steps in which the learning rate rises from 0", minimum=0, maximum=10**9
+    )
     seed: int = option(42, "seed of all randomness", minimum=0, maximum=2**32 - 1)
     validation: str = option(
         "split",
@@ -156,7 +174,8 @@ class BadSteps:
     LOSSES = ("the reconstruction loss", "the quantiser loss")
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.names = [*self.LOSSES, *(f"the gradient of {n}" for n, _ in model.named_parameters())]
+        trained = [name for name, value in model.named_parameters() if value.requires_grad]
+        self.names = [*self.LOSSES, *(f"the gradient of {name}" for name in trained)]
         # In a row now; in a row at most, all of them, the first one and its tensor since last read.
         self.state = torch.zeros(5, dtype=torch.int64, device=device)
 
@@ -225,7 +244,8 @@ class Trainer:
         self.logs = logs
         self.stored = stored
         # Only the fused form can leave out a step without the host's knowing.
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+        self.parameters = [value for value in model.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.device = next(model.parameters()).device
         # Only fp16 is narrow enough to need its gradients scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -323,18 +343,25 @@ class Trainer:
     def update_weights(self, losses: Tensor) -> None:
         """Clip the gradients and take the step, unless a loss or a gradient is not finite."""
         self.scaler.unscale_(self.optimizer)
-        parameters = list(self.model.parameters())
-        norms = torch.stack([p.grad.norm() for p in parameters if p.grad is not None])
+        norms = torch.stack([p.grad.norm() for p in self.parameters if p.grad is not None])
         if self.config.grad_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norms.norm())
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norms.norm())
         if self.scaler.is_enabled():
             # Gradients too large for fp16 are the scaler's business: it skips the step by itself.
             self.bad_steps.add(self.step, losses)
         else:
             bad = self.bad_steps.add(self.step, torch.cat([losses, norms]))
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def learning_rate(self) -> float:
+        """lr · min(1, step / warm-up steps) · what the schedule makes of the steps before this."""
+        config, before = self.config, self.step - 1
+        warm_up = min(1.0, self.step / max(1, config.warmup_steps))
+        return config.lr * warm_up * SCHEDULES[config.schedule](before / self.total_steps)
 
     def show(self) -> None:
         """Report the averages since the last look to the bar and to TensorBoard.
@@ -352,7 +379,7 @@ class Trainer:
             f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB, "
             f"usage {scores['usage_percent']:.0f} %, {scores['images_per_second']:.0f} images/s"
         )
-        self.write_scalars("train", scores)
+        self.write_scalars("train", {**scores, "learning_rate": self.learning_rate()})
 
     def check_steps(self) -> None:
         """Tell of steps that were skipped; raise UserError where there were too many."""
