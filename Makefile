@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv once; nothing is installed twice.
 .DEFAULT_GOAL := help
-.PHONY: help demo weights test lint bench fuzz soak check-python
+.PHONY: help demo weights test lint bench compare ablations photos fuzz soak check-python
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,16 +11,22 @@ WEIGHTS_DIR ?=
 WEIGHTS_FLAG := $(if $(WEIGHTS_DIR),--weights_dir $(WEIGHTS_DIR))
 EXP := demo
 # A run that fits 2 CPU cores and a few minutes; the paper's settings are main.py's defaults.
-DEMO_FLAGS ?= --batch_size 64 --lr 1e-3 --max_steps 1800
+DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
+# For compare and ablations: --jobs 2 --steps 500 --seeds 42 43 44 --only looc …
+RUN_FLAGS ?= --num_test 2000
+TABLES := codebook dimension anchor offline contrastive interpolation ingredients recipes
 
 help:
-	@echo "make demo     train, test and evaluate on bundled Fashion-MNIST images, about 2 minutes on 2 cores"
-	@echo "make test     the test suite"
-	@echo "make weights  fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
-	@echo "make lint     ruff and mypy"
-	@echo "make bench    speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
-	@echo "make fuzz     1,000 damaged images, checkpoints and command lines each"
-	@echo "make soak     20,000 steps, 200,000 images, 20,000 pairs; writes docs/soak.md"
+	@echo "make demo      train, test and evaluate on bundled Fashion-MNIST images, about 2 minutes on 2 cores"
+	@echo "make test      the test suite"
+	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
+	@echo "make compare   LooC and its peers on Fashion-MNIST, hours on 2 cores; writes docs/compare-*"
+	@echo "make ablations the tables of the flags, hours on 2 cores; writes docs/ablation-*"
+	@echo "make photos    real photographs, cut for compare.py --suite photos"
+	@echo "make fuzz      1,000 damaged images, checkpoints and command lines each"
+	@echo "make soak      20,000 steps, 200,000 images, 20,000 pairs; writes docs/soak.md"
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -44,6 +50,16 @@ $(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m benchmarks
+
+compare: $(VENV)/.installed-bench
+	$(PY) benchmarks/compare.py --suite fashion-mnist $(RUN_FLAGS) $(WEIGHTS_FLAG)
+
+ablations: $(VENV)/.installed-bench
+	for table in $(TABLES); do \
+	  $(PY) benchmarks/ablations.py --table $$table $(RUN_FLAGS) $(WEIGHTS_FLAG) || exit 1; done
+
+photos: $(VENV)/.installed
+	$(PY) benchmarks/photos.py
 
 fuzz: $(VENV)/.installed-dev
 	LOOC_FUZZ=1000 $(PY) -m pytest tests/test_fuzz.py

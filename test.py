@@ -225,13 +225,12 @@ def reconstruct(
 
     Takes the memory of one batch. Raises UserError where no image can be decoded.
     """
-    statistics = CodebookStatistics(model.config.num_embedding)
+    statistics = CodebookStatistics(model.config.num_embedding, model.config.num_codebooks)
     first: list[tuple[int, Tensor]] = []
     total = sum(len(share) for share in loader.shares(epoch=0, start=0))
     with ThreadPoolExecutor() as pool, tqdm(total=total, unit="image", disable=rank() > 0) as bar:
         for positions, images in loader.numbered():
-            indices = model.encode(to_signed(images))  # (B, H, W, m)
-            output = to_bytes(model.decode(indices)).cpu()  # (B, C, h, w), as --from_codes does it
+            indices, output = encode_and_decode(model, images)
             statistics.add(indices)
             if spool is not None:
                 spool.add(indices, output)
@@ -252,10 +251,22 @@ def reconstruct(
     )
 
 
+def encode_and_decode(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes (B, C, h, w) → indices (B, H, W, m), and bytes on the CPU made of them alone.
+
+    As --from_codes does it. Without a quantiser there are none: latents are decoded as they are.
+    """
+    if not model.config.num_slots:
+        reconstruction, quantized = model(to_signed(images))
+        return quantized.indices, to_bytes(reconstruction).cpu()
+    indices = model.encode(to_signed(images))
+    return indices, to_bytes(model.decode(indices)).cpu()
+
+
 @torch.no_grad()
 def decode(model: VQVAE, codes: CodeFile, config: TestConfig, rec: Path) -> bool:
     """Write the reconstructions of a code file; whether they are, bit for bit, those once saved."""
-    device, info = model.quantizer.codebook.device, codes.info
+    device, info = next(model.parameters()).device, codes.info
     pixels = 0
     with (
         ThreadPoolExecutor() as pool,
@@ -300,17 +311,24 @@ def show(analysis: Mapping[str, Any], paths: Sequence[Path]) -> None:
     rows = {
         "images": f"{codebook['images']}",
         **({"images left out": f"{skipped}"} if skipped else {}),
-        "codebook usage": f"{codebook['usage_percent']:.1f} %",
-        "perplexity": f"{codebook['perplexity']:.1f} of {analysis['model']['num_embedding']}",
-        "codes per image": f"{rate['codes_per_image']}",
-        "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",
-        "bits per pixel, entropy": f"{rate['entropy_bits_per_pixel']:.3f}",
+        **(rows_of_codes(rate, codebook) if rate else {"rate": "not quantised"}),
     }
-    written = ["original", "rec", "reconstructions.png", "usage.png", "slots.png", "codebook.png"]
+    pictures = ["reconstructions.png", "usage.png", "slots.png", "codebook.png"]
+    written = ["original", "rec", *(name for name in pictures if (results / name).exists())]
     if "coded_bytes" in rate:
         rows["bits per pixel, coded"] = coded(rate)
         written.append(CODES)
     print_rows(rows, [*(results / name for name in written), *paths])
+
+
+def rows_of_codes(rate: Mapping[str, float], codebook: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "codebook usage": f"{codebook['usage_percent']:.1f} %",
+        "perplexity": f"{codebook['perplexity']:.1f} of {codebook['codevectors']}",
+        "codes per image": f"{rate['codes_per_image']}",
+        "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",
+        "bits per pixel, entropy": f"{rate['entropy_bits_per_pixel']:.3f}",
+    }
 
 
 def show_codes(codes: CodeFile, same: bool, results: Path) -> None:

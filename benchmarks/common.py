@@ -78,6 +78,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "python": platform.python_version(),
         "seed": SEED,
         "versions": {name: installed(name) for name in PACKAGES},

@@ -13,26 +13,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from benchmarks.common import Table, both_thread_counts, interleaved, seeded
 from datasets import BatchLoader, open_dataset, pixel_variance, split_validation
-from modules import VQVAE, ModelConfig, Quantized
+from modules import VQVAE, ModelConfig
 from utils.devices import keep_freed_memory
 from utils.images import to_signed
 from utils.trainer import TrainConfig, Trainer
 
 WARM_UP = 20  # steps
-
-
-class NoQuantizer(nn.Module):
-    """Latents as they are."""
-
-    def forward(self, z: Tensor) -> Quantized:
-        no_indices = torch.zeros(len(z), *z.shape[2:], 1, dtype=torch.int64)
-        return Quantized(z, z.new_zeros(()), no_indices)
+LOOC = ModelConfig()
+UNQUANTISED = ModelConfig(quantizer="none", anchor="none")
 
 
 def step(
@@ -48,14 +42,12 @@ def step(
 
 
 def make(
-    num_embedding: int, images: Tensor, *, quantizer: bool = True,
+    config: ModelConfig, images: Tensor, *,
     dtype: torch.dtype = torch.float32, channels_last: bool = False, compiled: bool = False,
 ) -> Callable[[], None]:  # fmt: skip
     """A step that is ready to run, its model warmed up on these images."""
     seeded()
-    model = VQVAE(ModelConfig(num_embedding=num_embedding))
-    if not quantizer:
-        model.quantizer = NoQuantizer()  # type: ignore[assignment]
+    model = VQVAE(config)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -79,12 +71,12 @@ def step_table(threads: int) -> Table:
     torch.set_num_threads(threads)
     images = some_images(256)
     runs: dict[str, Callable[[], object]] = {
-        "no quantiser": make(256, images, quantizer=False),
-        "LooC": make(256, images),
-        "LooC, K = 4096": make(4096, images),
-        "LooC, --channels_last": make(256, images, channels_last=True),
-        "LooC, --precision bf16": make(256, images, dtype=torch.bfloat16),
-        "LooC, --compile": make(256, images, compiled=True),
+        "no quantiser": make(UNQUANTISED, images),
+        "LooC": make(LOOC, images),
+        "LooC, K = 4096": make(ModelConfig(num_embedding=4096), images),
+        "LooC, --channels_last": make(LOOC, images, channels_last=True),
+        "LooC, --precision bf16": make(LOOC, images, dtype=torch.bfloat16),
+        "LooC, --compile": make(LOOC, images, compiled=True),
     }
     table = Table(
         f"Training step, 256 images of 28×28, K = 256, d = 4, {threads} thread(s)",
@@ -172,10 +164,7 @@ def main() -> None:
     what = sys.argv[1]
     images = some_images(1024)
     seeded()
-    config = ModelConfig(num_embedding=256 if what == "none" else int(what))
-    model = VQVAE(config)
-    if what == "none":
-        model.quantizer = NoQuantizer()  # type: ignore[assignment]
+    model = VQVAE(UNQUANTISED if what == "none" else ModelConfig(num_embedding=int(what)))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     for _ in range(5):
         step(model, images, optimizer, torch.float32)

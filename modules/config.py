@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from modules.quantizer import (
@@ -16,12 +18,260 @@ from modules.quantizer import (
     STARTS,
 )
 
-# What each quantiser implies for flags that were not given.
-QUANTIZERS: dict[str, dict[str, Any]] = {
-    "looc": {},
-    "cvq": {},
-    "vq": {"distance": "l2", "anchor": "none"},
+LARGEST_CODEBOOK = 2**20
+LEAST_LEVEL, LARGEST_LEVEL = 3, 16  # of --quantizer fsq, where they are chosen here
+
+# ------------------------------------------------------------------------------------- quantisers
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A quantiser: which flags it reads, what it implies, and what it makes of the latents."""
+
+    label: str
+    reads: frozenset[str] = frozenset()
+    implies: Mapping[str, Any] = field(default_factory=dict)  # for flags that were not given
+    derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}  # more, from those given
+    checks: Sequence[Callable[[ModelConfig], None]] = ()
+    any_channels: bool = False  # or as many as a codevector
+    slots: Callable[[ModelConfig], int] = lambda _: 1  # indices m of a position
+    codebooks: Callable[[ModelConfig], int] = lambda _: 1
+    parts: bool = False  # whether a batch may be passed in parts, or by several processes
+
+    def default(self, name: str) -> Any:
+        """Of a flag that is not given, apart from those that are derived."""
+        return self.implies.get(name, getattr(ModelConfig, name))
+
+
+def units(config: ModelConfig) -> int:
+    """m = C·max(β,1)²/d."""
+    return config.channels * max(config.interpolation_scale, 1) ** 2 // config.embedding_dim
+
+
+def check_units(config: ModelConfig) -> None:
+    """d divides the channels."""
+    scale = max(config.interpolation_scale, 1)
+    if config.channels * scale**2 % config.embedding_dim:
+        flag = "--hidden_size" if config.latent_channels is None else "--latent_channels"
+        times = f" times {scale}² of --interpolation_scale" if scale > 1 else ""
+        raise ValueError(
+            f"--embedding_dim {config.embedding_dim} does not divide "
+            f"the {config.channels} channels of {flag}{times}"
+        )
+
+
+def check_position(config: ModelConfig) -> None:
+    """The channels are those of one codevector."""
+    if config.channels != config.embedding_dim:
+        raise ValueError(
+            f"--latent_channels {config.latent_channels} is not --embedding_dim "
+            f"{config.embedding_dim}, the channels of --quantizer {config.quantizer}"
+        )
+    if config.interpolation_scale > 1:
+        raise ValueError(
+            f"--interpolation_scale {config.interpolation_scale} needs --quantizer looc, "
+            f"not {config.quantizer}"
+        )
+
+
+def check_start(config: ModelConfig) -> None:
+    if config.codebook_start == "features":
+        raise ValueError(
+            f"--codebook_start features needs --quantizer looc, cvq or vq, not {config.quantizer}, "
+            "which has uniform and kmeans"
+        )
+
+
+def even_levels(product: int, count: int, largest: int = LARGEST_LEVEL) -> tuple[int, ...] | None:
+    """So many levels of this product, falling, as even as can be; None where there are none."""
+    if not count:
+        return () if product == 1 else None
+    found = []
+    for level in range(LEAST_LEVEL, min(largest, product) + 1):
+        rest = even_levels(product // level, count - 1, level) if product % level == 0 else None
+        if rest is not None:
+            found.append((level, *rest))
+    return min(found, key=sum, default=None)
+
+
+def parse_levels(text: str) -> tuple[int, ...]:
+    """8,5,5,5 as numbers; none at all where it is nothing of the kind."""
+    matches = re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6}){0,11}", text)
+    return tuple(map(int, text.split(","))) if matches else ()
+
+
+def fsq_sizes(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """K and d of the levels given, else levels for K and d.
+
+    d is near the usual one, and divides the channels, where neither levels nor d are given.
+    """
+    if flags.get("levels") is not None:
+        levels = parse_levels(flags["levels"])
+        return {"num_embedding": math.prod(levels), "embedding_dim": len(levels)} if levels else {}
+    channels = flags.get("latent_channels") or flags.get("hidden_size", ModelConfig.hidden_size)
+    near = sorted(range(1, 13), key=lambda dim: abs(dim - ModelConfig.embedding_dim))
+    dims = sorted(near, key=lambda dim: channels % dim > 0)
+    for dim in [flags["embedding_dim"]] if "embedding_dim" in flags else dims:
+        chosen = even_levels(flags.get("num_embedding", ModelConfig.num_embedding), dim)
+        if chosen is not None:
+            return {"levels": ",".join(map(str, chosen)), "embedding_dim": dim}
+    return {}
+
+
+def check_levels(config: ModelConfig) -> None:
+    """There are d levels, and K is their product."""
+    if config.levels is None:
+        raise ValueError(
+            f"--num_embedding {config.num_embedding} is no product of levels from {LEAST_LEVEL} to "
+            f"{LARGEST_LEVEL}, --embedding_dim {config.embedding_dim} of them; give --levels"
+        )
+    levels = parse_levels(config.levels)
+    if not levels or min(levels) < LEAST_LEVEL:
+        raise ValueError(
+            f"--levels {config.levels} is no list of up to 12 numbers from {LEAST_LEVEL} on, "
+            "like 8,5,5,5"
+        )
+    product = math.prod(levels)
+    if product > LARGEST_CODEBOOK:
+        raise ValueError(
+            f"--levels {config.levels} makes {product} codevectors, more than {LARGEST_CODEBOOK}"
+        )
+    if product != config.num_embedding:
+        raise ValueError(
+            f"--levels {config.levels} makes {product} codevectors, "
+            f"not --num_embedding {config.num_embedding}"
+        )
+    if len(levels) != config.embedding_dim:
+        raise ValueError(
+            f"--levels {config.levels} has {len(levels)} dimensions, "
+            f"not --embedding_dim {config.embedding_dim}"
+        )
+
+
+def lfq_sizes(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """K = 2^d, whichever of them is not given."""
+    dim = flags.get("embedding_dim")
+    if dim is None:
+        num_embedding = flags.get("num_embedding", ModelConfig.num_embedding)
+        return {"embedding_dim": max(1, num_embedding.bit_length() - 1)}
+    return {"num_embedding": 2**dim} if 2**dim <= LARGEST_CODEBOOK else {}
+
+
+def check_bits(config: ModelConfig) -> None:
+    """K = 2^d."""
+    if config.num_embedding != 2**config.embedding_dim:
+        raise ValueError(
+            f"--num_embedding {config.num_embedding} is not 2 to the power of --embedding_dim "
+            f"{config.embedding_dim}, as --quantizer lfq needs it"
+        )
+
+
+SIZES = frozenset({"num_embedding", "embedding_dim"})
+OWN = SIZES | {
+    *("distance", "anchor", "split", "interpolation_scale", "first_batch", "contras_loss"),
+    *("commitment_cost", "codebook_update", "ema_decay", "codebook_start", "latent_norm"),
+    "gradient",
 }
+BY_EMA = SIZES | {"commitment_cost", "ema_decay", "codebook_start", "gradient"}
+LIKE_LIBRARY = {
+    "anchor": "none",
+    "codebook_start": "uniform",
+    "commitment_cost": 1.0,
+    "distance": "cos",
+    "gradient": "rotation",
+}
+QUANTIZERS = {
+    "looc": Kind("LooC", OWN, checks=(check_units,), any_channels=True, slots=units, parts=True),
+    "cvq": Kind("CVQ-VAE", OWN, checks=(check_position,), parts=True),
+    "vq": Kind(
+        "plain VQ",
+        OWN - {"anchor"},
+        {"distance": "l2", "anchor": "none"},
+        checks=(check_position,),
+        parts=True,
+    ),
+    "none": Kind(
+        "an autoencoder without quantiser",
+        implies={"anchor": "none"},
+        any_channels=True,
+        slots=lambda _: 0,
+        codebooks=lambda _: 0,
+        parts=True,
+    ),
+    "ema-vq": Kind(
+        "VQ by moving averages",
+        BY_EMA,
+        {**LIKE_LIBRARY, "distance": "l2"},
+        checks=(check_position, check_start),
+    ),
+    "cosine-vq": Kind(
+        "VQ by cosine similarity",
+        BY_EMA,
+        LIKE_LIBRARY,
+        checks=(check_position, check_start),
+    ),
+    "multihead-vq": Kind(
+        "multi-headed VQ",
+        BY_EMA | {"distance"},
+        LIKE_LIBRARY,
+        checks=(check_units, check_start),
+        any_channels=True,
+        slots=units,
+    ),
+    "product-vq": Kind(
+        "product VQ",
+        BY_EMA | {"distance"},
+        LIKE_LIBRARY,
+        checks=(check_units, check_start),
+        any_channels=True,
+        slots=units,
+        codebooks=units,
+    ),
+    "residual-vq": Kind(
+        "residual VQ",
+        BY_EMA | {"num_quantizers"},
+        {**LIKE_LIBRARY, "distance": "l2"},
+        checks=(check_position, check_start),
+        slots=lambda config: config.num_quantizers,
+        codebooks=lambda config: config.num_quantizers,
+    ),
+    "fsq": Kind(
+        "FSQ",
+        SIZES | {"levels"},
+        {"anchor": "none"},
+        fsq_sizes,
+        checks=(check_levels, check_units),
+        any_channels=True,
+        slots=units,
+        parts=True,
+    ),
+    "lfq": Kind(
+        "LFQ",
+        SIZES | {"commitment_cost"},
+        {"anchor": "none", "commitment_cost": 0.0},
+        lfq_sizes,
+        checks=(check_bits, check_units),
+        any_channels=True,
+        slots=units,
+    ),
+    "sim-vq": Kind(
+        "SimVQ",
+        SIZES | {"commitment_cost", "gradient"},
+        {"anchor": "none", "distance": "l2", "gradient": "rotation"},
+        checks=(check_position,),
+    ),
+}
+QUANTIZER_FLAGS = OWN | {"levels", "num_quantizers"}
+
+
+def implied_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What the quantiser of these flags implies for those that are not among them."""
+    kind = QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)]
+    implied = {**kind.implies, **kind.derive(flags)}
+    return {name: value for name, value in implied.items() if name not in flags}
+
+
+# ------------------------------------------------------------------------------------------- flags
 
 
 def option(
@@ -61,7 +311,7 @@ class ModelConfig:
 
     quantizer: str = option("looc", "quantiser", choices=tuple(QUANTIZERS))
     num_embedding: int = option(
-        256, "codevectors K in the shared codebook", minimum=1, maximum=2**20
+        256, "codevectors K in a codebook", minimum=1, maximum=LARGEST_CODEBOOK
     )
     embedding_dim: int = option(4, "dimension d of one codevector", minimum=1, maximum=2**14)
     distance: str = option("cos", "similarity of the match", choices=tuple(DISTANCES))
@@ -86,9 +336,16 @@ class ModelConfig:
     gradient: str = option(
         "straight_through", "gradient through the match", choices=tuple(GRADIENTS)
     )
+    levels: str | None = option(
+        None, "levels of --quantizer fsq, like 8,5,5,5 (default: d of them, as K asks for)"
+    )
+    num_quantizers: int = option(
+        4, "codebooks of --quantizer residual-vq, one after another", minimum=1, maximum=64
+    )
     latent_channels: int | None = option(
         None,
-        "channels of the latents (default: those of --hidden_size for looc, else d)",
+        "channels of the latents (default: those of --hidden_size where they are cut into units, "
+        "else d)",
         minimum=1,
         maximum=2**14,
     )
@@ -109,28 +366,34 @@ class ModelConfig:
                 f"--hidden_size {self.hidden_size} is odd; "
                 "the first convolution has half as many channels"
             )
-        if self.quantizer == "looc":
-            scale = max(self.interpolation_scale, 1)
-            if self.channels * scale**2 % self.embedding_dim:
-                flag = "--hidden_size" if self.latent_channels is None else "--latent_channels"
-                times = f" times {scale}² of --interpolation_scale" if scale > 1 else ""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            unread = item.name in QUANTIZER_FLAGS - self.kind.reads
+            if unread and value != self.kind.default(item.name):
                 raise ValueError(
-                    f"--embedding_dim {self.embedding_dim} does not divide "
-                    f"the {self.channels} channels of {flag}{times}"
+                    f"--{item.name} {value} has no effect with --quantizer {self.quantizer}"
                 )
-        elif self.interpolation_scale > 1:
-            raise ValueError(
-                f"--interpolation_scale {self.interpolation_scale} needs --quantizer looc, "
-                f"not {self.quantizer}"
-            )
-        if self.quantizer == "vq" and self.anchor != "none":
-            raise ValueError(
-                f"--anchor {self.anchor} contradicts --quantizer vq, which has no re-initialisation"
-            )
+        for check in self.kind.checks:
+            check(self)
+
+    @property
+    def kind(self) -> Kind:
+        """What is known of the quantiser."""
+        return QUANTIZERS[self.quantizer]
 
     @property
     def channels(self) -> int:
-        """Channels C of the quantiser's input; by default one unit's for CVQ and VQ."""
+        """Channels C of the quantiser's input; by default one unit's where it takes no more."""
         if self.latent_channels is not None:
             return self.latent_channels
-        return self.hidden_size if self.quantizer == "looc" else self.embedding_dim
+        return self.hidden_size if self.kind.any_channels else self.embedding_dim
+
+    @property
+    def num_slots(self) -> int:
+        """Indices m of a position."""
+        return self.kind.slots(self)
+
+    @property
+    def num_codebooks(self) -> int:
+        """1 where all slots share a codebook, m where each has its own, 0 where there is none."""
+        return self.kind.codebooks(self)

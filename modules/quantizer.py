@@ -373,10 +373,10 @@ def batch_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tenso
     mean, variance = quantizer.latent_mean, quantizer.latent_variance  # (m, d)
     if training:
         rows = units.flatten(0, 2)  # (B·H·W, m, d)
-        count = sum_over_ranks(torch.full((), len(rows), device=rows.device)).clamp_min(1)
-        mean = SumOverRanks.apply(rows.sum(0)) / count
-        variance = SumOverRanks.apply((rows - mean).square().sum(0)) / count
-        quantizer._average_latents(mean.detach(), variance.detach())
+        count = sum_over_ranks(torch.full((), len(rows), device=rows.device))
+        mean = SumOverRanks.apply(rows.sum(0)) / count.clamp_min(1)
+        variance = SumOverRanks.apply((rows - mean).square().sum(0)) / count.clamp_min(1)
+        quantizer._average_latents(mean.detach(), variance.detach(), count)
     return (units - mean) * (variance + 1e-5).rsqrt()
 
 
@@ -998,10 +998,11 @@ class LooCQuantizer(nn.Module):
         return extrapolated // self.embedding_dim, self.embedding_dim
 
     @torch.no_grad()
-    def _average_latents(self, mean: Tensor, variance: Tensor) -> None:
-        """Keep the running averages of what batch_norm has seen, where that is finite."""
+    def _average_latents(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Keep the running averages of what batch_norm has seen, where it saw finite latents."""
         for average, value in ((self.latent_mean, mean), (self.latent_variance, variance)):
-            average.lerp_(torch.where(value.isfinite(), value, average), BATCH_NORM_RATE)
+            seen = value.isfinite() & (count > 0)
+            average.lerp_(torch.where(seen, value, average), BATCH_NORM_RATE)
 
     @torch.no_grad()
     def _start(self, features: Tensor) -> None:

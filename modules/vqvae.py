@@ -2,20 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from torch import Tensor, nn
 
 from modules.autoencoder import Decoder, Encoder
-from modules.config import ModelConfig
+from modules.config import ModelConfig, parse_levels
+from modules.peers import PEERS, NoQuantizer, PeerQuantizer
 from modules.quantizer import LooCQuantizer, Quantized
 
 DOWNSAMPLING = 4  # the encoder's two strides
+Quantizer: TypeAlias = LooCQuantizer | PeerQuantizer | NoQuantizer
+
+
+def make_looc(config: ModelConfig) -> Quantizer:
+    return LooCQuantizer(
+        config.num_embedding,
+        config.embedding_dim,
+        commitment_cost=config.commitment_cost,
+        distance=config.distance,
+        anchor=config.anchor,
+        split=config.split,
+        interpolation_scale=config.interpolation_scale,
+        first_batch=config.first_batch,
+        contras_loss=config.contras_loss,
+        codebook_update=config.codebook_update,
+        ema_decay=config.ema_decay,
+        codebook_start=config.codebook_start,
+        latent_norm=config.latent_norm,
+        latent_channels=config.channels,
+        gradient=config.gradient,
+    )
+
+
+def make_peer(config: ModelConfig) -> Quantizer:
+    return PeerQuantizer(
+        config.quantizer,
+        config.num_embedding,
+        config.embedding_dim,
+        channels=config.channels,
+        distance=config.distance,
+        commitment_cost=config.commitment_cost,
+        ema_decay=config.ema_decay,
+        codebook_start=config.codebook_start,
+        gradient=config.gradient,
+        levels=parse_levels(config.levels or ""),
+        num_quantizers=config.num_quantizers,
+    )
+
+
+def make_none(config: ModelConfig) -> Quantizer:
+    del config
+    return NoQuantizer()
+
+
+MAKERS: dict[str, Callable[[ModelConfig], Quantizer]] = {
+    **dict.fromkeys(("looc", "cvq", "vq"), make_looc),
+    **dict.fromkeys(PEERS, make_peer),
+    "none": make_none,
+}
 
 
 class VQVAE(nn.Module):
     """An image autoencoder with quantised latents.
 
     Images are (B, in_channels, height, width) in [−1, 1], height and width multiples of 4; anything
-    else raises ValueError.
+    else raises ValueError, as does a quantiser whose library is not installed.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -24,22 +77,7 @@ class VQVAE(nn.Module):
         residual = (config.num_residual_layers, config.num_residual_hidden)
         self.encoder = Encoder(config.in_channels, config.hidden_size, *residual)
         self.pre_vq_conv = nn.Conv2d(config.hidden_size, config.channels, 1)
-        self.quantizer = LooCQuantizer(
-            config.num_embedding,
-            config.embedding_dim,
-            commitment_cost=config.commitment_cost,
-            distance=config.distance,
-            anchor=config.anchor,
-            split=config.split,
-            interpolation_scale=config.interpolation_scale,
-            first_batch=config.first_batch,
-            contras_loss=config.contras_loss,
-            codebook_update=config.codebook_update,
-            ema_decay=config.ema_decay,
-            codebook_start=config.codebook_start,
-            latent_norm=config.latent_norm,
-            gradient=config.gradient,
-        )
+        self.quantizer = MAKERS[config.quantizer](config)
         self.decoder = Decoder(config.channels, config.in_channels, config.hidden_size, *residual)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:

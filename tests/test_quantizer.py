@@ -640,7 +640,9 @@ def test_batch_norm_is_pytorchs() -> None:
         torch.testing.assert_close(*gradients)
     mean = quantizer._join(quantizer.latent_mean.expand(1, 1, 1, -1, -1)).flatten()
     torch.testing.assert_close(mean, peer.running_mean)
-    assert quantizer(latents()).latents.shape == latents().shape
+    before = quantizer.latent_variance.clone()
+    quantizer(latents()[:0])
+    assert torch.equal(quantizer.latent_variance, before)
 
 
 # ------------------------------------------------------------------------------ wrong arguments

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from modules.config import QUANTIZERS, ModelConfig
+from modules.config import ModelConfig, implied_flags
+from modules.peers import need_library
 from utils.errors import UserError, printable, unknown_name
 
 Group = TypeVar("Group")
@@ -146,6 +147,13 @@ def build(group: type[Group], flags: Mapping[str, Any]) -> Group:
 
 
 def build_model_config(flags: Mapping[str, Any], in_channels: int) -> ModelConfig:
-    """The model of the given flags; what the quantiser implies fills the flags not given."""
-    implied = QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)]
-    return build(ModelConfig, {**implied, **flags, "in_channels": in_channels})
+    """The model of the given flags; what the quantiser implies fills the flags not given.
+
+    Raises UserError where flags contradict each other, or the quantiser's library is missing.
+    """
+    config = build(ModelConfig, {**flags, **implied_flags(flags), "in_channels": in_channels})
+    try:
+        need_library(config.quantizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return config

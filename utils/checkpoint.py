@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from modules import VQVAE, ModelConfig
-from modules.config import QUANTIZERS
+from modules.config import implied_flags
+from modules.peers import need_library
 from utils.arguments import value_problem
 from utils.errors import UserError, one_line
 from utils.files import whole_file
@@ -98,13 +99,14 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
     else:
         state_dict = from_reference(path, content)
         known = shapes_tell(path, state_dict)
-        flags = {**QUANTIZERS[known.get("quantizer", flags.get("quantizer", "looc"))], **flags}
+        flags = {**implied_flags({**flags, **known}), **flags}
         content = {}
     for name, value in flags.items():
         if name in known and known[name] != value:
             raise UserError(f"--{name} {value} contradicts {path}, which has {known[name]}")
     try:
         config = ModelConfig(**{**flags, **known})
+        need_library(config.quantizer)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if not content:

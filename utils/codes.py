@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modules import VQVAE, ModelConfig
+from modules import VQVAE, LooCQuantizer, ModelConfig
 from modules.config import option
 from modules.vqvae import DOWNSAMPLING
 from utils.arguments import value_problem
@@ -115,8 +115,12 @@ def codes_info(
 ) -> CodesInfo:
     """What a code file of this model will say about itself, before the images have been seen.
 
-    Raises UserError where a batch has too many codes for a code file.
+    Raises UserError where a batch has too many codes for a code file, or there is no code at all.
     """
+    if not model.config.num_slots:
+        raise UserError(
+            f"--save_codes: --quantizer {model.config.quantizer} leaves no codes to save"
+        )
     height, width, slots = index_shape(model.config, image_size)
     batch_codes = batch_size * height * width * slots
     try:
@@ -139,9 +143,8 @@ def codes_info(
 
 def index_shape(config: ModelConfig, image_size: int) -> tuple[int, int, int]:
     """(H, W, m) of the indices of an image."""
-    channels = config.channels * max(config.interpolation_scale, 1) ** 2
     side = image_size // DOWNSAMPLING
-    return side, side, channels // config.embedding_dim
+    return side, side, config.num_slots
 
 
 def index_dtype(num_embedding: int) -> np.dtype[Any]:
@@ -151,9 +154,14 @@ def index_dtype(num_embedding: int) -> np.dtype[Any]:
 
 def fingerprint(model: VQVAE) -> str:
     """SHA-256 of what makes images of indices: the codebook, the decoder, how units are joined."""
-    config = model.config
+    config, quantizer = model.config, model.quantizer
     digest = hashlib.sha256(f"{config.split} {max(config.interpolation_scale, 1)}".encode())
-    weights = {"codebook": model.quantizer.codebook.detach(), **model.decoder.state_dict()}
+    if isinstance(quantizer, LooCQuantizer):
+        weights = {"codebook": quantizer.codebook.detach()}
+    else:
+        digest.update(f"{config.quantizer} {config.num_embedding} {config.levels}".encode())
+        weights = quantizer.state_dict()
+    weights = {**weights, **model.decoder.state_dict()}
     for name, value in weights.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())

@@ -51,23 +51,41 @@ def draw_usage(statistics: CodebookStatistics) -> Figure:
 
 
 def draw_slots(statistics: CodebookStatistics) -> Figure:
-    """Which unit slots use which codevectors, and in how many slots a codevector is used."""
-    share = statistics.slot_counts / statistics.slot_counts.sum(1, keepdim=True)
-    order = statistics.counts.argsort(descending=True)
-    reach = (statistics.slot_counts > 0).sum(0)
-    slots = len(share)
+    """Which unit slots use which codevectors, and in how many slots a codevector is used.
+
+    Where each slot has a codebook of its own: how evenly it is used, and its usage.
+    """
+    share = statistics.slot_counts / statistics.slot_counts.sum(1, keepdim=True)  # (m, K)
     figure, (left, right) = new_figure(2, 11, 3.6)
-    root = share[:, order].sqrt().numpy()  # the root, so that rare use can be seen
+    if statistics.num_codebooks > 1:
+        ordered = share.sort(dim=1, descending=True).values
+        draw_usage_of_slots(right, share)
+    else:
+        ordered = share[:, statistics.counts.argsort(descending=True)]
+        draw_reach(right, share)
+    root = ordered.sqrt().numpy()  # the root, so that rare use can be seen
     mesh = left.imshow(root, aspect="auto", cmap="viridis", interpolation="nearest")
     figure.colorbar(mesh, ax=left, label="root of the share of the slot's codes")
     left.set(title="Use by unit slot", xlabel="codevector, most used first", ylabel="slot")
-    right.bar(range(slots + 1), torch.bincount(reach, minlength=slots + 1).tolist(), color=USED)
-    right.set(
+    return figure
+
+
+def draw_reach(axes: Any, share: Tensor) -> None:
+    """In how many slots a codevector is used; shares (m, K) of one codebook."""
+    slots = len(share)
+    reach = (share > 0).sum(0)
+    axes.bar(range(slots + 1), torch.bincount(reach, minlength=slots + 1).tolist(), color=USED)
+    axes.set(
         title="Slots in which a codevector is used",
         xlabel=f"slots, of {slots}",
         ylabel="codevectors",
     )
-    return figure
+
+
+def draw_usage_of_slots(axes: Any, share: Tensor) -> None:
+    """The usage of each slot's own codebook; shares (m, K)."""
+    axes.bar(range(len(share)), [100 * usage(row) for row in share], color=USED)
+    axes.set(title="Usage of each slot's codebook", xlabel="slot", ylabel="% of its codevectors")
 
 
 def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +124,9 @@ def draw_codebook(codebook: Tensor, counts: Tensor) -> Figure:
 
 
 def draw_all(statistics: CodebookStatistics, codebook: Tensor) -> dict[str, Figure]:
-    """The three pictures of a codebook, by name."""
+    """The three pictures of a codebook, by name; none where latents are not quantised."""
+    if not len(statistics.counts):
+        return {}
     return {
         "usage": draw_usage(statistics),
         "slots": draw_slots(statistics),

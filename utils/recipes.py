@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modules.config import QUANTIZERS, ModelConfig
+from modules.config import QUANTIZER_FLAGS, QUANTIZERS, ModelConfig, implied_flags
 
 RECIPES: dict[str, dict[str, Any]] = {
     # As published, and as the golden files have it.
     "paper": {},
     # The best found so far; what each entry brings is in docs/ablations.md.
     "best": {
-        "codebook_update": "ema",
-        "codebook_start": "features",
         "latent_norm": "batch",
         "distance": "l2",
-        "lr": 1e-3,
-        "schedule": "cosine",
+        "codebook_update": "ema",
+        "codebook_start": "features",
+        "lr": 2e-3,
+        "schedule": "wsd",
+        "warmup_steps": 50,
+        "grad_clip": 1.0,
     },
 }
 
 
 def with_recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags given, and those of their recipe that the quantiser does not imply otherwise."""
-    implied = QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)]
-    return {**RECIPES[flags.get("recipe", "paper")], **implied, **flags}
+    """The flags given, and those of their recipe that the quantiser reads and does not imply."""
+    unread = QUANTIZER_FLAGS - QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)].reads
+    recipe = RECIPES[flags.get("recipe", "paper")]
+    own = {name: value for name, value in recipe.items() if name not in unread}
+    return {**own, **implied_flags(flags), **flags}

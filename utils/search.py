@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
-from modules import VQVAE
+from modules import VQVAE, LooCQuantizer
 from modules.config import option
 from modules.quantizer import SEARCHES, faiss_installed
 from utils.errors import UserError
@@ -30,7 +30,14 @@ class SearchConfig:
 
 
 def apply_search(config: SearchConfig, model: VQVAE, device: torch.device) -> None:
-    """Set the model's search. Raises UserError where it cannot run on this device."""
+    """Set the model's search. Raises UserError where it cannot run on this device, or has none."""
+    if not isinstance(model.quantizer, LooCQuantizer):
+        for name, value in asdict(config).items():
+            if value != getattr(SearchConfig, name):
+                raise UserError(
+                    f"--{name} {value} has no effect with --quantizer {model.config.quantizer}"
+                )
+        return
     if config.search == "faiss":
         if not faiss_installed():
             raise UserError("--search faiss: faiss is not installed (pip install faiss-cpu)")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modules.config import QUANTIZERS
 from utils.errors import UserError, one_line, run
 from utils.metrics import METRICS
 
@@ -52,9 +53,13 @@ def table(analysis: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
         METRICS[name].label: "infinite" if score["mean"] is None else f"{score['mean']:.4f}"
         for name, score in metrics["metrics"].items()
     }
+    images = f"{metrics['pairs']} test images of {data['dataset']}"
+    if not rate:
+        name = QUANTIZERS[model["quantizer"]].label
+        return {"model": name, "images": images, **quality, "rate": "not quantised"}
     return {
         "model": "{quantizer}, K = {num_embedding}, d = {embedding_dim}".format(**model),
-        "images": f"{metrics['pairs']} test images of {data['dataset']}",
+        "images": images,
         **quality,
         "codes per image": f"{rate['codes_per_image']}",
         "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",
@@ -65,7 +70,7 @@ def table(analysis: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
             else {}
         ),
         "codebook usage": f"{codebook['usage_percent']:.1f} %",
-        "perplexity": f"{codebook['perplexity']:.1f} of {model['num_embedding']}",
+        "perplexity": f"{codebook['perplexity']:.1f} of {len(codebook['counts'])}",
     }
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from modules import VQVAE
-from modules.config import option
+from modules import VQVAE, ModelConfig
+from modules.config import QUANTIZERS, option
 from modules.quantizer import count_indices, num_ranks, sum_over_ranks
 from utils.checkpoint import Checkpoint, describe, save_checkpoint
-from utils.codebook import CodebookStatistics, perplexity, usage
+from utils.codebook import CodebookStatistics, in_words, numbered, use_of
 from utils.distributed import (
     gather,
     gather_items,
@@ -138,15 +138,18 @@ class Loader(Protocol):
 class Meter:
     """Averages over images since the last look, kept on the device so that no step waits."""
 
-    def __init__(self, num_embedding: int, device: torch.device) -> None:
+    def __init__(self, num_embedding: int, device: torch.device, num_codebooks: int = 1) -> None:
+        self.num_embedding, self.num_codebooks = num_embedding, num_codebooks
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # the last: of images
-        self.counts = torch.zeros(num_embedding, dtype=torch.int64, device=device)
+        length = num_embedding * num_codebooks
+        self.counts = torch.zeros(length, dtype=torch.int64, device=device)
 
     def add(self, terms: tuple[Tensor, Tensor, Tensor], indices: Tensor) -> None:
         """Take (loss, mse, quantiser loss) and the indices of one batch, or of a part of it."""
         ones = torch.ones_like(terms[0])
         self.sums += torch.stack([*terms, ones]).detach() * len(indices)
-        self.counts += count_indices(indices.flatten(), len(self.counts))
+        numbers = numbered(indices, self.num_embedding, self.num_codebooks)
+        self.counts += count_indices(numbers.flatten(), len(self.counts))
 
     def read(self) -> dict[str, float]:
         """The averages over all processes, which start anew; empty where there was no image."""
@@ -162,8 +165,7 @@ class Meter:
             "reconstruction": mse,
             "quantizer": quantizer,
             "psnr": float(psnr(torch.tensor(max(mse, 1e-12)), SIGNED_PEAK)),
-            "usage_percent": 100 * usage(counts),
-            "perplexity": perplexity(counts),
+            **use_of(counts),
             "num_images": num_images,
         }
 
@@ -205,6 +207,19 @@ class BadSteps:
         return longest, count, step, self.names[culprit]
 
 
+def check_parts(model: ModelConfig, accumulate: int) -> None:
+    """Raise UserError where the quantiser needs the batch whole, and it comes in parts."""
+    if model.kind.parts:
+        return
+    takers = ", ".join(name for name, kind in QUANTIZERS.items() if kind.parts)
+    if accumulate > 1:
+        raise UserError(
+            f"--accumulate {accumulate} needs --quantizer {takers}, not {model.quantizer}"
+        )
+    if num_ranks() > 1:
+        raise UserError(f"{num_ranks()} processes need --quantizer {takers}, not {model.quantizer}")
+
+
 class Trainer:
     """One run: a model, its batches, and the files it leaves.
 
@@ -235,6 +250,7 @@ class Trainer:
         stored: Mapping[str, Any],
     ) -> None:
         self.model = model
+        check_parts(model.config, config.accumulate)
         self.network = share_gradients(model)
         self.train_loader = train_loader
         self.validation_loader = validation_loader
@@ -249,7 +265,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         # Only fp16 is narrow enough to need its gradients scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.meter = Meter(model.config.num_embedding, self.device)
+        self.meter = Meter(model.config.num_embedding, self.device, model.config.num_codebooks)
         self.bad_steps = BadSteps(model, self.device)
         self.memory_format = (
             torch.channels_last if config.channels_last else torch.contiguous_format
@@ -377,7 +393,7 @@ class Trainer:
         self.clock = now
         self.bar.set_postfix_str(
             f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB, "
-            f"usage {scores['usage_percent']:.0f} %, {scores['images_per_second']:.0f} images/s"
+            f"{in_words(scores)}, {scores['images_per_second']:.0f} images/s"
         )
         self.write_scalars("train", {**scores, "learning_rate": self.learning_rate()})
 
@@ -419,8 +435,8 @@ class Trainer:
         improved = scores["psnr"] > self.best
         self.best = max(self.best, scores["psnr"])
         log.info(
-            "epoch %d, step %d: validation PSNR %.2f dB, usage %.0f %%%s",
-            *(self.epoch, self.step, scores["psnr"], scores["usage_percent"]),
+            "epoch %d, step %d: validation PSNR %.2f dB, %s%s",
+            *(self.epoch, self.step, scores["psnr"], in_words(scores)),
             " (best)" if improved else "",
         )
         if improved:
@@ -441,7 +457,8 @@ class Trainer:
         None where a signal cut it short.
         """
         self.model.eval()
-        statistics = CodebookStatistics(self.model.config.num_embedding)
+        config = self.model.config
+        statistics = CodebookStatistics(config.num_embedding, config.num_codebooks)
         sums = torch.zeros(2, dtype=torch.float64)
         shown = None
         for images in self.validation_loader.epoch():
@@ -463,22 +480,23 @@ class Trainer:
         scores = {
             "psnr": decibels_sum / statistics.num_images,
             "reconstruction": errors_sum / statistics.num_images,
-            "usage_percent": 100 * usage(statistics.counts),
-            "perplexity": perplexity(statistics.counts),
+            **use_of(statistics.counts),
         }
         self.write_scalars("validation", scores)
         regular = self.epoch % max(1, self.config.num_epochs // 50) == 0
         if shown and (regular or self.step == self.total_steps):
             self.board.add_image("validation/reconstructions", comparison(*shown), self.step)
-            for name, figure in draw_all(statistics, self.model.quantizer.codebook).items():
-                self.board.add_figure(f"codebook/{name}", figure, self.step)
-            del figure
+            self.write_figures(statistics)
             gc.collect()  # figures are cycles of megabytes that Python would leave for long
         return scores
 
     def write_scalars(self, group: str, scores: Mapping[str, float]) -> None:
         for name, value in scores.items():
             self.board.add_scalar(f"{group}/{name}", value, self.step)
+
+    def write_figures(self, statistics: CodebookStatistics) -> None:
+        for name, figure in draw_all(statistics, self.model.quantizer.codebook).items():
+            self.board.add_figure(f"codebook/{name}", figure, self.step)
 
     def save_is_due(self) -> bool:
         """Whether --save_every asks for a checkpoint now."""

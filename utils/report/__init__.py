@@ -23,10 +23,11 @@ from utils.report.curves import training_curves
 from utils.report.files import Found, experiment, find, part
 from utils.report.markup import section, text
 from utils.report.pictures import reconstructions, worst_images
-from utils.report.tables import commands, configuration, key_figures, lead
+from utils.report.tables import commands, configuration, key_figures, lead, quantised
 
 LARGEST_SIDE, SMALLEST_SIDE = 256, 48  # images are shrunk to a side that keeps to LARGEST
 LARGEST = 4_500_000  # characters of the page
+OF_CODEBOOKS = ("usage", "codebook", "slots")  # sections
 
 
 def write_report(results: Path, logs: Path | None = None) -> Path:
@@ -60,6 +61,8 @@ def page(found: Found, side: int) -> str:
         "configuration": ("Configuration", configuration),
         "reproduce": ("Commands", commands),
     }
+    if not quantised(found):
+        sections = {key: sections[key] for key in sections if key not in OF_CODEBOOKS}
     name = experiment(found.results)
     links = "".join(
         f'<li><a href="#{key}">{title}</a></li>' for key, (title, _) in sections.items()

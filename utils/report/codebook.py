@@ -73,7 +73,7 @@ def codebook_map(found: Found) -> str:
     if found.checkpoint is None:
         return figure(codebook_picture(found), caption, beside=True)
     counts = torch.tensor(counts_of(found))  # (K,)
-    codebook = found.checkpoint.state_dict["quantizer.codebook"].float()  # (K, d)
+    codebook = found.checkpoint.model().quantizer.codebook.detach().float()  # (K, d) or (m·K, d)
     if len(codebook) != len(counts):
         raise Missing(
             f"The checkpoint has {len(codebook)} codevectors, analysis.json {len(counts)}; "
@@ -128,21 +128,25 @@ def unit_slots(found: Found) -> str:
     slots = np.array(rows, dtype=float)  # (m, K)
     share = slots / slots.sum(1, keepdims=True).clip(1)
     reach = (slots > 0).sum(0)  # (K,)
-    ordered = np.sqrt(share[:, np.argsort(-counts, kind="stable")])
+    own = slots.shape[1] < len(counts)  # each slot has a codebook of its own
+    order = np.argsort(-(share if own else counts[None]), axis=1, kind="stable")
+    ordered = np.sqrt(np.take_along_axis(share, np.broadcast_to(order, share.shape), axis=1))
     for axis in (0, 1):
         if ordered.shape[axis] > MAX_COLUMNS:
             groups = np.array_split(ordered, MAX_COLUMNS, axis=axis)
             ordered = np.stack([group.max(axis=axis) for group in groups], axis=axis)
     top = float(ordered.max()) or 1.0
-    described = (
-        f"{len(slots)} unit slots by {len(counts):,} codevectors; a codevector is used in "
-        f"{np.median(reach):.0f} slots in the median, {int((reach == len(slots)).sum()):,} in all"
+    described = f"{len(slots)} unit slots by {slots.shape[1]:,} codevectors" + (
+        ", of which each slot has its own"
+        if own
+        else f"; a codevector is used in {np.median(reach):.0f} slots in the median, "
+        f"{int((reach == len(slots)).sum()):,} in all"
     )
     chart = picture_chart(
         "Use of the codevectors by unit slot",
         described,
         uri(Image.fromarray(colours(ordered / top))),
-        (len(counts), len(slots)),
+        (slots.shape[1], len(slots)),
         "codevectors, most used first",
         "unit slot",
     )
@@ -150,11 +154,15 @@ def unit_slots(found: Found) -> str:
         chart,
         f"{text(described)}. Black is never; pale yellow is {top**2:.1%} of a slot's codes (the "
         "colour follows the root of the share, so that rare use can be seen). <b>One should "
-        "see</b> every row lit over most of its length: slots share the codebook. <b>Bad:</b> "
-        "rows with a few bright cells (the slot says little), or blocks: each slot has "
-        "codevectors of its own, and sharing gains nothing.",
+        "see</b> every row lit over most of its length. <b>Bad:</b> rows with a few bright cells "
+        "(the slot says little)"
+        + (
+            "."
+            if own
+            else ", or blocks: each slot has codevectors of its own, and sharing gains nothing."
+        ),
     )
-    if len(slots) > 1:
+    if len(slots) > 1 and not own:
         bars = np.bincount(reach, minlength=len(slots) + 1)
         chart = step_chart(
             "Slots in which a codevector is used",

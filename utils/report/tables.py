@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from modules.config import QUANTIZERS, ModelConfig
+from modules.config import QUANTIZER_FLAGS, QUANTIZERS, Kind, ModelConfig
 from utils.metrics import FID_ENOUGH, METRICS
 from utils.report.files import Found, evaluation_command, finite, joined, part, stale, test_command
 from utils.report.markup import Missing, Rows, command, shown, table, text
@@ -31,11 +31,11 @@ RATES = {
 def lead(found: Found) -> str:
     """What this is, and quality with its rate, in two sentences."""
     model, data = part(found.analysis, "model"), part(found.analysis, "data")
-    kind = {"looc": "LooC", "cvq": "CVQ-VAE", "vq": "plain VQ"}
-    quantizer = kind.get(str(model.get("quantizer")), "a vector-quantised autoencoder")
+    kind = kind_of(found)
+    quantizer = kind.label if kind else "a vector-quantised autoencoder"
     size = (
         f" (K = {model['num_embedding']}, d = {model['embedding_dim']})"
-        if {"num_embedding", "embedding_dim"} <= model.keys()
+        if {"num_embedding", "embedding_dim"} <= model.keys() and quantised(found)
         else ""
     )
     images = part(found.analysis, "codebook").get("images", found.metrics.get("pairs"))
@@ -44,11 +44,24 @@ def lead(found: Found) -> str:
     quality = [f"{label} {value}" for label, value, *_ in quality_rows(found)][:3]
     content = f"{what}{source}, encoded and reconstructed by {quantizer}{size}."
     rate = best_rate(found)
-    if quality and rate:
+    if not quantised(found):
+        content += f" {', '.join(quality)}." if quality else ""
+        content += " Latents are not quantised: there is no rate, and quality is an upper bound."
+    elif quality and rate:
         content += f" {', '.join(quality)}, at {rate}."
     elif rate:
         content += f" It costs {rate}; quality is not measured yet."
     return f'<p class="lead">{text(content)}</p>'
+
+
+def kind_of(found: Found) -> Kind | None:
+    """What is known of the quantiser."""
+    return QUANTIZERS.get(str(part(found.analysis, "model").get("quantizer")))
+
+
+def quantised(found: Found) -> bool:
+    """Whether latents are quantised, as far as that is known."""
+    return part(found.analysis, "model").get("quantizer") != "none"
 
 
 def best_rate(found: Found) -> str:
@@ -119,17 +132,22 @@ def key_figures(found: Found) -> str:
             if "bits_per_pixel" in key and finite(bits):
                 note += f"; {bits / raw_bits(found):.3g} times the raw {raw_bits(found)} bits"
             rates.append((label, shown(bits), note))
+    if not quantised(found):
+        rates = [("rate", "not quantised", "latents are numbers of 32 bits each")]
     skipped = part(analysis, "skipped_images").get("count")
     size = data.get("image_size")
+    number = codebook.get("codevectors", part(analysis, "model").get("num_embedding"))
     groups: dict[str, Rows] = {
         "Quality": [*quality_rows(found), *protocol_row(found)],
         "Rate": rates,
-        "Codebook": [
+        "Codebook": []
+        if not quantised(found)
+        else [
             ("usage", f"{shown(codebook.get('usage_percent'))} %", "of codevectors used at all"),
             (
                 "perplexity",
                 shown(codebook.get("perplexity")),
-                f"of {shown(part(analysis, 'model').get('num_embedding'))} codevectors",
+                f"of {shown(number)} codevectors",
             ),
         ],
         "Images": [
@@ -187,7 +205,7 @@ def flattened(mapping: Mapping[str, Any], before: str = "") -> list[tuple[str, s
 def configuration(found: Found) -> str:
     content = found.checkpoint.content if found.checkpoint else {}
     groups = {
-        "Model": part(found.analysis, "model"),
+        "Model": model_flags(found),
         "Test images": part(found.analysis, "data"),
         "Training": part(content, "train_config"),
         "Training images": part(content, "data_config"),
@@ -210,6 +228,14 @@ def configuration(found: Found) -> str:
     )
 
 
+def model_flags(found: Found) -> dict[str, Any]:
+    """The model's flags that its quantiser reads."""
+    kind = kind_of(found)
+    unread = QUANTIZER_FLAGS - kind.reads if kind else set()
+    model = part(found.analysis, "model")
+    return {name: value for name, value in model.items() if name not in unread}
+
+
 def commands(found: Found) -> str:
     first = train_command(found)
     known = f"<p>They train, reconstruct and measure anew.</p>{command(first)}" if first else (
@@ -227,10 +253,11 @@ def train_command(found: Found) -> str:
     if found.checkpoint is None or not train:
         return ""
     model = part(found.analysis, "model") or vars(found.checkpoint.model_config)
+    kind = QUANTIZERS.get(str(model.get("quantizer")))
     words = ["python", "main.py"]
     for group, base in (
         (data, {}),
-        (model, {**defaults(ModelConfig), **QUANTIZERS.get(str(model.get("quantizer")), {})}),
+        (model, {**defaults(ModelConfig), **(kind.implies if kind else {})}),
         (train, defaults(TrainConfig)),
     ):
         for name, value in group.items():

@@ -1,0 +1,186 @@
+"""Rate and distortion of LooC and of its peers under one protocol.
+
+Trains every contender of a suite with the same budget, measures it on the test images and writes
+tables and curves: python benchmarks/compare.py --suite fashion-mnist. The same command again goes
+on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.curves import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    YELLOW,
+    Style,
+    draw,
+)
+from benchmarks.options import SETUPS, add_options, check, chosen, settings_of
+from benchmarks.runs import Contender, contests, run_all
+from benchmarks.tables import Document, Row, collect
+from utils.arguments import Parser
+from utils.errors import run
+from utils.logger import start_logging
+from utils.recipes import RECIPES
+from utils.trainer import TrainConfig
+
+CHANNELS = 128  # of encoder and decoder, and of LooC's latents
+UNITS = (1, 2, 4, 8, 16, 32)  # codes a position; with K = 256 0.5 to 16 bits a pixel
+FEWER = (2, 4, 8, 16)  # of slower quantisers, whose single code is in another family
+SIZES = (32, 256, 4096)  # codevectors of quantisers with one code a position
+
+STYLES = {
+    "looc": Style("LooC, d = 128/m", RED, "o", main=True),
+    "looc-narrow": Style("LooC, d = 4, 4m channels", RED, "s", "--", main=True),
+    "looc-scaled": Style("LooC, interpolated (scale 2)", BLUE, "D", main=True),
+    "looc-size": Style("LooC, d = 16, K varied", RED, "^", ":", main=True),
+    "looc-paper": Style("LooC as published", BLACK, "o", "--", main=True),
+    "multihead-vq": Style("multi-head VQ (shared)", GREEN, "v"),
+    "product-vq": Style("product VQ", ORANGE, "^"),
+    "residual-vq": Style("residual VQ", PINK, "s"),
+    "fsq": Style("FSQ", SKY, "D"),
+    "lfq": Style("LFQ", YELLOW, "P"),
+    "ema-vq": Style("VQ, EMA", GREEN, "<", ":"),
+    "cosine-vq": Style("VQ, cosine", ORANGE, ">", ":"),
+    "sim-vq": Style("SimVQ", PINK, "X", ":"),
+    "cvq": Style("CVQ-VAE", SKY, "p", ":"),
+    "vq": Style("VQ", "#777777", "o", ":"),
+    "none": Style("not quantised", "#777777", "", "-."),
+}
+
+
+def shared_training(recipe: str) -> dict[str, Any]:
+    """The recipe's flags of training, which quantisers of any kind get too; not its lr."""
+    known = {item.name for item in fields(TrainConfig)} - {"lr"}
+    return {name: value for name, value in RECIPES[recipe].items() if name in known}
+
+
+def contender(family: str, point: str, **flags: Any) -> Contender:
+    return Contender(f"{family}-{point}" if point else family, family, flags)
+
+
+def looc() -> Iterator[Contender]:
+    """LooC by dimension, by channels, by interpolation and by K; and as published."""
+    best: dict[str, Any] = {"recipe": "best"}
+    yield contender("looc", "K32-m1", **best, num_embedding=32, embedding_dim=CHANNELS)
+    for m in UNITS:
+        yield contender(
+            "looc", f"K256-m{m}", **best, num_embedding=256, embedding_dim=CHANNELS // m
+        )
+    for m in (1, 8):
+        narrow = {"num_embedding": 256, "embedding_dim": 4, "latent_channels": 4 * m}
+        yield contender("looc-narrow", f"K256-m{m}", **best, **narrow)
+    for channels, dim in ((32, 128), (128, 128), (128, 32)):
+        scaled = {"num_embedding": 256, "embedding_dim": dim, "latent_channels": channels}
+        point = f"K256-m{4 * channels // dim}"
+        yield contender("looc-scaled", point, **best, **scaled, interpolation_scale=2)
+    for size in (16, 64, 1024, 4096):
+        yield contender("looc-size", f"K{size}-d16", **best, num_embedding=size, embedding_dim=16)
+    for size, dim in ((512, 128), (1024, 64), (1024, 16), (256, 4)):
+        published = {"num_embedding": size, "embedding_dim": dim, "lr": TrainConfig.lr}
+        yield contender("looc-paper", f"K{size}-d{dim}", **published)
+
+
+def peers() -> Iterator[Contender]:
+    """Other quantisers, each over its own sizes, trained as LooC's best."""
+    shared = shared_training("best")
+    for family, dim in (("ema-vq", 64), ("cosine-vq", 16), ("sim-vq", 64), ("cvq", 64), ("vq", 64)):
+        for size in SIZES:
+            one = {"quantizer": family, "num_embedding": size, "embedding_dim": dim}
+            yield contender(family, f"K{size}", **shared, **one)
+    for family in ("multihead-vq", "product-vq"):
+        for m in UNITS[1:]:
+            parts = {"num_embedding": 256, "embedding_dim": CHANNELS // m}
+            latents = {"latent_channels": CHANNELS}
+            yield contender(family, f"K256-m{m}", **shared, quantizer=family, **parts, **latents)
+    for m in FEWER:
+        residual = {"num_embedding": 256, "embedding_dim": 64, "num_quantizers": m}
+        yield contender("residual-vq", f"K256-m{m}", **shared, quantizer="residual-vq", **residual)
+    for levels, m in (("8,4", 1), ("8,6,5", 1), *(("8,5,5,5", m) for m in UNITS[1:])):
+        dim = levels.count(",") + 1
+        scalar = {"levels": levels, "embedding_dim": dim, "latent_channels": m * dim}
+        point = f"{levels.replace(',', 'x')}-m{m}"
+        yield contender("fsq", point, **shared, quantizer="fsq", **scalar)
+    for dim, m in ((5, 1), (8, 1), *((8, m) for m in FEWER)):
+        signs = {"num_embedding": 2**dim, "embedding_dim": dim, "latent_channels": m * dim}
+        yield contender("lfq", f"d{dim}-m{m}", **shared, quantizer="lfq", **signs)
+    yield contender("none", "", **shared, quantizer="none")
+
+
+def smoke() -> Iterator[Contender]:
+    """A few tiny ones, to see that everything works."""
+    best: dict[str, Any] = {"recipe": "best", "num_embedding": 16}
+    yield contender("looc", "m1", **best, embedding_dim=16)
+    yield contender("looc", "m4", **best, embedding_dim=4)
+    yield contender("vq", "K16", quantizer="vq", num_embedding=16, embedding_dim=16)
+    yield contender("none", "", quantizer="none")
+
+
+SUITES = {
+    "smoke": [*smoke()],
+    "fashion-mnist": [*looc(), *peers()],
+    "photos": [*looc(), *peers()],
+}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--suite", choices=tuple(SUITES), required=True)
+    add_options(parser, "output/compare")
+    arguments = parser.parse_args()
+    start_logging()
+    name, setup, contenders = arguments.suite, SETUPS[arguments.suite], SUITES[arguments.suite]
+    settings = settings_of(arguments, setup, name)
+    selected = chosen(contenders, settings.only)
+    check(setup, settings)
+    failures = run_all(contests(selected, setup, settings), settings)
+    rows = collect(contests(contenders, setup, settings), settings)
+    document = Document(
+        f"compare-{name}",
+        f"Rate and distortion: {setup.title}",
+        ABOUT,
+        command=f"python benchmarks/compare.py --suite {name}",
+        setup=setup,
+        settings=settings,
+        rows=rows,
+        expected=len(contenders),
+        failures=failures,
+        pictures=draw_curves(rows, setup.title, settings.docs, name),
+    )
+    sys.stdout.write("".join(f"{path}\n" for path in document.write()))
+    sys.exit(1 if failures else 0)
+
+
+ABOUT = """\
+The rate is what an ideal entropy coder with one table of frequencies a code slot needs for the
+indices of the test images; *nominal* counts log2 K bits a code. m is the number of codes a
+position; there is one position for every 4×4 pixels. LooC is trained by `--recipe best`, LooC as published by `--recipe
+paper`; peers share the training flags of `--recipe best`. Contenders of one family differ in the
+flags of the last column. Points of a curve are joined in order of rate. Times a step are those of
+runs beside others, as told below."""
+
+
+def draw_curves(rows: list[Row], images: str, docs: Path, name: str) -> Mapping[str, str]:
+    """The curves that there are figures for: file name → what it shows."""
+    pictures = {}
+    for quality, label in (("psnr", "PSNR"), ("lpips", "LPIPS")):
+        file = f"compare-{name}-{quality}.png"
+        if draw(rows, STYLES, quality, f"{label} against rate\n{images}", docs / file):
+            pictures[file] = f"{label} against bits a pixel, one curve a family"
+    return pictures
+
+
+if __name__ == "__main__":
+    run(main)
