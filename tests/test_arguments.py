@@ -9,9 +9,10 @@ import pytest
 
 from datasets.config import DataConfig
 from modules import VQVAE, ModelConfig
-from utils.arguments import build_model_config, flag_fields, parse_flags
+from utils.arguments import build, build_model_config, flag_fields, parse_flags
 from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
+from utils.recipes import RECIPES, with_recipe
 from utils.trainer import TrainConfig
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig)
@@ -111,3 +112,22 @@ def test_every_model_field_is_a_flag_but_the_channels() -> None:
         item.name for item in flag_fields(ModelConfig)
     }
     assert hidden == {"in_channels"}
+
+
+def test_a_recipe_fills_the_flags_that_were_not_given() -> None:
+    best = with_recipe(parse("--recipe", "best", "--lr", "5e-4", "--latent_norm", "unit"))
+    assert (best["lr"], best["latent_norm"]) == (5e-4, "unit")
+    assert (best["codebook_update"], best["schedule"]) == ("ema", "wsd")
+    assert with_recipe(parse("--recipe", "paper")) == {"recipe": "paper"}
+    for recipe in RECIPES:
+        flags = with_recipe({"recipe": recipe})
+        build(TrainConfig, flags)
+        build_model_config(flags, 1)
+
+
+def test_a_recipe_leaves_what_the_quantiser_implies() -> None:
+    plain = with_recipe({"recipe": "best", "quantizer": "vq"})
+    assert (plain["anchor"], plain["codebook_update"]) == ("none", "ema")
+    scalar = with_recipe({"recipe": "best", "quantizer": "fsq"})
+    assert "codebook_update" not in scalar
+    assert (scalar["schedule"], build_model_config(scalar, 1).levels) == ("wsd", "4,4,4,4")

@@ -55,7 +55,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_json(tmp_path / "file" / "a.json", {})
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", ""])
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "", "a\udcff"])
 def test_names_stay_inside_their_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--exp_name"):
         inside(tmp_path / "models", name, "--exp_name")

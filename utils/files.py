@@ -75,6 +75,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def writable_folder(path: Path, flag: str) -> Path:
     """Create the folder if need be; raise UserError naming the flag where it cannot be written."""
+    check_unicode(str(path), flag)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,9 +88,18 @@ def writable_folder(path: Path, flag: str) -> Path:
 
 def inside(folder: Path, name: str, flag: str) -> Path:
     """folder / name; raise UserError where the name would leave the folder."""
+    check_unicode(name, flag)
     path = folder / name
     if path.resolve() == folder.resolve():
         raise UserError(f"{flag} {name!r} is no name")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{flag} {name!r} leaves the folder {folder}")
     return path
+
+
+def check_unicode(name: str, flag: str) -> None:
+    """Raise UserError where the name has bytes that are no UTF-8, which TensorBoard cannot write."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{flag} {name!r} is not UTF-8") from error
