@@ -14,7 +14,7 @@ EXP := demo
 DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
 # For compare and ablations: --jobs 2 --steps 500 --seeds 42 43 44 --only looc …
 RUN_FLAGS ?= --num_test 2000
-TABLES := codebook dimension anchor offline contrastive interpolation ingredients recipes
+TABLES := headline codebook dimension anchor offline contrastive interpolation ingredients recipes
 
 help:
 	@echo "make demo      train, test and evaluate on bundled Fashion-MNIST images, about 2 minutes on 2 cores"

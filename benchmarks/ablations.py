@@ -14,13 +14,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.options import SETUPS, add_options, check, chosen, settings_of
+from benchmarks.options import (
+    SETUPS,
+    add_options,
+    check,
+    chosen,
+    settings_of,
+    shared_training,
+)
 from benchmarks.runs import Contender, contests, run_all
 from benchmarks.tables import Document, collect
 from utils.arguments import Parser
 from utils.errors import run
 from utils.logger import start_logging
 from utils.recipes import RECIPES
+from utils.trainer import TrainConfig
 
 UNITS = {"num_embedding": 256, "embedding_dim": 16}  # 8 units a position: 4 bits a pixel
 LARGE = {"num_embedding": 512, "embedding_dim": 64}  # some codevectors die without anchors
@@ -78,6 +86,15 @@ def ingredients(_recipe: str) -> Iterator[Contender]:
         yield Contender(f"best-without-{left_out}", "best", flags)
 
 
+def headline(_recipe: str) -> Iterator[Contender]:
+    """LooC as published, by the best recipe, and the library's quantiser that is most like it."""
+    sizes = {"num_embedding": 256, "embedding_dim": 4}
+    yield Contender("paper", "paper", {"recipe": "paper", **sizes, "lr": TrainConfig.lr})
+    yield Contender("best", "best", {"recipe": "best", **sizes})
+    peer = {"quantizer": "multihead-vq", **sizes, **shared_training("best")}
+    yield Contender("multihead-vq", "multihead-vq", peer)
+
+
 def recipes(_recipe: str) -> Iterator[Contender]:
     for size, dim in SETTINGS:
         for scale in (0, 2):
@@ -125,6 +142,13 @@ TABLES = {
         "`best`, that is, as in `paper`.",
         ingredients,
     ),
+    "headline": Question(
+        "K = 256, d = 4",
+        "`--recipe paper` at its learning rate, `--recipe best`, and vector-quantize-pytorch's "
+        "multi-headed VQ (cosine similarity, one shared codebook) with the training flags of "
+        "`best`.",
+        headline,
+    ),
     "recipes": Question("Recipes", "`--recipe best` against `--recipe paper`.", recipes),
 }
 
@@ -149,7 +173,7 @@ def main() -> None:
     about = f"{question.about} K = `--num_embedding`, d = `--embedding_dim`."
     suffix = "" if arguments.recipe == "paper" else f" --recipe {arguments.recipe}"
     document = Document(
-        f"ablation-{name}" + suffix.replace(" --recipe ", "-"),
+        f"ablation-{name}-{settings.steps}" + suffix.replace(" --recipe ", "-"),
         f"{question.title}: {setup.title}",
         about,
         command=f"python benchmarks/ablations.py --table {name} --images {images}{suffix}",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,19 @@ from benchmarks.curves import (
     Style,
     draw,
 )
-from benchmarks.options import SETUPS, add_options, check, chosen, settings_of
+from benchmarks.options import (
+    SETUPS,
+    add_options,
+    check,
+    chosen,
+    settings_of,
+    shared_training,
+)
 from benchmarks.runs import Contender, contests, run_all
 from benchmarks.tables import Document, Row, collect
 from utils.arguments import Parser
 from utils.errors import run
 from utils.logger import start_logging
-from utils.recipes import RECIPES
 from utils.trainer import TrainConfig
 
 CHANNELS = 128  # of encoder and decoder, and of LooC's latents
@@ -59,12 +64,6 @@ STYLES = {
     "vq": Style("VQ", "#777777", "o", ":"),
     "none": Style("not quantised", "#777777", "", "-."),
 }
-
-
-def shared_training(recipe: str) -> dict[str, Any]:
-    """The recipe's flags of training, which quantisers of any kind get too; not its lr."""
-    known = {item.name for item in fields(TrainConfig)} - {"lr"}
-    return {name: value for name, value in RECIPES[recipe].items() if name in known}
 
 
 def contender(family: str, point: str, **flags: Any) -> Contender:
@@ -166,10 +165,10 @@ def main() -> None:
 ABOUT = """\
 The rate is what an ideal entropy coder with one table of frequencies a code slot needs for the
 indices of the test images; *nominal* counts log2 K bits a code. m is the number of codes a
-position; there is one position for every 4×4 pixels. LooC is trained by `--recipe best`, LooC as published by `--recipe
-paper`; peers share the training flags of `--recipe best`. Contenders of one family differ in the
-flags of the last column. Points of a curve are joined in order of rate. Times a step are those of
-runs beside others, as told below."""
+position; there is one position for every 4×4 pixels. LooC is trained by `--recipe best`, LooC as
+published by `--recipe paper`; peers share the training flags of `--recipe best`. Contenders of one
+family differ in the flags of the last column. Points of a curve are joined in order of rate. Times
+a step are those of runs beside others, as told below."""
 
 
 def draw_curves(rows: list[Row], images: str, docs: Path, name: str) -> Mapping[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from benchmarks.runs import Contender, Flags, Settings, Setup
 from datasets import open_dataset
@@ -47,6 +49,12 @@ SETUPS = {
         missing="python benchmarks/photos.py makes it",
     ),
 }
+
+
+def shared_training(recipe: str) -> dict[str, Any]:
+    """The recipe's flags of training, which quantisers of any kind get too; not its lr."""
+    known = {item.name for item in fields(TrainConfig)} - {"lr"}
+    return {name: value for name, value in RECIPES[recipe].items() if name in known}
 
 
 def add_options(parser: Parser, output: str) -> None:
