@@ -43,8 +43,8 @@ from utils.trainer import TrainConfig
 
 CHANNELS = 128  # of encoder and decoder, and of LooC's latents
 UNITS = (1, 2, 4, 8, 16, 32)  # codes a position; with K = 256 0.5 to 16 bits a pixel
-FEWER = (2, 4, 8, 16)  # of slower quantisers, whose single code is in another family
-SIZES = (32, 256, 4096)  # codevectors of quantisers with one code a position
+FEWER = (2, 4, 8)  # of slow quantisers
+SIZES = (32, 1024)  # codevectors of quantisers with one code a position
 
 STYLES = {
     "looc": Style("LooC, d = 128/m", RED, "o", main=True),
@@ -99,8 +99,8 @@ def peers() -> Iterator[Contender]:
         for size in SIZES:
             one = {"quantizer": family, "num_embedding": size, "embedding_dim": dim}
             yield contender(family, f"K{size}", **shared, **one)
-    for family in ("multihead-vq", "product-vq"):
-        for m in UNITS[1:]:
+    for family, several in (("multihead-vq", UNITS[1:]), ("product-vq", (4, 16))):
+        for m in several:
             parts = {"num_embedding": 256, "embedding_dim": CHANNELS // m}
             latents = {"latent_channels": CHANNELS}
             yield contender(family, f"K256-m{m}", **shared, quantizer=family, **parts, **latents)

@@ -180,7 +180,7 @@ def test_legacy_moves_the_weight_to_the_codebook(beta: float) -> None:
 def test_remap(unknown: str | int, units: int, tmp_path: Path) -> None:
     """Of a file; known indices come back, unknown ones as said."""
     used = [9, 4, 0, 11, 2]
-    np.save(tmp_path / "used.npy", np.array(used))
+    np.save(tmp_path / "used.npy", np.array(used, dtype=np.uint8))
     setting = {"embedding_dim": 8 // units}
     plain = make(**setting, sane_index_shape=True).eval()
     plugin = make(**setting, remap=tmp_path / "used.npy", unknown_index=unknown).eval()
