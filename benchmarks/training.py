@@ -20,13 +20,17 @@ from tqdm import tqdm
 from benchmarks.common import Table, both_thread_counts, interleaved, seeded
 from datasets import BatchLoader, open_dataset, pixel_variance, split_validation
 from modules import VQVAE, ModelConfig
+from utils.arguments import build_model_config
 from utils.devices import keep_freed_memory
 from utils.images import to_signed
+from utils.recipes import with_recipe
 from utils.trainer import TrainConfig, Trainer
 
 WARM_UP = 20  # steps
 LOOC = ModelConfig()
+BEST = build_model_config(with_recipe({"recipe": "best"}), in_channels=1)
 UNQUANTISED = ModelConfig(quantizer="none", anchor="none")
+LIBRARY = build_model_config({"quantizer": "multihead-vq"}, in_channels=1)
 
 
 def step(
@@ -73,6 +77,8 @@ def step_table(threads: int) -> Table:
     runs: dict[str, Callable[[], object]] = {
         "no quantiser": make(UNQUANTISED, images),
         "LooC": make(LOOC, images),
+        "LooC, --recipe best": make(BEST, images),
+        "--quantizer multihead-vq": make(LIBRARY, images),
         "LooC, K = 4096": make(ModelConfig(num_embedding=4096), images),
         "LooC, --channels_last": make(LOOC, images, channels_last=True),
         "LooC, --precision bf16": make(LOOC, images, dtype=torch.bfloat16),
