@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.options import (
+    ALIVE,
     SETUPS,
     add_options,
     check,
@@ -64,8 +65,9 @@ def offline(recipe: str) -> Iterator[Contender]:
 
 
 def contrastive(recipe: str) -> Iterator[Contender]:
+    needed = {} if recipe == "paper" else {"codebook_update": "gradient"}
     for contras_loss in (False, True):
-        yield variant(recipe, **LARGE, contras_loss=contras_loss)
+        yield variant(recipe, **LARGE, **needed, contras_loss=contras_loss)
 
 
 def interpolation(recipe: str) -> Iterator[Contender]:
@@ -91,8 +93,10 @@ def headline(_recipe: str) -> Iterator[Contender]:
     sizes = {"num_embedding": 256, "embedding_dim": 4}
     yield Contender("paper", "paper", {"recipe": "paper", **sizes, "lr": TrainConfig.lr})
     yield Contender("best", "best", {"recipe": "best", **sizes})
-    peer = {"quantizer": "multihead-vq", **sizes, **shared_training("best")}
-    yield Contender("multihead-vq", "multihead-vq", peer)
+    peer = {"quantizer": "multihead-vq", **sizes, **shared_training("best"), **ALIVE}
+    for distance in ("cos", "l2"):
+        name = f"multihead-vq-{distance}"
+        yield Contender(name, name, {**peer, "distance": distance})
 
 
 def recipes(_recipe: str) -> Iterator[Contender]:
@@ -145,8 +149,8 @@ TABLES = {
     "headline": Question(
         "K = 256, d = 4",
         "`--recipe paper` at its learning rate, `--recipe best`, and vector-quantize-pytorch's "
-        "multi-headed VQ (cosine similarity, one shared codebook) with the training flags of "
-        "`best`.",
+        "multi-headed VQ (one shared codebook, started by k-means, dead codevectors replaced) with "
+        "the training flags of `best`.",
         headline,
     ),
     "recipes": Question("Recipes", "`--recipe best` against `--recipe paper`.", recipes),
@@ -173,7 +177,7 @@ def main() -> None:
     about = f"{question.about} K = `--num_embedding`, d = `--embedding_dim`."
     suffix = "" if arguments.recipe == "paper" else f" --recipe {arguments.recipe}"
     document = Document(
-        f"ablation-{name}-{settings.steps}" + suffix.replace(" --recipe ", "-"),
+        f"ablation-{images}-{name}-{settings.steps}" + suffix.replace(" --recipe ", "-"),
         f"{question.title}: {setup.title}",
         about,
         command=f"python benchmarks/ablations.py --table {name} --images {images}{suffix}",

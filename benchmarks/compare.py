@@ -27,6 +27,7 @@ from benchmarks.curves import (
     draw,
 )
 from benchmarks.options import (
+    ALIVE,
     SETUPS,
     add_options,
     check,
@@ -51,9 +52,10 @@ STYLES = {
     "looc-narrow": Style("LooC, d = 4, 4m channels", RED, "s", "--", main=True),
     "looc-scaled": Style("LooC, interpolated (scale 2)", BLUE, "D", main=True),
     "looc-size": Style("LooC, d = 16, K varied", RED, "^", ":", main=True),
-    "looc-paper": Style("LooC as published", BLACK, "o", "--", main=True),
-    "multihead-vq": Style("multi-head VQ (shared)", GREEN, "v"),
-    "product-vq": Style("product VQ", ORANGE, "^"),
+    "looc-paper": Style("LooC, --recipe paper", BLACK, "o", "--", main=True),
+    "multihead-vq-cos": Style("multi-head VQ, cosine", GREEN, "v"),
+    "multihead-vq-l2": Style("multi-head VQ, Euclidean", GREEN, "1", "--"),
+    "product-vq": Style("product VQ, cosine", ORANGE, "^"),
     "residual-vq": Style("residual VQ", PINK, "s"),
     "fsq": Style("FSQ", SKY, "D"),
     "lfq": Style("LFQ", YELLOW, "P"),
@@ -95,18 +97,26 @@ def looc() -> Iterator[Contender]:
 def peers() -> Iterator[Contender]:
     """Other quantisers, each over its own sizes, trained as LooC's best."""
     shared = shared_training("best")
-    for family, dim in (("ema-vq", 64), ("cosine-vq", 16), ("sim-vq", 64), ("cvq", 64), ("vq", 64)):
+    for family, dim in (("sim-vq", 64), ("cvq", 64), ("vq", 64)):
         for size in SIZES:
             one = {"quantizer": family, "num_embedding": size, "embedding_dim": dim}
             yield contender(family, f"K{size}", **shared, **one)
-    for family, several in (("multihead-vq", UNITS[1:]), ("product-vq", (4, 16))):
+    alive = {**shared, **ALIVE}
+    for family, dim in (("ema-vq", 64), ("cosine-vq", 16)):
+        for size in SIZES:
+            one = {"quantizer": family, "num_embedding": size, "embedding_dim": dim}
+            yield contender(family, f"K{size}", **alive, **one)
+    for distance, several in (("cos", UNITS[1:]), ("l2", (4, 32))):
         for m in several:
-            parts = {"num_embedding": 256, "embedding_dim": CHANNELS // m}
-            latents = {"latent_channels": CHANNELS}
-            yield contender(family, f"K256-m{m}", **shared, quantizer=family, **parts, **latents)
+            parts = {"num_embedding": 256, "embedding_dim": CHANNELS // m, "distance": distance}
+            family = f"multihead-vq-{distance}"
+            yield contender(family, f"K256-m{m}", **alive, quantizer="multihead-vq", **parts)
+    for m in (4, 16):
+        product = {"num_embedding": 256, "embedding_dim": CHANNELS // m, "distance": "cos"}
+        yield contender("product-vq", f"K256-m{m}", **alive, quantizer="product-vq", **product)
     for m in FEWER:
         residual = {"num_embedding": 256, "embedding_dim": 64, "num_quantizers": m}
-        yield contender("residual-vq", f"K256-m{m}", **shared, quantizer="residual-vq", **residual)
+        yield contender("residual-vq", f"K256-m{m}", **alive, quantizer="residual-vq", **residual)
     for levels, m in (("8,4", 1), ("8,6,5", 1), *(("8,5,5,5", m) for m in UNITS[1:])):
         dim = levels.count(",") + 1
         scalar = {"levels": levels, "embedding_dim": dim, "latent_channels": m * dim}
@@ -165,10 +175,12 @@ def main() -> None:
 ABOUT = """\
 The rate is what an ideal entropy coder with one table of frequencies a code slot needs for the
 indices of the test images; *nominal* counts log2 K bits a code. m is the number of codes a
-position; there is one position for every 4×4 pixels. LooC is trained by `--recipe best`, LooC as
-published by `--recipe paper`; peers share the training flags of `--recipe best`. Contenders of one
-family differ in the flags of the last column. Points of a curve are joined in order of rate. Times
-a step are those of runs beside others, as told below."""
+position; there is one position for every 4×4 pixels. LooC is trained by `--recipe best` and, with
+its own learning rate, by `--recipe paper`, for the same steps. Peers share the training flags of
+`--recipe best`; those whose codevectors are running means start by k-means and replace dead ones,
+as their library recommends. The width of the latents is in the flags, `none` has 128 channels.
+Contenders of one family differ in the flags of the last column. Points of a curve are joined in
+order of rate. Times a step are those of runs beside others, as told below."""
 
 
 def draw_curves(rows: list[Row], images: str, docs: Path, name: str) -> Mapping[str, str]:

@@ -20,6 +20,8 @@ from utils.recipes import RECIPES
 from utils.trainer import TrainConfig
 
 LRS = (RECIPES["best"].get("lr", TrainConfig.lr),)
+# What the library offers against codevectors that are not used.
+ALIVE: Flags = {"codebook_start": "kmeans", "dead_code_threshold": 2}
 TINY: Flags = {"hidden_size": 16, "num_residual_hidden": 8, "num_residual_layers": 1}
 SETUPS = {
     "smoke": Setup(

@@ -232,9 +232,9 @@ def train(run: Run, settings: Settings, children: Children) -> None:
         "seconds": seconds,
         "seconds_per_step": seconds_per_step(run),
     }
+    write_json(run.folder / "run.json", {"flags": run.identity, "training": training})
     for name in ("last.pt", "previous.pt"):
         run.checkpoint.with_name(name).unlink(missing_ok=True)
-    write_json(run.folder / "run.json", {"flags": run.identity, "training": training})
 
 
 def validation_psnr(run: Run) -> float:

@@ -82,6 +82,17 @@ def check_start(config: ModelConfig) -> None:
         )
 
 
+def check_own(config: ModelConfig) -> None:
+    """What LooCQuantizer refuses, by the names of flags."""
+    if config.contras_loss and config.codebook_update != "gradient":
+        raise ValueError(
+            f"--contras_loss has no effect with --codebook_update {config.codebook_update}, "
+            "only with gradient"
+        )
+    if config.latent_norm == "unit" and config.embedding_dim == 1:
+        raise ValueError("--latent_norm unit makes ±1 of all units of --embedding_dim 1")
+
+
 def even_levels(product: int, count: int, largest: int = LARGEST_LEVEL) -> tuple[int, ...] | None:
     """So many levels of this product, falling, as even as can be; None where there are none."""
     if not count:
@@ -172,22 +183,31 @@ OWN = SIZES | {
     *("commitment_cost", "codebook_update", "ema_decay", "codebook_start", "latent_norm"),
     "gradient",
 }
-BY_EMA = SIZES | {"commitment_cost", "ema_decay", "codebook_start", "gradient"}
+BY_EMA = SIZES | {
+    *("commitment_cost", "ema_decay", "codebook_start", "gradient", "dead_code_threshold")
+}
 LIKE_LIBRARY = {
     "anchor": "none",
     "codebook_start": "uniform",
     "commitment_cost": 1.0,
-    "distance": "cos",
+    "distance": "l2",
     "gradient": "rotation",
 }
 QUANTIZERS = {
-    "looc": Kind("LooC", OWN, checks=(check_units,), any_channels=True, slots=units, parts=True),
-    "cvq": Kind("CVQ-VAE", OWN, checks=(check_position,), parts=True),
+    "looc": Kind(
+        "LooC",
+        OWN,
+        checks=(check_units, check_own),
+        any_channels=True,
+        slots=units,
+        parts=True,
+    ),
+    "cvq": Kind("CVQ-VAE", OWN, checks=(check_position, check_own), parts=True),
     "vq": Kind(
         "plain VQ",
         OWN - {"anchor"},
         {"distance": "l2", "anchor": "none"},
-        checks=(check_position,),
+        checks=(check_position, check_own),
         parts=True,
     ),
     "none": Kind(
@@ -201,13 +221,13 @@ QUANTIZERS = {
     "ema-vq": Kind(
         "VQ by moving averages",
         BY_EMA,
-        {**LIKE_LIBRARY, "distance": "l2"},
+        LIKE_LIBRARY,
         checks=(check_position, check_start),
     ),
     "cosine-vq": Kind(
         "VQ by cosine similarity",
         BY_EMA,
-        LIKE_LIBRARY,
+        {**LIKE_LIBRARY, "distance": "cos"},
         checks=(check_position, check_start),
     ),
     "multihead-vq": Kind(
@@ -230,7 +250,7 @@ QUANTIZERS = {
     "residual-vq": Kind(
         "residual VQ",
         BY_EMA | {"num_quantizers"},
-        {**LIKE_LIBRARY, "distance": "l2"},
+        LIKE_LIBRARY,
         checks=(check_position, check_start),
         slots=lambda config: config.num_quantizers,
         codebooks=lambda config: config.num_quantizers,
@@ -261,7 +281,7 @@ QUANTIZERS = {
         checks=(check_position,),
     ),
 }
-QUANTIZER_FLAGS = OWN | {"levels", "num_quantizers"}
+QUANTIZER_FLAGS = OWN | {"levels", "num_quantizers", "dead_code_threshold"}
 
 
 def implied_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,6 +361,12 @@ class ModelConfig:
     )
     num_quantizers: int = option(
         4, "codebooks of --quantizer residual-vq, one after another", minimum=1, maximum=64
+    )
+    dead_code_threshold: int = option(
+        0,
+        "mean matches a step below which the library's EMA quantisers replace a codevector",
+        minimum=0,
+        maximum=10**6,
     )
     latent_channels: int | None = option(
         None,

@@ -75,6 +75,8 @@ class PeerQuantizer(nn.Module):
         gradient: "straight_through" or "rotation", how the latents' gradient reaches z.
         levels: of "fsq".
         num_quantizers: codebooks of "residual-vq", one after another.
+        dead_code_threshold: running mean of matches a step below which a codevector whose mean it
+            is makes way for a vector of the batch.
 
     Each kind reads those that its builder below names. Nothing is learnt from a batch that is not
     finite, whose loss is then not a number. In evaluation mode the loss is 0, and a call writes
@@ -98,6 +100,7 @@ class PeerQuantizer(nn.Module):
         gradient: str = "rotation",
         levels: tuple[int, ...] = (),
         num_quantizers: int = 4,
+        dead_code_threshold: int = 0,
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -111,6 +114,7 @@ class PeerQuantizer(nn.Module):
         self.gradient = gradient
         self.levels = levels
         self.num_quantizers = num_quantizers
+        self.dead_code_threshold = dead_code_threshold
         self.defer_update = False
         self.library = PEERS[kind].build(self, vector_quantize(kind))
 
@@ -188,6 +192,7 @@ def shared_settings(peer: PeerQuantizer) -> dict[str, Any]:
         "decay": peer.ema_decay,
         "commitment_weight": peer.commitment_cost,
         "kmeans_init": peer.codebook_start == "kmeans",
+        "threshold_ema_dead_code": peer.dead_code_threshold,
         "rotation_trick": peer.gradient == "rotation",
         "use_cosine_sim": peer.distance == "cos",
     }

@@ -87,6 +87,11 @@ class LooCPlugin(nn.Module):
             raise ValueError(f"legacy {legacy} needs beta above 0, not {beta}")
         if legacy and settings.get("contras_loss"):
             raise ValueError(f"contras_loss True does not go with legacy {legacy}")
+        if legacy and settings.get("codebook_update") == "ema":
+            raise ValueError(
+                f"legacy {legacy} puts beta on the codebook's term, "
+                "which codebook_update 'ema' lacks"
+            )
         self.n_e = n_e
         self.e_dim = self.vq_embed_dim = e_dim
         self.beta = beta

@@ -604,12 +604,6 @@ def count_indices(indices: Tensor, length: int) -> Tensor:
 CODEBOOK_UPDATES = ("gradient", "ema")
 
 
-def straight_through(gradient: Tensor, features: Tensor, quantized: Tensor) -> Tensor:
-    """As if nothing had been replaced."""
-    del features, quantized
-    return gradient
-
-
 def rotation(gradient: Tensor, features: Tensor, quantized: Tensor) -> Tensor:
     """As if features had been turned and stretched onto their codevectors: all (N, d).
 
@@ -626,8 +620,8 @@ def rotation(gradient: Tensor, features: Tensor, quantized: Tensor) -> Tensor:
     return torch.where(length > 1e-6, stretched, gradient)
 
 
-GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "straight_through": straight_through,
+GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | None] = {
+    "straight_through": None,  # as if nothing had been replaced
     "rotation": rotation,
 }
 
@@ -652,12 +646,11 @@ class Replace(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         quantized = codebook.index_select(0, indices)  # (N, d)
         residual = quantized - features
-        # The codebook changes before the backward pass; only the rotation needs what it was.
-        turned = (quantized,) if gradient == "rotation" else ()
-        ctx.save_for_backward(residual, indices, *turned)
+        # The codebook changes before the backward pass, which may need what it was.
+        ctx.pass_back = GRADIENTS[gradient]
+        ctx.save_for_backward(residual, indices, quantized if ctx.pass_back else None)
         ctx.commitment_cost, ctx.codebook_cost = commitment_cost, codebook_cost
         ctx.num_embedding = len(codebook)
-        ctx.gradient = gradient
         flat = residual.view(-1)
         cost = codebook_cost + commitment_cost
         return quantized, cost * torch.dot(flat, flat) / max(1, flat.numel())
@@ -668,11 +661,9 @@ class Replace(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         grad_quantized, grad_loss = grad_outputs
-        residual, indices, *turned = ctx.saved_tensors
-        if turned:
-            (quantized,) = turned
-            features = quantized - residual
-            grad_quantized = GRADIENTS[ctx.gradient](grad_quantized, features, quantized)
+        residual, indices, quantized = ctx.saved_tensors
+        if ctx.pass_back is not None:
+            grad_quantized = ctx.pass_back(grad_quantized, quantized - residual, quantized)
         scale = grad_loss * (2 / max(1, residual.numel()))
         grad_features = torch.addcmul(grad_quantized, residual, -ctx.commitment_cost * scale)
         grad_codebook = None
@@ -859,6 +850,8 @@ class LooCQuantizer(nn.Module):
         ):
             if not number >= least:
                 raise ValueError(f"{name} {number} is less than {least}")
+        if latent_norm == "unit" and embedding_dim == 1:
+            raise ValueError("latent_norm 'unit' makes ±1 of all units of embedding_dim 1")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay {ema_decay} is not in [0, 1)")
         if contras_loss and codebook_update != "gradient":
@@ -938,7 +931,10 @@ class LooCQuantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """(B, C, H, W) → indices (B, H, W, m), int64. Writes nothing."""
+        """(B, C, H, W) → indices (B, H, W, m), int64. Writes nothing.
+
+        In training mode too, norm "batch" takes its running averages here, as in evaluation.
+        """
         with torch.autocast(z.device.type, enabled=False):
             units = self._cut(z)
             features = units.reshape(-1, self.embedding_dim)
@@ -970,6 +966,11 @@ class LooCQuantizer(nn.Module):
         # The permutation after it is then a view: this copy is several times the faster one.
         channels_last = extrapolated.contiguous(memory_format=torch.channels_last)
         units = SPLITS[self.split].cut(channels_last.permute(0, 2, 3, 1), self.embedding_dim)
+        if self.latent_norm == "batch" and units.shape[-2:] != self.latent_mean.shape:
+            raise ValueError(
+                f"latents of {z.shape[1]} channels are cut into {units.shape[-2]} units, "
+                f"latent_channels into {len(self.latent_mean)}"
+            )
         return LATENT_NORMS[self.latent_norm](self, units, training)
 
     def _join(self, units: Tensor) -> Tensor:
@@ -1008,7 +1009,7 @@ class LooCQuantizer(nn.Module):
     def _start(self, features: Tensor) -> None:
         """Make the codebook of the features of the first training batch, or of its first part."""
         make = STARTS[self.codebook_start]
-        if make is not None and self.started is not None and not self.started:
+        if self.started is not None and make is not None and not self.started:
             codebook = make(self, features)
             if codebook is None:
                 return

@@ -49,18 +49,14 @@ def make_peer(config: ModelConfig) -> Quantizer:
         gradient=config.gradient,
         levels=parse_levels(config.levels or ""),
         num_quantizers=config.num_quantizers,
+        dead_code_threshold=config.dead_code_threshold,
     )
-
-
-def make_none(config: ModelConfig) -> Quantizer:
-    del config
-    return NoQuantizer()
 
 
 MAKERS: dict[str, Callable[[ModelConfig], Quantizer]] = {
     **dict.fromkeys(("looc", "cvq", "vq"), make_looc),
     **dict.fromkeys(PEERS, make_peer),
-    "none": make_none,
+    "none": lambda _: NoQuantizer(),
 }
 
 

@@ -219,6 +219,7 @@ def test_remap(unknown: str | int, units: int, tmp_path: Path) -> None:
         ({"embedding_dim": 5, "interpolation_scale": 2}, "embedding_dim 5 does not divide 32"),
         ({"legacy": True, "beta": 0}, "legacy True needs beta above 0, not 0"),
         ({"legacy": True, "contras_loss": True}, "contras_loss True does not go with legacy True"),
+        ({"legacy": True, "codebook_update": "ema"}, "which codebook_update 'ema' lacks"),
         ({"distance": "dot"}, "distance 'dot' is none of cos, l2"),
         ({"remap": "absent.npy"}, "remap absent.npy cannot be read"),
         ({"remap": __file__}, "test_plugin.py cannot be read"),

@@ -664,6 +664,7 @@ def test_batch_norm_is_pytorchs() -> None:
         ({"latent_norm": "group"}, "latent_norm 'group'"),
         ({"latent_norm": "batch"}, "latent_norm 'batch' needs latent_channels"),
         ({"latent_norm": "batch", "latent_channels": 6}, "does not divide the 6 channels"),
+        ({"latent_norm": "unit", "embedding_dim": 1}, "units of embedding_dim 1"),
         ({"gradient": "none"}, "gradient 'none'"),
         ({"contras_loss": True, "codebook_update": "ema"}, "contras_loss has no effect"),
     ],
@@ -679,5 +680,8 @@ def test_wrong_inputs_are_named() -> None:
         quantizer(torch.randn(1, 5, 4, 4))
     with pytest.raises(ValueError, match=r"\(5, 4\) are not \(B, C, H, W\)"):
         quantizer(torch.randn(5, 4))
+    normed = LooCQuantizer(8, 4, latent_norm="batch", latent_channels=4)
+    with pytest.raises(ValueError, match="8 channels are cut into 2 units, latent_channels into 1"):
+        normed.eval()(torch.randn(1, 8, 4, 4))
     with pytest.raises(ValueError, match="a multiple of 9"):
         quantizer.decode(torch.zeros(1, 4, 4, 2, dtype=torch.int64))

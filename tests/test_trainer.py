@@ -127,6 +127,19 @@ def test_the_learning_rate_follows_its_schedule(
     assert rates == pytest.approx(expected)
 
 
+def test_a_schedule_of_another_length_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(TRAIN, schedule="linear", max_steps=4)
+    make(tmp_path, config).fit()
+    longer = make(tmp_path, replace(config, max_steps=8))
+    longer.resume(read_checkpoint(tmp_path / "models" / "last.pt"))
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "--schedule linear is now of 8 steps, not 4" in told
+    make(tmp_path, config).resume(read_checkpoint(tmp_path / "models" / "last.pt"))
+    assert sum(record.levelname == "WARNING" for record in caplog.records) == 1
+
+
 def test_validation_changes_nothing(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     before, random_state = weights(trainer), torch.get_rng_state()

@@ -98,7 +98,7 @@ def inside(folder: Path, name: str, flag: str) -> Path:
 
 
 def check_unicode(name: str, flag: str) -> None:
-    """Raise UserError where the name has bytes that are no UTF-8, which TensorBoard cannot write."""
+    """Raise UserError for bytes that are no UTF-8, which TensorBoard cannot write."""
     try:
         name.encode()
     except UnicodeEncodeError as error:

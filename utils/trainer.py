@@ -116,7 +116,7 @@ class TrainConfig:
 
 # What may differ between a run and its continuation.
 FREE_TO_CHANGE = (
-    *("output_folder", "exp_name", "num_epochs", "max_steps", "device", "accumulate"),
+    *("output_folder", "exp_name", "num_epochs", "max_steps", "device", "accumulate", "recipe"),
     *("max_bad_steps", "log_every", "save_every", "resume", "overwrite"),
     *("data_folder", "num_workers", "skip_bad_images"),
 )
@@ -379,6 +379,15 @@ class Trainer:
         warm_up = min(1.0, self.step / max(1, config.warmup_steps))
         return config.lr * warm_up * SCHEDULES[config.schedule](before / self.total_steps)
 
+    def check_schedule(self, before: Mapping[str, Any]) -> None:
+        """Tell where a run with more or fewer steps takes up its schedule elsewhere."""
+        steps = min(before["num_epochs"] * len(self.train_loader), before["max_steps"] or math.inf)
+        if self.config.schedule != "constant" and steps != self.total_steps:
+            log.warning(
+                "--schedule %s is now of %d steps, not %d: the learning rate goes on at %.2g",
+                *(self.config.schedule, self.total_steps, steps, self.learning_rate()),
+            )
+
     def show(self) -> None:
         """Report the averages since the last look to the bar and to TensorBoard.
 
@@ -568,6 +577,7 @@ class Trainer:
                     *(checkpoint.path, len(states), accumulate),
                     *(num_ranks(), self.config.accumulate),
                 )
+            self.check_schedule(state["train_config"])
             if not (0 <= self.batch <= len(self.train_loader) and 0 <= self.epoch <= self.step):
                 raise ValueError(f"it stands at batch {self.batch} of epoch {self.epoch}")
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
