@@ -12,8 +12,8 @@ WEIGHTS_FLAG := $(if $(WEIGHTS_DIR),--weights_dir $(WEIGHTS_DIR))
 EXP := demo
 # A run that fits 2 CPU cores and a few minutes; the paper's settings are main.py's defaults.
 DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
-# For compare and ablations: --jobs 2 --steps 500 --seeds 42 43 44 --only looc …
-RUN_FLAGS ?= --num_test 2000
+# Of compare and ablations, as docs/ has them; without --steps 300 it is 1,000.
+RUN_FLAGS ?= --steps 300 --num_test 2000 --jobs 2
 TABLES := headline codebook dimension anchor offline contrastive interpolation ingredients recipes
 
 help:
@@ -22,8 +22,8 @@ help:
 	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
-	@echo "make compare   LooC and its peers on Fashion-MNIST, hours on 2 cores; writes docs/compare-*"
-	@echo "make ablations the tables of the flags, hours on 2 cores; writes docs/ablation-*"
+	@echo "make compare   LooC and its peers on Fashion-MNIST, about an hour on 2 cores; writes docs/compare-*"
+	@echo "make ablations the tables of the flags, about an hour on 2 cores; writes docs/ablation-*"
 	@echo "make photos    real photographs, cut for compare.py --suite photos"
 	@echo "make fuzz      1,000 damaged images, checkpoints and command lines each"
 	@echo "make soak      20,000 steps, 200,000 images, 20,000 pairs; writes docs/soak.md"

@@ -93,7 +93,8 @@ def headline(_recipe: str) -> Iterator[Contender]:
     sizes = {"num_embedding": 256, "embedding_dim": 4}
     yield Contender("paper", "paper", {"recipe": "paper", **sizes, "lr": TrainConfig.lr})
     yield Contender("best", "best", {"recipe": "best", **sizes})
-    peer = {"quantizer": "multihead-vq", **sizes, **shared_training("best"), **ALIVE}
+    training = {**shared_training("best"), "lr": RECIPES["best"]["lr"]}
+    peer = {"quantizer": "multihead-vq", **sizes, **training, **ALIVE}
     for distance in ("cos", "l2"):
         name = f"multihead-vq-{distance}"
         yield Contender(name, name, {**peer, "distance": distance})

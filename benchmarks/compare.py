@@ -80,9 +80,9 @@ def looc() -> Iterator[Contender]:
         yield contender(
             "looc", f"K256-m{m}", **best, num_embedding=256, embedding_dim=CHANNELS // m
         )
-    for m in (1, 8):
-        narrow = {"num_embedding": 256, "embedding_dim": 4, "latent_channels": 4 * m}
-        yield contender("looc-narrow", f"K256-m{m}", **best, **narrow)
+    for size, m in ((32, 1), (64, 1), (256, 1), (256, 2), (256, 4), (256, 8)):
+        narrow = {"num_embedding": size, "embedding_dim": 4, "latent_channels": 4 * m}
+        yield contender("looc-narrow", f"K{size}-m{m}", **best, **narrow)
     for channels, dim in ((32, 128), (128, 128), (128, 32)):
         scaled = {"num_embedding": 256, "embedding_dim": dim, "latent_channels": channels}
         point = f"K256-m{4 * channels // dim}"
@@ -156,8 +156,9 @@ def main() -> None:
     check(setup, settings)
     failures = run_all(contests(selected, setup, settings), settings)
     rows = collect(contests(contenders, setup, settings), settings)
+    page = f"compare-{name}-{settings.steps}"
     document = Document(
-        f"compare-{name}",
+        page,
         f"Rate and distortion: {setup.title}",
         ABOUT,
         command=f"python benchmarks/compare.py --suite {name}",
@@ -166,7 +167,7 @@ def main() -> None:
         rows=rows,
         expected=len(contenders),
         failures=failures,
-        pictures=draw_curves(rows, setup.title, settings.docs, name),
+        pictures=draw_curves(rows, f"{setup.title}; {settings.steps:,} steps", settings.docs, page),
     )
     sys.stdout.write("".join(f"{path}\n" for path in document.write()))
     sys.exit(1 if failures else 0)
@@ -183,12 +184,12 @@ Contenders of one family differ in the flags of the last column. Points of a cur
 order of rate. Times a step are those of runs beside others, as told below."""
 
 
-def draw_curves(rows: list[Row], images: str, docs: Path, name: str) -> Mapping[str, str]:
+def draw_curves(rows: list[Row], what: str, docs: Path, page: str) -> Mapping[str, str]:
     """The curves that there are figures for: file name → what it shows."""
     pictures = {}
     for quality, label in (("psnr", "PSNR"), ("lpips", "LPIPS")):
-        file = f"compare-{name}-{quality}.png"
-        if draw(rows, STYLES, quality, f"{label} against rate\n{images}", docs / file):
+        file = f"{page}-{quality}.png"
+        if draw(rows, STYLES, quality, f"{label} against rate\n{what}", docs / file):
             pictures[file] = f"{label} against bits a pixel, one curve a family"
     return pictures
 

@@ -28,6 +28,7 @@ class Style:
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A900", "#0072B2", "#D55E00", "#CC79A7"),
 )
+LEAST_RATE = 0.1  # bits a pixel
 AXES = {"psnr": "PSNR, dB", "lpips": "LPIPS (VGG), lower is better"}
 
 
@@ -49,6 +50,7 @@ def draw(
     for family, points in families.items():
         draw_family(axes, points, styles[family], quality)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(left=LEAST_RATE)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(title=title, xlabel="bits a pixel, entropy of the indices", ylabel=AXES[quality])
     axes.grid(alpha=0.25, linewidth=0.6)
@@ -74,7 +76,7 @@ def draw_family(axes: Any, points: Sequence[Row], style: Style, quality: str) ->
         return
     # A codebook of which one codevector is used needs no bits, for which this axis has no place.
     placed = sorted(
-        (point for point in points if point.mean("entropy")),
+        (point for point in points if (point.mean("entropy") or 0) >= LEAST_RATE),
         key=lambda point: statistics.mean(point.figures["entropy"]),
     )
     rates, values = ([row.figures[name] for row in placed] for name in ("entropy", quality))
