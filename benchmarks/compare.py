@@ -122,8 +122,9 @@ def peers() -> Iterator[Contender]:
         scalar = {"levels": levels, "embedding_dim": dim, "latent_channels": m * dim}
         point = f"{levels.replace(',', 'x')}-m{m}"
         yield contender("fsq", point, **shared, quantizer="fsq", **scalar)
-    for dim, m in ((5, 1), (8, 1), *((8, m) for m in FEWER)):
+    for dim, m in ((5, 1), (8, 1), (8, 2)):
         signs = {"num_embedding": 2**dim, "embedding_dim": dim, "latent_channels": m * dim}
+        signs["lr"] = 3e-4  # it collapses at higher ones
         yield contender("lfq", f"d{dim}-m{m}", **shared, quantizer="lfq", **signs)
     yield contender("none", "", **shared, quantizer="none")
 
