@@ -287,8 +287,8 @@ def canned() -> Iterator[Row]:
 def test_curves_are_drawn_where_there_are_figures(tmp_path: Path) -> None:
     rows = list(canned())
     pictures = draw_curves(rows, "made up", tmp_path, "x")
-    assert list(pictures) == ["compare-x-psnr.png"]  # none has LPIPS
-    with Image.open(tmp_path / "compare-x-psnr.png") as picture:
+    assert list(pictures) == ["x-psnr.png"]  # none has LPIPS
+    with Image.open(tmp_path / "x-psnr.png") as picture:
         assert picture.width > 900
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     for style in STYLES.values():
@@ -413,11 +413,11 @@ def test_the_smoke_suite_from_end_to_end(tmp_path: Path) -> None:
     command = [str(ROOT / "benchmarks" / "compare.py"), "--suite", "smoke", "--jobs", "2"]
     outcome = run_process([*command, "--weights_dir", str(tmp_path)], tmp_path)
     assert outcome.code == 0, outcome.err
-    content = json.loads((tmp_path / "docs" / "compare-smoke.json").read_text())
+    content = json.loads((tmp_path / "docs" / "compare-smoke-60.json").read_text())
     figures = {row["name"]: row["figures"] for row in content["rows"]}
     assert set(figures) == {contender.name for contender in SUITES["smoke"]}
     assert all(math.isfinite(values["psnr"][0]) for values in figures.values())
-    assert (tmp_path / "docs" / "compare-smoke-psnr.png").exists()
+    assert (tmp_path / "docs" / "compare-smoke-60-psnr.png").exists()
 
 
 @pytest.mark.slow
