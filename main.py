@@ -32,7 +32,7 @@ from utils.distributed import (
     stop_ranks,
 )
 from utils.errors import UserError, one_line, run
-from utils.files import inside, remove_left_overs, writable_folder
+from utils.files import check_unicode, inside, remove_left_overs, writable_folder
 from utils.logger import log, start_logging
 from utils.recipes import with_recipe
 from utils.search import SearchConfig, apply_search
@@ -73,6 +73,7 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of this experiment, at its first step."""
     device = next(model.parameters()).device
+    check_unicode(config.output_folder, "--output_folder")
     output, name = writable_folder(Path(config.output_folder), "--output_folder"), config.exp_name
     models, logs = (inside(output / kind, str(name), "--exp_name") for kind in ("models", "logs"))
     loader = partial(

@@ -75,7 +75,6 @@ def write_json(path: Path, content: Any) -> None:
 
 def writable_folder(path: Path, flag: str) -> Path:
     """Create the folder if need be; raise UserError naming the flag where it cannot be written."""
-    check_unicode(str(path), flag)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
