@@ -17,8 +17,7 @@ import torch
 
 from datasets import BatchLoader, ImageSet, open_dataset, pixel_variance, split_validation
 from datasets.config import DataConfig
-from modules import VQVAE, ModelConfig
-from modules.vqvae import DOWNSAMPLING
+from modules import VQGAN, Autoencoder, ModelConfig
 from utils.arguments import build, build_model_config, parse_flags
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.devices import keep_freed_memory, seed_everything
@@ -34,13 +33,26 @@ from utils.distributed import (
 from utils.errors import UserError, one_line, run
 from utils.files import check_unicode, inside, remove_left_overs, writable_folder
 from utils.logger import log, start_logging
+from utils.objectives import (
+    Adversarial,
+    Objective,
+    ObjectiveConfig,
+    build_objective_config,
+    make_objective,
+)
+from utils.presets import with_preset
+from utils.pretrained import read_pretrained, start, with_pretrained
 from utils.recipes import with_recipe
 from utils.search import SearchConfig, apply_search
-from utils.trainer import TrainConfig, Trainer, contradictions
+from utils.trainer import PRECISIONS, TrainConfig, Trainer, contradictions
+
+GROUPS = (ModelConfig, DataConfig, TrainConfig, ObjectiveConfig, SearchConfig)
 
 
 def main() -> None:
-    flags = with_recipe(parse_flags(__doc__, ModelConfig, DataConfig, TrainConfig, SearchConfig))
+    given = with_preset(parse_flags(__doc__, *GROUPS), *GROUPS)
+    pretrained = read_pretrained(given["pretrained"]) if "pretrained" in given else None
+    flags = with_recipe(with_pretrained(given, pretrained))
     data, config = build(DataConfig, flags), build(TrainConfig, flags)
     start_logging(quiet=rank() > 0)
     keep_freed_memory()
@@ -48,13 +60,21 @@ def main() -> None:
     with first_goes_ahead():
         training, validation = open_images(data, config)
     model_config = build_model_config(flags, training.channels)
+    targets = build_objective_config(flags, model_config, training.image_size)
     data, config = complete(data, config, model_config, training)
     seed_everything(config.seed, device)
-    model = prepare(VQVAE(model_config), config, device)
+    model = prepare(start(model_config, pretrained), config, device)
+    with first_goes_ahead():  # weights of LPIPS may be downloaded
+        objective = make_objective(
+            *(model, targets),
+            betas=config.adam_betas,
+            dtype=PRECISIONS[config.precision],
+            variance=partial(pixel_variance, training, data.skip_bad_images),
+        )
     seed_rank(config.seed)
     apply_search(build(SearchConfig, flags), model, device)
 
-    trainer = make_trainer(model, training, validation, data, config)
+    trainer = make_trainer(model, objective, training, validation, data, config)
     resume(trainer, data, len(training))
     log_to_file(trainer)
     log.info(
@@ -69,7 +89,12 @@ def main() -> None:
 
 
 def make_trainer(
-    model: VQVAE, training: ImageSet, validation: ImageSet, data: DataConfig, config: TrainConfig
+    model: Autoencoder,
+    objective: Objective,
+    training: ImageSet,
+    validation: ImageSet,
+    data: DataConfig,
+    config: TrainConfig,
 ) -> Trainer:
     """The trainer of this experiment, at its first step."""
     device = next(model.parameters()).device
@@ -91,7 +116,7 @@ def make_trainer(
         loader(training, config.batch_size, shuffle=True),
         loader(validation, -(-config.batch_size // parts)),
         config,
-        data_variance=pixel_variance(training, data.skip_bad_images),
+        objective=objective,
         models=models,
         logs=logs,
         stored={"data_config": asdict(data), "num_images": len(training)},
@@ -100,11 +125,6 @@ def make_trainer(
 
 def open_images(data: DataConfig, config: TrainConfig) -> tuple[ImageSet, ImageSet]:
     """Training and validation images."""
-    if data.image_size is not None and data.image_size % DOWNSAMPLING:
-        raise UserError(
-            f"--image_size {data.image_size} is not a multiple of {DOWNSAMPLING}, "
-            "which the network needs"
-        )
     images = open_dataset(data.dataset, data.data_folder, "train", data.image_size)
     if config.validation == "test":
         log.warning("--validation test chooses best.pt on the test images: its scores flatter")
@@ -112,17 +132,20 @@ def open_images(data: DataConfig, config: TrainConfig) -> tuple[ImageSet, ImageS
     return split_validation(images)
 
 
-def prepare(model: VQVAE, config: TrainConfig, device: torch.device) -> VQVAE:
+def prepare(model: Autoencoder, config: TrainConfig, device: torch.device) -> Autoencoder:
     """The model on its device, in the layout and form that the flags ask for."""
     model = model.to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if isinstance(model, VQGAN) and config.checkpoint_gradients:
+        model.checkpoint_gradients()
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
+        side = 2 * model.config.downsampling
         try:
             with torch.no_grad():
-                model.eval()(torch.zeros(1, model.config.in_channels, 8, 8, device=device))
+                model.eval()(torch.zeros(1, model.config.in_channels, side, side, device=device))
         except Exception as error:  # compilers fail in ways of their own
             raise UserError(f"--compile failed, go without: {one_line(error)[:200]}") from error
     return model
@@ -172,6 +195,9 @@ def checkpoint_to_resume(
         *contradictions(checkpoint.group("data_config", DataConfig), data),
         *contradictions(checkpoint.group("train_config", TrainConfig), config),
     ]
+    if isinstance(trainer.objective, Adversarial) and "objective_config" in checkpoint.content:
+        stored = checkpoint.group("objective_config", ObjectiveConfig)
+        differing += contradictions(stored, trainer.objective.config)
     if differing:
         raise UserError(
             f"{path} was trained with other flags: {', '.join(differing)}; "

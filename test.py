@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 from datasets import BatchLoader, ImageSet, open_dataset
 from datasets.config import DataConfig
-from modules import VQVAE, ModelConfig
+from modules import Autoencoder, ModelConfig
 from modules.config import option
-from modules.vqvae import DOWNSAMPLING
 from utils.arguments import build, parse_flags
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.codebook import CodebookStatistics
@@ -193,8 +192,9 @@ def open_images(checkpoint: Checkpoint, data: DataConfig) -> ImageSet:
             f"--dataset {data.dataset} has {images.channels} channels, "
             f"{checkpoint.path} takes {checkpoint.model_config.in_channels}"
         )
-    if images.image_size % DOWNSAMPLING:
-        raise UserError(f"--image_size {images.image_size} is not a multiple of {DOWNSAMPLING}")
+    factor = checkpoint.model_config.downsampling
+    if images.image_size % factor:
+        raise UserError(f"--image_size {images.image_size} is not a multiple of {factor}")
     return images
 
 
@@ -214,7 +214,7 @@ class Findings(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(
-    model: VQVAE,
+    model: Autoencoder,
     loader: BatchLoader,
     config: TestConfig,
     original: Path,
@@ -251,7 +251,7 @@ def reconstruct(
     )
 
 
-def encode_and_decode(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
+def encode_and_decode(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Bytes (B, C, h, w) → indices (B, H, W, m), and bytes on the CPU made of them alone.
 
     As --from_codes does it. Without a quantiser there are none: latents are decoded as they are.
@@ -264,7 +264,7 @@ def encode_and_decode(model: VQVAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def decode(model: VQVAE, codes: CodeFile, config: TestConfig, rec: Path) -> bool:
+def decode(model: Autoencoder, codes: CodeFile, config: TestConfig, rec: Path) -> bool:
     """Write the reconstructions of a code file; whether they are, bit for bit, those once saved."""
     device, info = next(model.parameters()).device, codes.info
     pixels = 0
@@ -293,7 +293,7 @@ def write_pictures(
 
 
 def write_findings(
-    results: Path, model: VQVAE, found: Findings, analysis: Mapping[str, Any]
+    results: Path, model: Autoencoder, found: Findings, analysis: Mapping[str, Any]
 ) -> None:
     """Replace everything in the results but the pictures of the images."""
     remove_results(results)

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from benchmarks.common import Table, both_thread_counts, interleaved, seeded
 from datasets import BatchLoader, open_dataset, pixel_variance, split_validation
-from modules import VQVAE, ModelConfig
+from modules import VQVAE, Autoencoder, ModelConfig
 from utils.arguments import build_model_config
 from utils.devices import keep_freed_memory
 from utils.images import to_signed
+from utils.objectives import MeanSquaredError
 from utils.recipes import with_recipe
 from utils.trainer import TrainConfig, Trainer
 
@@ -34,7 +35,7 @@ LIBRARY = build_model_config({"quantizer": "multihead-vq"}, in_channels=1)
 
 
 def step(
-    model: VQVAE, images: Tensor, optimizer: torch.optim.Optimizer, dtype: torch.dtype
+    model: Autoencoder, images: Tensor, optimizer: torch.optim.Optimizer, dtype: torch.dtype
 ) -> None:
     """One step of Adam."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -109,7 +110,7 @@ def epoch_table() -> Table:
             loader(training, shuffle=True),
             loader(validation),
             TrainConfig(batch_size=256),
-            data_variance=pixel_variance(training),
+            objective=MeanSquaredError(pixel_variance(training)),
             models=Path(folder),
             logs=Path(folder),
             stored={},

@@ -283,6 +283,70 @@ QUANTIZERS = {
 }
 QUANTIZER_FLAGS = OWN | {"levels", "num_quantizers", "dead_code_threshold"}
 
+# --------------------------------------------------------------------------------------- networks
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network around the quantiser: the flags that are its own, and how it divides the side."""
+
+    label: str
+    own: frozenset[str]
+    downsampling: Callable[[ModelConfig], int]
+    checks: Sequence[Callable[[ModelConfig], None]] = ()
+
+
+def parse_multipliers(text: str) -> tuple[int, ...]:
+    """1,1,2,2,4 as numbers; none at all where it is nothing of the kind."""
+    matches = re.fullmatch(r"[1-9]\d?(,[1-9]\d?){0,7}", text)
+    return tuple(map(int, text.split(","))) if matches else ()
+
+
+def check_halves(config: ModelConfig) -> None:
+    """The first convolution has half the channels."""
+    if config.hidden_size % 2:
+        raise ValueError(
+            f"--hidden_size {config.hidden_size} is odd; "
+            "the first convolution has half as many channels"
+        )
+
+
+def check_resolutions(config: ModelConfig) -> None:
+    """There is a multiplier for each resolution, and no more of them have attention."""
+    multipliers = parse_multipliers(config.channel_multipliers)
+    if not multipliers:
+        raise ValueError(
+            f"--channel_multipliers {config.channel_multipliers} is no list of up to 8 numbers "
+            "below 100, like 1,1,2,2,4"
+        )
+    if config.num_residual_layers < 1:
+        raise ValueError(
+            f"--num_residual_layers {config.num_residual_layers} is less than the 1 that "
+            "--model vqgan needs"
+        )
+    if config.attention_levels > len(multipliers):
+        raise ValueError(
+            f"--attention_levels {config.attention_levels} is more than the {len(multipliers)} "
+            f"of --channel_multipliers {config.channel_multipliers}"
+        )
+
+
+NETWORKS = {
+    "vqvae": Network(
+        "VQ-VAE",
+        frozenset({"num_residual_hidden"}),
+        lambda _: 4,
+        checks=(check_halves,),
+    ),
+    "vqgan": Network(
+        "VQGAN",
+        frozenset({"channel_multipliers", "attention_levels", "z_channels"}),
+        lambda config: 2 ** config.channel_multipliers.count(","),
+        checks=(check_resolutions,),
+    ),
+}
+NETWORK_FLAGS = frozenset[str]().union(*(network.own for network in NETWORKS.values()))
+
 
 def implied_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """What the quantiser of these flags implies for those that are not among them."""
@@ -329,6 +393,7 @@ class ModelConfig:
     Raises ValueError, naming the flags and both values, where fields contradict each other.
     """
 
+    model: str = option("vqvae", "network around the quantiser", choices=tuple(NETWORKS))
     quantizer: str = option("looc", "quantiser", choices=tuple(QUANTIZERS))
     num_embedding: int = option(
         256, "codevectors K in a codebook", minimum=1, maximum=LARGEST_CODEBOOK
@@ -375,23 +440,45 @@ class ModelConfig:
         minimum=1,
         maximum=2**14,
     )
-    hidden_size: int = option(128, "channels of encoder and decoder", minimum=2, maximum=2**14)
+    hidden_size: int = option(
+        128,
+        "channels of encoder and decoder; of --model vqgan at the full resolution",
+        minimum=2,
+        maximum=2**14,
+    )
     num_residual_hidden: int = option(
-        32, "channels inside a residual block", minimum=1, maximum=2**14
+        32, "channels inside a residual block of --model vqvae", minimum=1, maximum=2**14
     )
     num_residual_layers: int = option(
-        2, "residual blocks in encoder and decoder", minimum=0, maximum=1024
+        2,
+        "residual blocks in encoder and decoder; of --model vqgan at each resolution, with one "
+        "more in the decoder",
+        minimum=0,
+        maximum=1024,
+    )
+    channel_multipliers: str = option(
+        "1,1,2,2,4",
+        "channels of --model vqgan at each resolution, in units of --hidden_size; each after the "
+        "first halves the side",
+    )
+    attention_levels: int = option(
+        1,
+        "lowest resolutions of --model vqgan with attention in their residual blocks",
+        minimum=0,
+        maximum=8,
+    )
+    z_channels: int | None = option(
+        None,
+        "channels that encoder and decoder of --model vqgan have towards the quantiser, mapped to "
+        "its own by 1×1 convolutions (default: those of the latents)",
+        minimum=1,
+        maximum=2**14,
     )
     in_channels: int = option(
         1, "image channels, set by the data set", minimum=1, maximum=1024, flag=False
     )
 
     def __post_init__(self) -> None:
-        if self.hidden_size % 2:
-            raise ValueError(
-                f"--hidden_size {self.hidden_size} is odd; "
-                "the first convolution has half as many channels"
-            )
         for item in fields(self):
             value = getattr(self, item.name)
             unread = item.name in QUANTIZER_FLAGS - self.kind.reads
@@ -399,8 +486,20 @@ class ModelConfig:
                 raise ValueError(
                     f"--{item.name} {value} has no effect with --quantizer {self.quantizer}"
                 )
-        for check in self.kind.checks:
+            if item.name in NETWORK_FLAGS - self.network.own and value != item.default:
+                raise ValueError(f"--{item.name} {value} has no effect with --model {self.model}")
+        for check in (*self.network.checks, *self.kind.checks):
             check(self)
+
+    @property
+    def network(self) -> Network:
+        """What is known of the network."""
+        return NETWORKS[self.model]
+
+    @property
+    def downsampling(self) -> int:
+        """The side of an image, in positions of the latents' one."""
+        return self.network.downsampling(self)
 
     @property
     def kind(self) -> Kind:

@@ -25,6 +25,7 @@ from modules.quantizer import ANCHORS
 from tests.conftest import ROOT, Outcome, run_process
 from utils.devices import seed_everything
 from utils.distributed import seed_rank
+from utils.objectives import MeanSquaredError
 from utils.recipes import RECIPES
 from utils.trainer import TrainConfig, Trainer
 
@@ -183,7 +184,7 @@ def train(
         ),
         BatchLoader(TensorImages(validation), 4, device=CPU, rank=share[0], num_ranks=share[1]),
         config,
-        data_variance=0.1,
+        objective=MeanSquaredError(0.1),
         models=folder / "models",
         logs=folder / "logs",
         stored={},

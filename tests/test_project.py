@@ -45,7 +45,11 @@ def test_a_layer_imports_none_above_it(layer: str) -> None:
                 package = name.split(".")[0]
                 assert package not in LAYERS or package in allowed, f"{path}: {name}"
                 if layer == "modules":
-                    optional = {"peers.py": "vector_quantize_pytorch", "plugin.py": "numpy"}
+                    optional = {
+                        "peers.py": "vector_quantize_pytorch",
+                        "plugin.py": "numpy",
+                        "vqgan.py": "diffusers",
+                    }
                     assert package in (*sys.stdlib_module_names, "torch", "faiss", "modules") or (
                         package == optional.get(path.name)
                     )

@@ -18,7 +18,9 @@ from modules import VQVAE, ModelConfig
 from utils.checkpoint import read_checkpoint
 from utils.devices import resolve_device, seed_everything
 from utils.errors import Stopped, UserError
-from utils.trainer import SCHEDULES, Meter, TrainConfig, Trainer, contradictions
+from utils.meter import Meter
+from utils.objectives import MeanSquaredError
+from utils.trainer import SCHEDULES, TrainConfig, Trainer, contradictions
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(num_embedding=16, hidden_size=8, num_residual_hidden=4)
@@ -36,7 +38,7 @@ def make(folder: Path, train: TrainConfig = TRAIN, model: ModelConfig = SMALL) -
         ),
         BatchLoader(TensorImages(validation), train.batch_size, device=CPU),
         train,
-        data_variance=0.1,
+        objective=MeanSquaredError(0.1),
         models=folder / "models",
         logs=folder / "logs",
         stored={},
@@ -375,8 +377,9 @@ def test_no_more_parts_than_images(tmp_path: Path) -> None:
 def test_the_meter_weighs_images() -> None:
     meter = Meter(4, CPU)
     indices = torch.tensor([0, 0, 1, 3])
-    meter.add((torch.tensor(1.0), torch.tensor(4.0), torch.tensor(0.0)), indices[:3, None])
-    meter.add((torch.tensor(5.0), torch.tensor(8.0), torch.tensor(4.0)), indices[3:, None])
+    names = ("loss", "reconstruction", "quantizer")
+    meter.add(dict(zip(names, torch.tensor([1.0, 4.0, 0.0]))), indices[:3, None])
+    meter.add(dict(zip(names, torch.tensor([5.0, 8.0, 4.0]))), indices[3:, None])
     scores = meter.read()
     assert scores["loss"] == 2
     assert scores["reconstruction"] == 5

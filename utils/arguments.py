@@ -10,7 +10,7 @@ from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from modules.config import ModelConfig, implied_flags
-from modules.peers import need_library
+from modules.models import need_libraries
 from utils.errors import UserError, printable, unknown_name
 
 Group = TypeVar("Group")
@@ -25,13 +25,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(
-    description: str | None, *groups: type, argv: Sequence[str] | None = None
+    description: str | None,
+    *groups: type,
+    argv: Sequence[str] | None = None,
+    source: str | None = None,
 ) -> dict[str, Any]:
     """The flags given on the command line, and only those, by field name.
 
-    Exits with code 2 and one line naming the flag where a flag is unknown or out of range.
+    Those of argv instead, where it is given; errors then name the source of its words. Exits with
+    code 2 and one line naming the flag where a flag is unknown or out of range.
     """
     parser = Parser(
+        prog=source,
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -149,11 +154,11 @@ def build(group: type[Group], flags: Mapping[str, Any]) -> Group:
 def build_model_config(flags: Mapping[str, Any], in_channels: int) -> ModelConfig:
     """The model of the given flags; what the quantiser implies fills the flags not given.
 
-    Raises UserError where flags contradict each other, or the quantiser's library is missing.
+    Raises UserError where flags contradict each other, or a library that it needs is missing.
     """
     config = build(ModelConfig, {**flags, **implied_flags(flags), "in_channels": in_channels})
     try:
-        need_library(config.quantizer)
+        need_libraries(config)
     except ValueError as error:
         raise UserError(str(error)) from error
     return config

@@ -13,9 +13,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from modules import VQVAE, ModelConfig
+from modules import Autoencoder, ModelConfig, make_model
 from modules.config import implied_flags
-from modules.peers import need_library
+from modules.models import need_libraries
 from utils.arguments import value_problem
 from utils.errors import UserError, one_line
 from utils.files import whole_file
@@ -35,9 +35,9 @@ class Checkpoint:
     state_dict: StateDict
     content: Mapping[str, Any]  # everything else: data set, seed, epoch, optimiser …; may be empty
 
-    def model(self) -> VQVAE:
+    def model(self) -> Autoencoder:
         """The model, in evaluation mode, on the CPU."""
-        model = VQVAE(self.model_config)
+        model = make_model(self.model_config)
         model.load_state_dict(self.state_dict)
         return model.eval()
 
@@ -53,7 +53,7 @@ class Checkpoint:
         return value
 
 
-def load_model(path: str | Path) -> VQVAE:
+def load_model(path: str | Path) -> Autoencoder:
     """Open a checkpoint of ours or a state dict of the reference; returns it in evaluation mode.
 
     Raises UserError where the file is missing, damaged, of another architecture, or would execute
@@ -63,7 +63,7 @@ def load_model(path: str | Path) -> VQVAE:
 
 
 def save_checkpoint(
-    path: Path, model: VQVAE, content: Mapping[str, Any], previous: Path | None = None
+    path: Path, model: Autoencoder, content: Mapping[str, Any], previous: Path | None = None
 ) -> None:
     """Write the model and everything in content (tensors and plain Python values), atomically.
 
@@ -106,12 +106,12 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
             raise UserError(f"--{name} {value} contradicts {path}, which has {known[name]}")
     try:
         config = ModelConfig(**{**flags, **known})
-        need_library(config.quantizer)
+        need_libraries(config)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if not content:
         # The reference does not store every buffer; those start anew.
-        fresh = dict(VQVAE(config).quantizer.named_buffers(prefix="quantizer"))
+        fresh = dict(make_model(config).quantizer.named_buffers(prefix="quantizer"))
         state_dict = {**fresh, **state_dict}
     checkpoint = Checkpoint(path, config, state_dict, content)
     check_shapes(checkpoint)
@@ -230,17 +230,26 @@ def shapes_tell(path: Path, state_dict: StateDict) -> dict[str, Any]:
 def check_shapes(checkpoint: Checkpoint) -> None:
     """Raise UserError naming the first parameter that does not fit the configuration."""
     with torch.device("meta"):
-        expected = VQVAE(checkpoint.model_config).state_dict()
-    for key in [*expected, *checkpoint.state_dict]:
-        value = checkpoint.state_dict.get(key)
+        expected = make_model(checkpoint.model_config).state_dict()
+    try:
+        check_tensors(expected, checkpoint.state_dict)
+    except ValueError as error:
+        raise UserError(f"checkpoint {checkpoint.path} is {error}") from error
+
+
+def check_tensors(expected: StateDict, given: Any) -> None:
+    """Raise ValueError naming the first tensor that is missing, misshapen or not finite."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"damaged: a {type(given).__name__} where weights are expected")
+    for key in [*expected, *given]:
+        value = given.get(key)
         ours, theirs = describe(expected.get(key)), describe(value)
         if ours != theirs or value is None:
-            raise UserError(
-                f"checkpoint {checkpoint.path} is of another architecture: "
-                f"{key} is {theirs} where the model has {ours}"
+            raise ValueError(
+                f"of another architecture: {key} is {theirs} where the model has {ours}"
             )
         if value.device.type != "cpu" or not value.isfinite().all():
-            raise UserError(f"checkpoint {checkpoint.path} is damaged: {key} is not finite")
+            raise ValueError(f"damaged: {key} is not finite")
 
 
 def describe(value: Any) -> str:

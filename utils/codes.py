@@ -24,9 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modules import VQVAE, LooCQuantizer, ModelConfig
+from modules import VQGAN, Autoencoder, LooCQuantizer, ModelConfig
 from modules.config import option
-from modules.vqvae import DOWNSAMPLING
 from utils.arguments import value_problem
 from utils.distributed import from_first, gather, num_ranks, rank
 from utils.errors import UserError, one_line
@@ -111,7 +110,7 @@ class CodesInfo:
 
 
 def codes_info(
-    model: VQVAE, *, dataset: str, image_size: int, num_images: int, batch_size: int
+    model: Autoencoder, *, dataset: str, image_size: int, num_images: int, batch_size: int
 ) -> CodesInfo:
     """What a code file of this model will say about itself, before the images have been seen.
 
@@ -143,7 +142,7 @@ def codes_info(
 
 def index_shape(config: ModelConfig, image_size: int) -> tuple[int, int, int]:
     """(H, W, m) of the indices of an image."""
-    side = image_size // DOWNSAMPLING
+    side = image_size // config.downsampling
     return side, side, config.num_slots
 
 
@@ -152,7 +151,7 @@ def index_dtype(num_embedding: int) -> np.dtype[Any]:
     return np.dtype("u1" if num_embedding <= 2**8 else "<u2" if num_embedding <= 2**16 else "<i4")
 
 
-def fingerprint(model: VQVAE) -> str:
+def fingerprint(model: Autoencoder) -> str:
     """SHA-256 of what makes images of indices: the codebook, the decoder, how units are joined."""
     config, quantizer = model.config, model.quantizer
     digest = hashlib.sha256(f"{config.split} {max(config.interpolation_scale, 1)}".encode())
@@ -162,6 +161,8 @@ def fingerprint(model: VQVAE) -> str:
         digest.update(f"{config.quantizer} {config.num_embedding} {config.levels}".encode())
         weights = quantizer.state_dict()
     weights = {**weights, **model.decoder.state_dict()}
+    if isinstance(model, VQGAN):
+        weights |= model.post_vq_conv.state_dict(prefix="post_vq_conv.")
     for name, value in weights.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -426,7 +427,7 @@ class CodeFile:
             if flags.get(name, own) != own:
                 raise UserError(f"--{name} {flags[name]} contradicts {self.path}, which has {own}")
 
-    def check_model(self, model: VQVAE, checkpoint: Path) -> None:
+    def check_model(self, model: Autoencoder, checkpoint: Path) -> None:
         """Raise UserError naming both files where the codes are not of this model."""
         own, found = self.info.fingerprint, fingerprint(model)
         if own != found:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from modules import VQVAE, LooCQuantizer
+from modules import Autoencoder, LooCQuantizer
 from modules.config import option
 from modules.quantizer import SEARCHES, faiss_installed
 from utils.errors import UserError
@@ -29,7 +29,7 @@ class SearchConfig:
     )
 
 
-def apply_search(config: SearchConfig, model: VQVAE, device: torch.device) -> None:
+def apply_search(config: SearchConfig, model: Autoencoder, device: torch.device) -> None:
     """Set the model's search. Raises UserError where it cannot run on this device, or has none."""
     if not isinstance(model.quantizer, LooCQuantizer):
         for name, value in asdict(config).items():

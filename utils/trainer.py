@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from modules import VQVAE, ModelConfig
+from modules import Autoencoder, ModelConfig
 from modules.config import QUANTIZERS, option
-from modules.quantizer import count_indices, num_ranks, sum_over_ranks
-from utils.checkpoint import Checkpoint, describe, save_checkpoint
-from utils.codebook import CodebookStatistics, in_words, numbered, use_of
+from modules.quantizer import num_ranks, sum_over_ranks
+from utils.checkpoint import Checkpoint, check_tensors, save_checkpoint
+from utils.codebook import CodebookStatistics, in_words, use_of
 from utils.distributed import (
     gather,
     gather_items,
@@ -35,7 +36,11 @@ from utils.distributed import (
 from utils.errors import Stopped, UserError, one_line
 from utils.images import comparison, mean_squared_errors, psnr, to_bytes, to_signed
 from utils.logger import log
+from utils.meter import SIGNED_PEAK, BadSteps, Meter
+from utils.objectives import Objective
+from utils.optimizers import load_optimizer, make_adam
 from utils.plots import draw_all
+from utils.presets import PRESETS
 from utils.recipes import RECIPES
 from utils.signals import StopRequest
 
@@ -46,7 +51,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done �
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "wsd": lambda done: min(1.0, 5 * (1 - done)),  # warm-up, stable, decay over the last fifth
 }
-SIGNED_PEAK = 2.0  # the width of [−1, 1]
 NUM_SHOWN = 16  # validation images in TensorBoard
 
 
@@ -64,7 +68,18 @@ class TrainConfig:
     recipe: str = option(
         "paper", "what the flags that are not given are set to", choices=tuple(RECIPES)
     )
+    preset: str | None = option(
+        None,
+        "file of flags to which those given are added; or, of those that are here, its name: "
+        + ", ".join(PRESETS),
+    )
+    pretrained: str | None = option(
+        None,
+        "weights that --model vqgan starts from, but for the quantiser: a folder of diffusers' "
+        "VQModel or AutoencoderKL, or a checkpoint of taming-transformers or latent-diffusion",
+    )
     lr: float = option(3e-4, "learning rate of Adam", above=0, maximum=10)
+    betas: str = option("0.9,0.999", "decay of Adam's two averages")
     schedule: str = option(
         "constant",
         "of the learning rate; all but constant end at 0, wsd by falling in the last fifth",
@@ -89,6 +104,16 @@ class TrainConfig:
     accumulate: int = option(
         1, "parts in which a batch is passed, to save memory", minimum=1, maximum=2**20
     )
+    checkpoint_gradients: bool = option(
+        False, "hold less of --model vqgan in memory, and compute it again in the backward pass"
+    )
+    weight_ema: float = option(
+        0.0,
+        "decay of a running mean of the weights, which is validated and tested in their stead "
+        "(0: none)",
+        minimum=0,
+        maximum=1 - 1e-9,
+    )
     grad_clip: float | None = option(None, "largest norm of the gradient", above=0)
     max_bad_steps: int = option(
         0,
@@ -108,15 +133,24 @@ class TrainConfig:
             raise ValueError(
                 f"--save_every {self.save_every} is neither steps, like 500, nor minutes, like 10m"
             )
+        if not re.fullmatch(r"0(\.\d{1,9})?,0(\.\d{1,9})?", self.betas):
+            raise ValueError(f"--betas {self.betas} is no pair of numbers below 1, like 0.5,0.9")
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"--accumulate {self.accumulate} is more than --batch_size {self.batch_size}"
             )
 
+    @property
+    def adam_betas(self) -> tuple[float, float]:
+        """--betas as numbers."""
+        first, second = map(float, self.betas.split(","))
+        return first, second
+
 
 # What may differ between a run and its continuation.
 FREE_TO_CHANGE = (
     *("output_folder", "exp_name", "num_epochs", "max_steps", "device", "accumulate", "recipe"),
+    *("preset", "pretrained", "checkpoint_gradients", "weights_dir"),
     *("max_bad_steps", "log_every", "save_every", "resume", "overwrite"),
     *("data_folder", "num_workers", "skip_bad_images"),
 )
@@ -133,78 +167,6 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]: ...
-
-
-class Meter:
-    """Averages over images since the last look, kept on the device so that no step waits."""
-
-    def __init__(self, num_embedding: int, device: torch.device, num_codebooks: int = 1) -> None:
-        self.num_embedding, self.num_codebooks = num_embedding, num_codebooks
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # the last: of images
-        length = num_embedding * num_codebooks
-        self.counts = torch.zeros(length, dtype=torch.int64, device=device)
-
-    def add(self, terms: tuple[Tensor, Tensor, Tensor], indices: Tensor) -> None:
-        """Take (loss, mse, quantiser loss) and the indices of one batch, or of a part of it."""
-        ones = torch.ones_like(terms[0])
-        self.sums += torch.stack([*terms, ones]).detach() * len(indices)
-        numbers = numbered(indices, self.num_embedding, self.num_codebooks)
-        self.counts += count_indices(numbers.flatten(), len(self.counts))
-
-    def read(self) -> dict[str, float]:
-        """The averages over all processes, which start anew; empty where there was no image."""
-        *sums, num_images = sum_over_ranks(self.sums).tolist()
-        counts = sum_over_ranks(self.counts).clone()
-        self.sums.zero_()
-        self.counts.zero_()
-        if not num_images:
-            return {}
-        loss, mse, quantizer = (value / num_images for value in sums)
-        return {
-            "loss": loss,
-            "reconstruction": mse,
-            "quantizer": quantizer,
-            "psnr": float(psnr(torch.tensor(max(mse, 1e-12)), SIGNED_PEAK)),
-            **use_of(counts),
-            "num_images": num_images,
-        }
-
-
-class BadSteps:
-    """Steps whose loss or gradient is not finite, counted on the device so that no step waits."""
-
-    LOSSES = ("the reconstruction loss", "the quantiser loss")
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        trained = [name for name, value in model.named_parameters() if value.requires_grad]
-        self.names = [*self.LOSSES, *(f"the gradient of {name}" for name in trained)]
-        # In a row now; in a row at most, all of them, the first one and its tensor since last read.
-        self.state = torch.zeros(5, dtype=torch.int64, device=device)
-
-    def add(self, step: int, values: Tensor) -> Tensor:
-        """Take the losses and the gradients' norms, (names,); returns whether any is not finite."""
-        finite = values.isfinite()
-        bad = ~finite.all()
-        row, longest, count, first, culprit = self.state
-        row = (row + 1) * bad
-        new = bad & (count == 0)
-        self.state = torch.stack(
-            [
-                row,
-                torch.maximum(longest, row),
-                count + bad,
-                torch.where(new, step, first),
-                torch.where(new, finite.int().argmin(), culprit),
-            ]
-        )
-        return bad
-
-    def read(self) -> tuple[int, int, int, str]:
-        """(most in a row, how many, the first's step, its first tensor that is not finite)."""
-        row, longest, count, step, culprit = self.state.tolist()
-        self.state.zero_()
-        self.state[0] = row
-        return longest, count, step, self.names[culprit]
 
 
 def check_parts(model: ModelConfig, accumulate: int) -> None:
@@ -230,8 +192,7 @@ class Trainer:
         train_loader: training batches.
         validation_loader: batches of the images that choose best.pt.
         config: the flags of training.
-        data_variance: variance of the training pixels in [0, 1], the scale of the reconstruction
-            loss.
+        objective: what is minimised besides the quantiser's loss.
         models: folder of best.pt, last.pt and previous.pt, the last.pt before it.
         logs: TensorBoard's folder.
         stored: more to keep in every checkpoint.
@@ -239,12 +200,12 @@ class Trainer:
 
     def __init__(
         self,
-        model: VQVAE,
+        model: Autoencoder,
         train_loader: Loader,
         validation_loader: Loader,
         config: TrainConfig,
         *,
-        data_variance: float,
+        objective: Objective,
         models: Path,
         logs: Path,
         stored: Mapping[str, Any],
@@ -255,18 +216,20 @@ class Trainer:
         self.train_loader = train_loader
         self.validation_loader = validation_loader
         self.config = config
-        self.data_variance = max(data_variance, 1e-6)  # images of one colour have none
+        self.objective = objective
         self.models = models
         self.logs = logs
         self.stored = stored
-        # Only the fused form can leave out a step without the host's knowing.
         self.parameters = [value for value in model.parameters() if value.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
+        self.optimizer = make_adam(self.parameters, config.lr, config.adam_betas)
+        self.average = average_of(model, self.average_rate) if config.weight_ema else None
         self.device = next(model.parameters()).device
         # Only fp16 is narrow enough to need its gradients scaled.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.meter = Meter(model.config.num_embedding, self.device, model.config.num_codebooks)
-        self.bad_steps = BadSteps(model, self.device)
+        self.meter = Meter(
+            model.config.num_embedding, self.device, model.config.num_codebooks, objective.terms
+        )
+        self.bad_steps = BadSteps(model, self.device, objective.watched)
         self.memory_format = (
             torch.channels_last if config.channels_last else torch.contiguous_format
         )
@@ -322,7 +285,7 @@ class Trainer:
     def train_step(self, images: Tensor) -> None:
         """One step of Adam, on this process's share of a batch: bytes (b, C, H, W).
 
-        loss = mse / data_variance + quantiser loss, averaged over all images of the batch.
+        loss = objective + quantiser loss, averaged over all images of the batch.
         """
         self.step += 1
         self.batch += 1
@@ -330,7 +293,7 @@ class Trainer:
         if total == 0:  # none of them could be read
             return
         self.optimizer.zero_grad()
-        losses = torch.zeros(2, device=self.device)
+        losses = torch.zeros(2 + len(self.objective.watched), device=self.device)
         parts = images.tensor_split(min(self.config.accumulate, int(total)))
         for number, part in enumerate(parts, 1):
             last = number == len(parts)
@@ -338,6 +301,8 @@ class Trainer:
             with nullcontext() if last else gradients_kept(self.network):
                 losses += self.backward(part, len(part) / total)
         self.update_weights(sum_over_ranks(losses))
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
     def backward(self, images: Tensor, share: float) -> Tensor:
         """Add the gradients of one part, which is that share of the batch; returns its losses."""
@@ -345,16 +310,20 @@ class Trainer:
         dtype = PRECISIONS[self.config.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             reconstruction, quantized = self.network(images)
-        reconstruction = reconstruction.float()
+        reconstruction = reconstruction.to(images.dtype)
         # The mean over no image is not a number.
         mse = F.mse_loss(reconstruction, images) if len(images) else reconstruction.sum()
-        loss = mse / self.data_variance + quantized.loss
+        at = (share, self.step, self.scaler)
+        objective, terms = self.objective.loss(images, reconstruction, mse, *at)
+        loss = objective + quantized.loss
         # A loss that is not finite shows in every gradient, and thereby in every process.
         finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         # DistributedDataParallel takes the mean over processes, where the batch wants the sum.
         self.scaler.scale(loss * (finite * (share * num_ranks()))).backward()
-        self.meter.add((loss, mse, quantized.loss), quantized.indices)
-        return torch.stack([mse, quantized.loss]).detach()
+        watched, more = self.objective.backward(images, reconstruction.detach(), *at)
+        known = {"loss": loss, "reconstruction": mse, "quantizer": quantized.loss}
+        self.meter.add({**known, **terms, **more}, quantized.indices)
+        return torch.cat([torch.stack([mse, quantized.loss]).detach(), watched])
 
     def update_weights(self, losses: Tensor) -> None:
         """Clip the gradients and take the step, unless a loss or a gradient is not finite."""
@@ -371,6 +340,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.scaler.step(self.optimizer)
+        self.objective.update(self.scaler, self.learning_rate())
         self.scaler.update()
 
     def learning_rate(self) -> float:
@@ -441,11 +411,13 @@ class Trainer:
         if self.batch == len(self.train_loader):
             self.epoch, self.batch = self.epoch + 1, 0
         self.validated = self.step
-        improved = scores["psnr"] > self.best
-        self.best = max(self.best, scores["psnr"])
+        merit = self.objective.merit(scores)
+        improved = merit > self.best
+        self.best = max(self.best, merit)
+        distances = "".join(f", {name} {scores[name]:.4f}" for name in self.objective.measures)
         log.info(
-            "epoch %d, step %d: validation PSNR %.2f dB, %s%s",
-            *(self.epoch, self.step, scores["psnr"], in_words(scores)),
+            "epoch %d, step %d: validation PSNR %.2f dB%s, %s%s",
+            *(self.epoch, self.step, scores["psnr"], distances, in_words(scores)),
             " (best)" if improved else "",
         )
         if improved:
@@ -461,23 +433,30 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
-        """Mean PSNR per image, usage and perplexity on the validation images; changes nothing.
+        """Mean PSNR and more per image, usage and perplexity on the validation images.
 
+        Of the averaged weights, where there are such; changes nothing.
         None where a signal cut it short.
         """
         self.model.eval()
-        config = self.model.config
+        model, config = self.best_model, self.model.config
         statistics = CodebookStatistics(config.num_embedding, config.num_codebooks)
-        sums = torch.zeros(2, dtype=torch.float64)
+        names = ("psnr", "reconstruction", *self.objective.measures)
+        sums = torch.zeros(len(names), dtype=torch.float64)
         shown = None
         for images in self.validation_loader.epoch():
             if self.stop.signal:
                 break
             signed = to_signed(images)
-            reconstruction, quantized = self.model(signed)
-            errors = mean_squared_errors(signed, reconstruction.clamp(-1, 1)).double()
-            decibels = psnr(errors.clamp_min(1e-12), SIGNED_PEAK)
-            sums += torch.stack([decibels.sum(), errors.sum()]).cpu()
+            reconstruction, quantized = model(signed)
+            clipped = reconstruction.clamp(-1, 1)
+            errors = mean_squared_errors(signed, clipped).double()
+            measured = {
+                "psnr": psnr(errors.clamp_min(1e-12), SIGNED_PEAK),
+                "reconstruction": errors,
+                **self.objective.distances(signed, clipped),
+            }
+            sums += torch.stack([measured[name].double().sum() for name in names]).cpu()
             statistics.add(quantized.indices)
             shown = shown or (images[:NUM_SHOWN], to_bytes(reconstruction[:NUM_SHOWN]))
         self.model.train()
@@ -485,12 +464,8 @@ class Trainer:
         stopped, *totals = sum_numbers(bool(self.stop.signal), *sums.tolist())
         if stopped:
             return None
-        decibels_sum, errors_sum = totals
-        scores = {
-            "psnr": decibels_sum / statistics.num_images,
-            "reconstruction": errors_sum / statistics.num_images,
-            **use_of(statistics.counts),
-        }
+        means = {name: total / statistics.num_images for name, total in zip(names, totals)}
+        scores = {**means, **use_of(statistics.counts)}
         self.write_scalars("validation", scores)
         regular = self.epoch % max(1, self.config.num_epochs // 50) == 0
         if shown and (regular or self.step == self.total_steps):
@@ -504,7 +479,7 @@ class Trainer:
             self.board.add_scalar(f"{group}/{name}", value, self.step)
 
     def write_figures(self, statistics: CodebookStatistics) -> None:
-        for name, figure in draw_all(statistics, self.model.quantizer.codebook).items():
+        for name, figure in draw_all(statistics, self.best_model.quantizer.codebook).items():
             self.board.add_figure(f"codebook/{name}", figure, self.step)
 
     def save_is_due(self) -> bool:
@@ -542,7 +517,8 @@ class Trainer:
             "validated": self.validated,
             "best": self.best,
             "bad_in_a_row": int(self.bad_steps.state[0]),
-            "data_variance": self.data_variance,
+            **self.objective.state(),
+            **({} if self.average is None else {"trained": self.model.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random_states": gather(random_state()),
@@ -550,7 +526,7 @@ class Trainer:
         }
         if rank() == 0:
             previous = self.models / "previous.pt" if name == "last.pt" else None
-            save_checkpoint(self.models / name, self.model, {**self.stored, **state}, previous)
+            save_checkpoint(self.models / name, self.best_model, {**self.stored, **state}, previous)
         if name == "last.pt":
             self.saved_at = time.monotonic()
 
@@ -558,7 +534,8 @@ class Trainer:
         """Continue where the checkpoint stopped. Raises UserError where its state is damaged."""
         state = checkpoint.content
         try:
-            self.model.load_state_dict(checkpoint.state_dict)
+            self.load_weights(checkpoint)
+            self.objective.load(state)
             load_optimizer(self.optimizer, state["optimizer"]["state"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.epoch = checkpoint.count("step"), checkpoint.count("epoch")
@@ -584,6 +561,41 @@ class Trainer:
             reason = f"{type(e).__name__}: {one_line(e)[:200]}"
             raise UserError(f"checkpoint {checkpoint.path} cannot be resumed: {reason}") from e
 
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Take up the weights, and their average where there is one."""
+        if self.average is None:
+            self.model.load_state_dict(checkpoint.state_dict)
+            return
+        check_tensors(self.model.state_dict(), checkpoint.content["trained"])
+        self.model.load_state_dict(checkpoint.content["trained"])
+        self.average.module.load_state_dict(checkpoint.state_dict)
+        self.average.n_averaged.fill_(checkpoint.count("step"))
+
+    def average_rate(self) -> float:
+        """How far the averaged weights follow in this step: more in the first ones, as few are in.
+
+        1 − min(decay, (1 + step) / (10 + step)).
+        """
+        return 1 - min(self.config.weight_ema, (1 + self.step) / (10 + self.step))
+
+    @property
+    def best_model(self) -> Autoencoder:
+        """What is validated and tested: the average of the weights, where there is one."""
+        if self.average is None:
+            return self.model
+        return cast(Autoencoder, self.average.module)
+
+
+def average_of(model: Autoencoder, rate: Callable[[], float]) -> AveragedModel:
+    """A running mean of a model's weights, beginning with the first; buffers are the model's."""
+
+    def follow(averages: Any, weights: Any, _count: Tensor | int) -> None:
+        torch._foreach_lerp_(averages, weights, rate())
+
+    average = AveragedModel(model, multi_avg_fn=follow)
+    average.requires_grad_(False).eval()
+    return average
+
 
 class NoBoard:
     """Stands for TensorBoard in all processes but the first, and writes nothing."""
@@ -598,27 +610,6 @@ class NoBoard:
 def open_board(folder: Path, step: int) -> AbstractContextManager[SummaryWriter | NoBoard]:
     """TensorBoard's writer; what an interrupted run wrote after this step is hidden."""
     return nullcontext(NoBoard()) if rank() > 0 else SummaryWriter(str(folder), purge_step=step)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Load Adam's averages; settings stay those of the flags. Raises ValueError if damaged."""
-    parameters = [value for group in optimizer.param_groups for value in group["params"]]
-    checked: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(parameters))}
-    for index, parameter in enumerate(parameters):
-        stored = state[index] if isinstance(state, Mapping) else None
-        if not isinstance(stored, Mapping):
-            raise ValueError(f"there are no averages of parameter {index}")
-        expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        for name, like in expected.items():
-            value = stored[name]
-            if describe(value) != describe(like) or not value.isfinite().all():
-                raise ValueError(f"{name} of parameter {index} is misshapen or not finite")
-            if name != "exp_avg" and value.min() < 0:
-                raise ValueError(f"{name} of parameter {index} is negative")
-            # A tensor of its own: what is stored may be one number, expanded, or shared.
-            checked[index][name] = torch.empty_like(like).copy_(value)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checked, "param_groups": groups})
 
 
 def random_state() -> dict[str, Any]:

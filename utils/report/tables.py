@@ -179,13 +179,15 @@ def trained(found: Found) -> list[tuple[str, str, str]]:
     content = found.checkpoint.content
     config = part(content, "train_config")
     best, chosen = content.get("best"), config.get("validation", "split")
+    gan = finite(best) and found.checkpoint.model_config.model == "vqgan"
+    merit = ("L1 + LPIPS", shown(-best)) if gan else ("PSNR", f"{shown(best)} dB")
     return [
         ("steps", shown(content.get("step")), f"{shown(content.get('epoch'))} whole epochs"),
         ("seed", f"{config.get('seed', '–')}", ""),
         ("training images", shown(content.get("num_images")), ""),
         (
-            "best validation PSNR",
-            f"{shown(best)} dB",
+            f"best validation {merit[0]}",
+            merit[1],
             "on the test images: it flatters" if chosen == "test" else "on a tenth held out",
         ),
     ]
