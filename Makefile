@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv once; nothing is installed twice.
 .DEFAULT_GOAL := help
-.PHONY: help demo weights test lint bench compare ablations photos fuzz soak check-python
+.PHONY: help demo vqgan weights test lint bench compare ablations photos fuzz soak check-python
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +24,7 @@ help:
 	@echo "make bench     speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
 	@echo "make compare   LooC and its peers on Fashion-MNIST, about an hour on 2 cores; writes docs/compare-*"
 	@echo "make ablations the tables of the flags, about an hour on 2 cores; writes docs/ablation-*"
+	@echo "make vqgan     --preset photos-64: trains, tests and evaluates a small VQGAN, about half an hour on 2 cores"
 	@echo "make photos    real photographs, cut for compare.py --suite photos"
 	@echo "make fuzz      1,000 damaged images, checkpoints and command lines each"
 	@echo "make soak      20,000 steps, 200,000 images, 20,000 pairs; writes docs/soak.md"
@@ -48,6 +49,10 @@ $(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
+$(VENV)/.installed-vqgan: requirements-vqgan.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-vqgan.txt
+	@touch $@
+
 bench: $(VENV)/.installed-bench
 	$(PY) -m benchmarks
 
@@ -58,8 +63,17 @@ ablations: $(VENV)/.installed-bench
 	for table in $(TABLES); do \
 	  $(PY) benchmarks/ablations.py --table $$table $(RUN_FLAGS) $(WEIGHTS_FLAG) || exit 1; done
 
-photos: $(VENV)/.installed
+photos: data/photos
+
+data/photos: | $(VENV)/.installed
 	$(PY) benchmarks/photos.py
+
+vqgan: $(VENV)/.installed-vqgan weights data/photos
+	$(PY) main.py --preset photos-64 --output_folder $(OUTPUT) --exp_name photos-64 $(WEIGHTS_FLAG)
+	$(PY) test.py --output_folder $(OUTPUT) --model_name photos-64/best.pt --save_codes
+	$(PY) evaluation.py --metrics l1 ssim psnr lpips $(WEIGHTS_FLAG) \
+	  --gt_path $(OUTPUT)/results/photos-64/best.pt/original/ -g_path $(OUTPUT)/results/photos-64/best.pt/rec
+	@$(PY) -m utils.summary $(OUTPUT) photos-64/best.pt
 
 fuzz: $(VENV)/.installed-dev
 	LOOC_FUZZ=1000 $(PY) -m pytest tests/test_fuzz.py

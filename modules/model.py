@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from modules.config import ModelConfig, parse_levels
@@ -106,5 +107,17 @@ class Autoencoder(nn.Module, ABC):
                 f"images of {images.shape[2]}×{images.shape[3]}: height and width must be "
                 f"multiples of {factor}"
             )
-        latents: Tensor = self.pre_vq_conv(self.encoder(images))
+        latents: Tensor = self.pre_vq_conv(of_any_number(self.encoder, images))
         return latents
+
+
+def of_any_number(network: nn.Module, x: Tensor) -> Tensor:
+    """network(x), also of no image, which attention cannot be given: (b, …) → (b, …).
+
+    Among several processes one may have none, and its backward pass has to reach all weights still.
+    """
+    if len(x):
+        result: Tensor = network(x)
+        return result
+    one = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return network(one)[:0]  # type: ignore[no-any-return]

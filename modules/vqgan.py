@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.config import ModelConfig, parse_multipliers
-from modules.model import MAKERS, Autoencoder
+from modules.model import MAKERS, Autoencoder, of_any_number
 
 
 class VQGAN(Autoencoder):
@@ -58,8 +58,7 @@ class VQGAN(Autoencoder):
         return weight
 
     def reconstruct(self, latents: Tensor) -> Tensor:
-        images: Tensor = self.decoder(self.post_vq_conv(latents))
-        return images
+        return of_any_number(self.decoder, self.post_vq_conv(latents))
 
     def checkpoint_gradients(self) -> None:
         """Keep of each block its input alone, and compute the rest again in the backward pass."""

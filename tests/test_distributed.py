@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,18 +20,19 @@ from torch import multiprocessing
 
 import utils.trainer
 from datasets import BatchLoader, TensorImages
-from modules import VQVAE, LooCQuantizer, ModelConfig
+from modules import VQGAN, LooCQuantizer, ModelConfig, make_model
 from modules.quantizer import ANCHORS
 from tests.conftest import ROOT, Outcome, run_process
 from utils.devices import seed_everything
 from utils.distributed import seed_rank
-from utils.objectives import MeanSquaredError
+from utils.objectives import Adversarial, MeanSquaredError, ObjectiveConfig
 from utils.recipes import RECIPES
 from utils.trainer import TrainConfig, Trainer
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(num_embedding=8, hidden_size=8, num_residual_hidden=4)
 TRAIN = TrainConfig(batch_size=8, num_epochs=20, max_steps=20, lr=1e-2, log_every=2)
+GAN = ObjectiveConfig(disc_start=10, disc_channels=4, disc_layers=2)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([__name__, "torch.utils.tensorboard"])
 
@@ -160,7 +161,7 @@ def test_draws_have_the_distribution_of_one_process(anchor: str, tmp_path: Path)
 
 
 def train(
-    folder: Path, anchor: str, num_images: int, accumulate: int, **switches: Any
+    folder: Path, anchor: str, num_images: int, accumulate: int, gan: bool = False, **switches: Any
 ) -> dict[str, torch.Tensor | float]:
     """Weights after 20 steps, the validation's PSNR, and how far codebooks ever were apart.
 
@@ -173,7 +174,8 @@ def train(
     config = replace(TRAIN, accumulate=accumulate)
     share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     seed_everything(1, CPU)
-    model = VQVAE(replace(MODEL, anchor=anchor, **switches)).double()
+    model = make_model(replace(MODEL, anchor=anchor, **switches)).double()
+    objective = Adversarial(GAN, cast(VQGAN, model), None) if gan else MeanSquaredError(0.1)
     model.quantizer.search = "torch"
     seed_rank(1)
     trainer = Trainer(
@@ -184,7 +186,7 @@ def train(
         ),
         BatchLoader(TensorImages(validation), 4, device=CPU, rank=share[0], num_ranks=share[1]),
         config,
-        objective=MeanSquaredError(0.1),
+        objective=objective,
         models=folder / "models",
         logs=folder / "logs",
         stored={},
@@ -202,7 +204,8 @@ def train(
 
     trainer.train_step = compared  # type: ignore[method-assign]
     trainer.fit()
-    return {**model.state_dict(), "best": trainer.best, "apart": apart}
+    judge = objective.discriminator.state_dict() if isinstance(objective, Adversarial) else {}
+    return {**model.state_dict(), **judge, "best": trainer.best, "apart": apart}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -230,6 +233,23 @@ def test_the_best_recipe_equals_one_process(tmp_path: Path) -> None:
         assert result["apart"] == 0
         for name, value in one.items():
             torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_vqgan_equals_one_process(tmp_path: Path) -> None:
+    """The discriminator's batch norm and gradients and the adaptive weight are of the batch.
+
+    It takes part after ten steps; of the last batch one process has no image.
+    """
+    pytest.importorskip("diffusers")
+    network = {"model": "vqgan", "channel_multipliers": "1,2,2", "num_residual_layers": 1}
+    own = {**network, "num_residual_hidden": 32, "latent_channels": 8, "attention_levels": 0}
+    work = partial(train, gan=True, **own)
+    (one,) = together(1, work, tmp_path / "one", "closest", 25, 1)
+    first, second = together(2, work, tmp_path / "several", "closest", 25, 1)
+    assert first["apart"] == 0
+    for name, value in one.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+        assert name == "apart" or torch.equal(*map(torch.as_tensor, (first[name], second[name])))
 
 
 @pytest.mark.parametrize("anchor", ["random", "probrandom"])

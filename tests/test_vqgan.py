@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import utils.objectives
 from datasets import BatchLoader, TensorImages
 from modules import VQGAN, ModelConfig, PatchDiscriminator
-from tests.conftest import Outcome
+from tests.conftest import ROOT, Outcome
 from utils.arguments import build_model_config
 from utils.checkpoint import load_model, read_checkpoint
 from utils.devices import seed_everything
@@ -394,11 +395,11 @@ def test_a_bad_step_leaves_the_discriminator_alone(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_state_is_not_resumed(change: dict[str, Any], tmp_path: Path) -> None:
-    make(tmp_path).fit()
+    make(tmp_path, replace(TRAIN, max_steps=1), GAN).fit()
     checkpoint = read_checkpoint(tmp_path / "models" / "last.pt")
     damaged = replace(checkpoint, content={**checkpoint.content, **change})
     with pytest.raises(UserError, match=r"last\.pt cannot be resumed: "):
-        make(tmp_path).resume(damaged)
+        make(tmp_path, gan=GAN).resume(damaged)
 
 
 # -------------------------------------------------------------------------------------- as a user
@@ -456,9 +457,8 @@ def test_train_test_evaluate(script: Script, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_whole(name: str) -> None:
     """Every preset is a model that can be built, with flags that suit its images."""
-    from main import GROUPS
-
-    flags = with_preset({"preset": name, "lr": 0.5}, *GROUPS)
+    groups = runpy.run_path(str(ROOT / "main.py"), run_name="main")["GROUPS"]
+    flags = with_preset({"preset": name, "lr": 0.5}, *groups)
     assert flags["lr"] == 0.5
     assert flags["model"] == "vqgan"
     config = build_model_config(flags, 3)
@@ -476,11 +476,11 @@ def test_presets_are_whole(name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("--nonsense 1", "--preset x.txt: error: unknown argument --nonsense"),
+        ("--nonsense 1", "--preset x.txt: error: argument --nonsense is unknown"),
         ("--lr high", "--preset x.txt: error: argument --lr: 'high' is not a number"),
         ("--lr '1", "--preset x.txt cannot be read: No closing quotation"),
         ("--preset photos-64", "--preset x.txt names another preset, photos-64"),
-        (None, "unknown --preset"),
+        (None, "--preset x.txt is unknown; choose from ffhq-256"),
     ],
 )
 def test_a_wrong_preset_is_named(
