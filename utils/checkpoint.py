@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +17,7 @@ from modules.models import need_libraries
 from utils.arguments import value_problem
 from utils.errors import UserError, one_line
 from utils.files import whole_file
+from utils.unpickle import read_pickle
 
 FORMAT = "looc-1"
 LARGEST_COUNT = 10**12
@@ -125,34 +124,10 @@ def open_file(path: Path) -> dict[str, Any]:
     """The dictionary in the file, opened without executing anything."""
     if not path.is_file():
         raise UserError(f"checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            check_sums(path)
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise whatever the decoder stumbled over
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            reason = "it would execute code when opened, or is no checkpoint"
-        else:
-            reason = f"it is truncated or damaged ({type(error).__name__})"
-        raise UserError(f"checkpoint {path} is refused: {reason}") from error
+    content = read_pickle(f"checkpoint {path}", path)
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict")
     return content
-
-
-def check_sums(path: Path) -> None:
-    """Raise BadZipFile where an entry does not have its checksum, at which PyTorch does not look.
-
-    Files that PyTorch wrote long ago are no zip files and have none.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(damaged)
 
 
 def stored_group(path: Path, group: type[Group], values: Any) -> Group:

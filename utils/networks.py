@@ -17,6 +17,7 @@ from utils import weights
 from utils.download import Unavailable
 from utils.errors import UserError, one_line
 from utils.metrics import FeatureStatistics, features, frechet_distance
+from utils.unpickle import read_pickle
 from utils.weights import WEIGHTS, Fetched, sha256, weights_folder
 
 
@@ -167,21 +168,7 @@ KNOWN_VALUES: dict[str, Callable[[Path], float]] = {
 
 def read_weights(flag: str, path: Path) -> Mapping[str, Tensor]:
     """The state dict in the file, opened without executing anything."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(
-            f"{flag} {path} cannot be read: {error.strerror or one_line(error)}"
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise whatever the decoder stumbled over
-        reason = "is damaged, or would execute code when opened"
-        raise UserError(
-            f"{flag} {path} is refused: it {reason} ({type(error).__name__})"
-        ) from error
+    state = read_pickle(f"{flag} {path}", path)
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{flag} {path} is refused: it holds no state dict")
     return state
