@@ -61,4 +61,5 @@ class BatchNorm(nn.Module):
         centred = values - mean[:, None, None]
         variance = SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count
         scale = self.weight * (variance + 1e-5).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        normalised: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        return normalised.to(x.dtype)

@@ -241,7 +241,11 @@ def test_vqgan_equals_one_process(tmp_path: Path) -> None:
     It takes part after ten steps; of the last batch one process has no image.
     """
     pytest.importorskip("diffusers")
-    network = {"model": "vqgan", "channel_multipliers": "1,2,2", "num_residual_layers": 1}
+    network: dict[str, Any] = {
+        "model": "vqgan",
+        "channel_multipliers": "1,2,2",
+        "num_residual_layers": 1,
+    }
     own = {**network, "num_residual_hidden": 32, "latent_channels": 8, "attention_levels": 0}
     work = partial(train, gan=True, **own)
     (one,) = together(1, work, tmp_path / "one", "closest", 25, 1)

@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +21,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from modules import VQGAN, ModelConfig
 from tests.conftest import refusal
 from tests.test_checkpoint import Exploit
 from tests.test_plugin import need
+from tests.test_vqgan import Script, write_pictures
+from utils.checkpoint import read_checkpoint
 from utils.pretrained import Pretrained, fit, read_pretrained
 
 TAMING = {
@@ -36,48 +39,32 @@ Change = Callable[[dict[str, Any]], Any]
 Function = Callable[[Tensor], Tensor]
 
 
-# Stands for modules.vqgan.VQGAN, by the same names.
-class Network(nn.Module):
-    """Encoder, decoder and the convolutions around a quantiser."""
+def network(flags: Mapping[str, Any], latent_channels: int | None = None) -> VQGAN:
+    """The network of these flags, with another number of channels of the latents if given."""
+    changed = {} if latent_channels is None else {"latent_channels": latent_channels}
+    return VQGAN(ModelConfig(model="vqgan", embedding_dim=1, **{**flags, **changed}))
 
-    def __init__(self, flags: Mapping[str, Any], latent_channels: int | None = None) -> None:
-        super().__init__()
-        vae = need("diffusers.models.autoencoders.vae")
-        base, z_channels = flags["hidden_size"], flags["z_channels"]
-        channels = latent_channels or flags["latent_channels"]
-        widths = [base * int(factor) for factor in flags["channel_multipliers"].split(",")]
-        attentive = flags["attention_levels"]
-        shared = {
-            "block_out_channels": widths,
-            "layers_per_block": flags["num_residual_layers"],
-            "norm_num_groups": math.gcd(32, base),
-        }
-        down = ["DownEncoderBlock2D"] * (len(widths) - attentive)
-        down += ["AttnDownEncoderBlock2D"] * attentive
-        up = [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)]
-        self.encoder = vae.Encoder(flags["in_channels"], z_channels, down, double_z=False, **shared)
-        self.pre_vq_conv = nn.Conv2d(z_channels, channels, 1)
-        self.quantizer = nn.Embedding(3, channels)
-        self.post_vq_conv = nn.Conv2d(channels, z_channels, 1)
-        self.decoder = vae.Decoder(z_channels, flags["in_channels"], up, **shared)
+
+def in_the_quantiser(names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.startswith("quantizer.")}
 
 
 def assert_same(
     pretrained: Pretrained, source: nn.Module, encode: Function, decode: Function
 ) -> None:
     """A network of these flags and weights gives what the source gives, both in float64."""
-    network = Network(pretrained.flags).eval()
-    fitted = fit(pretrained, network.state_dict())
-    assert fitted.new == ["quantizer.weight"]
-    network.load_state_dict(fitted.loaded, strict=False)
-    network.double()
+    model = network(pretrained.flags).eval()
+    fitted = fit(pretrained, model.state_dict())
+    assert {*fitted.new} == in_the_quantiser(model.state_dict())
+    model.load_state_dict(fitted.loaded, strict=False)
+    model.double()
     source.double()
     random = torch.Generator().manual_seed(1)
     images = torch.rand(2, pretrained.flags["in_channels"], 32, 32, generator=random).double()
-    latents = network.pre_vq_conv(network.encoder(images))
+    latents = model.pre_vq_conv(model.encoder(images))
     equal(latents, encode(images))
     latents = torch.randn(latents.shape, generator=random).double()
-    equal(network.decoder(network.post_vq_conv(latents)), decode(latents))
+    equal(model.reconstruct(latents), decode(latents))
 
 
 def scattered(module: nn.Module) -> nn.Module:
@@ -299,10 +286,10 @@ def test_a_bare_state_dict_of_latent_diffusion_gives_its_mean(prefix: str, tmp_p
 def test_other_latents_leave_the_convolutions_around_the_quantiser_new(tmp_path: Path) -> None:
     torch.save(of_taming().state_dict(), tmp_path / "m.ckpt")
     pretrained = read_pretrained(tmp_path / "m.ckpt")
-    expected = Network(pretrained.flags, latent_channels=8).state_dict()
+    expected = network(pretrained.flags, latent_channels=8).state_dict()
     fitted = fit(pretrained, expected)
     convs = [f"{side}_vq_conv.{kind}" for side in ("pre", "post") for kind in ("weight", "bias")]
-    assert set(fitted.new) == {*convs, "quantizer.weight"}
+    assert {*fitted.new} == {*convs, *in_the_quantiser(expected)}
     assert fitted.loaded.keys() == expected.keys() - {*fitted.new}
 
 
@@ -328,8 +315,8 @@ def test_flags_that_contradict_the_file(
     path = tmp_path / "m.ckpt"
     torch.save(of_taming().state_dict(), path)
     pretrained = read_pretrained(path)
-    network = Network({**pretrained.flags, **flags})
-    said = refusal(lambda: fit(pretrained, network.state_dict()))
+    model = network({**pretrained.flags, **flags})
+    said = refusal(lambda: fit(pretrained, model.state_dict()))
     assert said.startswith(f"--pretrained {path} does not fit: ")
     assert message in said
 
@@ -339,10 +326,43 @@ def test_tensors_without_a_place_are_noticed(tmp_path: Path) -> None:
     state["encoder.down.0.block.0.temb_proj.weight"] = torch.zeros(32, 8)
     torch.save(state, tmp_path / "m.ckpt")
     pretrained = read_pretrained(tmp_path / "m.ckpt")
-    expected = Network(pretrained.flags).state_dict()
+    expected = network(pretrained.flags).state_dict()
     assert "temb_proj.weight is (32, 8) where the model has nothing" in refusal(
         lambda: fit(pretrained, expected)
     )
+
+
+# -------------------------------------------------------------------------------------- as a user
+
+
+def test_main_starts_from_weights_and_trains_on(script: Script, tmp_path: Path) -> None:
+    """Encoder and decoder are those of the folder, but for a step too small to be seen."""
+    model = of_diffusers("VQModel", block_out_channels=(8, 16), norm_num_groups=8)
+    model.save_pretrained(tmp_path / "vq")
+    write_pictures(tmp_path / "pictures")
+    words = (
+        *("--dataset", "folder", "--data_folder", "pictures", "--image_size", "32"),
+        *("--perceptual_weight", "0", "--num_workers", "0", "--exp_name", "e", "--lr", "1e-9"),
+        *("--pretrained", "vq", "--max_steps", "1", "--num_embedding", "16"),
+    )
+    outcome = script("main.py", *words, "--latent_norm", "batch")
+    assert outcome.code == 0, outcome.err
+    assert "starting from VQModel of diffusers in vq; new: quantizer\n" in outcome.err
+    checkpoint = read_checkpoint(tmp_path / "output/models/e/best.pt")
+    assert checkpoint.model_config.channel_multipliers == "1,2"
+    for name, weight in read_pretrained(tmp_path / "vq").state_dict.items():
+        torch.testing.assert_close(checkpoint.state_dict[name], weight, rtol=0, atol=1e-6)
+    outcome = script("main.py", *words, "--latent_channels", "8", "--exp_name", "f")
+    assert "in vq; new: pre_vq_conv, quantizer, post_vq_conv\n" in outcome.err
+    for flag, value, told in (("hidden_size", "16", "8"), ("model", "vqvae", "vqgan")):
+        outcome = script("main.py", *words, f"--{flag}", value)
+        assert outcome.code == 2
+        assert f"--{flag} {value} contradicts --pretrained vq, which has {told}" in outcome.err
+    grey = ("--dataset", "fashion-mnist-sample", "--image_size", "28", "--disc_layers", "2")
+    outcome = script("main.py", *words, *grey)
+    assert outcome.code == 2
+    said = "--pretrained vq takes images of 3 channels, those of --dataset have 1"
+    assert outcome.err == f"main.py: error: {said}\n"
 
 
 # ------------------------------------------------------------------------------- what is refused

@@ -310,11 +310,12 @@ def test_the_discriminator_waits_for_its_start(tmp_path: Path) -> None:
 def test_the_average_is_validated_and_stored(tmp_path: Path) -> None:
     """By hand: e ← e + (1 − min(0.9, (1 + n) / (10 + n)))·(w − e), from the first step's w on."""
     trainer = make(tmp_path)
-    step, averages = trainer.train_step, []
+    step = trainer.train_step
+    averages: list[Tensor] = []
 
     def followed(images: Tensor) -> None:
         step(images)
-        weight = trainer.model.last_layer.detach().clone()  # type: ignore[attr-defined]
+        weight = trainer.model.decoder.conv_out.weight.detach().clone()
         rate = 1 - min(0.9, (1 + trainer.step) / (10 + trainer.step))
         averages.append(weight if not averages else averages[-1] + rate * (weight - averages[-1]))
 
@@ -326,7 +327,8 @@ def test_the_average_is_validated_and_stored(tmp_path: Path) -> None:
     assert torch.equal(trained, trainer.model.state_dict()["decoder.conv_out.weight"])
     assert not torch.equal(trained, averages[-1])
     model = load_model(tmp_path / "models" / "last.pt")
-    assert torch.equal(model.quantizer.usage, trainer.model.quantizer.usage)  # type: ignore[union-attr, arg-type]
+    usages = (each.state_dict()["quantizer.usage"] for each in (model, trainer.model))
+    assert torch.equal(*usages)
     images = torch.cat(list(trainer.validation_loader.epoch())).float() / 127.5 - 1
     with torch.no_grad():
         reconstruction = model(images)[0].clamp(-1, 1)
@@ -360,8 +362,8 @@ def test_parts_equal_the_batch_until_the_discriminator(
     for parts in (1, 3):
         trainer = make(tmp_path / str(parts), replace(TRAIN, accumulate=parts, max_steps=4))
         trainer.model.double()
-        trainer.average.double()  # type: ignore[union-attr]
-        trainer.model.quantizer.search = "torch"  # type: ignore[union-attr, assignment]
+        trainer.best_model.double()
+        trainer.model.quantizer.search = "torch"
         trainer.fit()
         ends.append(trainer.model.state_dict())
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-6)

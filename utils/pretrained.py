@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from modules import Autoencoder, ModelConfig, make_model
 from utils.checkpoint import FORMAT, StateDict, describe
 from utils.errors import UserError, one_line
+from utils.logger import log
 from utils.translate import DIFFUSERS, TAMING, mirrored, renamed, shapes_tell, size, with_convs
 from utils.unpickle import read_pickle
 
@@ -76,6 +78,44 @@ def read_pretrained(path: str | Path) -> Pretrained:
     except ValueError as error:
         raise UserError(f"--pretrained {path} {one_line(error)}") from error
     return Pretrained(path, flags, state_dict, f"{source.label} in {path}")
+
+
+def with_pretrained(flags: Mapping[str, Any], pretrained: Pretrained | None) -> dict[str, Any]:
+    """The flags given, and those of the network whose weights are taken up.
+
+    The channels of the latents alone may differ: the convolutions around the quantiser are new
+    then. Raises UserError where a flag contradicts the weights.
+    """
+    if pretrained is None:
+        return dict(flags)
+    told = {"model": "vqgan", **pretrained.flags}
+    for name in [name for name in told if name in flags and name != "latent_channels"]:
+        if flags[name] != told[name]:
+            raise UserError(
+                f"--{name} {flags[name]} contradicts --pretrained {pretrained.path}, "
+                f"which has {told[name]}"
+            )
+    return {**told, **flags}
+
+
+def start(config: ModelConfig, pretrained: Pretrained | None) -> Autoencoder:
+    """A new model, with encoder and decoder of the pretrained one, if there is one.
+
+    Raises UserError where they do not fit.
+    """
+    model = make_model(config)
+    if pretrained is not None:
+        channels = pretrained.flags["in_channels"]
+        if channels != config.in_channels:
+            raise UserError(
+                f"--pretrained {pretrained.path} takes images of {channels} channels, "
+                f"those of --dataset have {config.in_channels}"
+            )
+        fitted = fit(pretrained, model.state_dict())
+        model.load_state_dict(fitted.loaded, strict=False)
+        new = dict.fromkeys(name.split(".")[0] for name in fitted.new)
+        log.info("starting from %s; new: %s", pretrained.origin, ", ".join(new))
+    return model
 
 
 def fit(pretrained: Pretrained, expected: StateDict) -> Fitted:

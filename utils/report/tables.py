@@ -179,8 +179,9 @@ def trained(found: Found) -> list[tuple[str, str, str]]:
     content = found.checkpoint.content
     config = part(content, "train_config")
     best, chosen = content.get("best"), config.get("validation", "split")
-    gan = finite(best) and found.checkpoint.model_config.model == "vqgan"
-    merit = ("L1 + LPIPS", shown(-best)) if gan else ("PSNR", f"{shown(best)} dB")
+    merit = ("PSNR", f"{shown(best)} dB")
+    if found.checkpoint.model_config.model == "vqgan" and finite(best):
+        merit = ("L1 + LPIPS", shown(-float(best)))
     return [
         ("steps", shown(content.get("step")), f"{shown(content.get('epoch'))} whole epochs"),
         ("seed", f"{config.get('seed', '–')}", ""),
