@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from datasets import BatchLoader, ImageSet, open_dataset, pixel_variance, split_validation
+from datasets import DATASETS, BatchLoader, ImageSet, open_dataset, pixel_variance, split_validation
 from datasets.config import DataConfig
 from modules import VQGAN, Autoencoder, ModelConfig
 from utils.arguments import build, build_model_config, parse_flags
@@ -57,10 +57,11 @@ def main() -> None:
     start_logging(quiet=rank() > 0)
     keep_freed_memory()
     device = start_ranks(config.device)
+    known = DATASETS[data.dataset]
+    model_config = build_model_config(flags, known.channels)
+    targets = build_objective_config(flags, model_config, data.image_size or known.image_size)
     with first_goes_ahead():
         training, validation = open_images(data, config)
-    model_config = build_model_config(flags, training.channels)
-    targets = build_objective_config(flags, model_config, training.image_size)
     data, config = complete(data, config, model_config, training)
     seed_everything(config.seed, device)
     model = prepare(start(model_config, pretrained), config, device)
