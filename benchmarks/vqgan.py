@@ -1,0 +1,147 @@
+"""The training step of --model vqgan: time, memory, and the images a second that it asks for.
+
+python -m benchmarks.vqgan --preset ffhq-256 --batch_size 2 writes docs/vqgan-step-<preset>.md. Each
+row is a process of its own, on random images: seconds are those of one step, the median.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import torch
+
+from benchmarks.common import Table, machine, seeded
+from benchmarks.training import peak_memory
+from datasets import BatchLoader, TensorImages
+from datasets.config import DataConfig
+from modules import ModelConfig, make_model
+from utils.arguments import Parser, build, build_model_config, parse_flags
+from utils.devices import keep_freed_memory, resolve_device
+from utils.errors import run
+from utils.files import whole_file, writable_folder
+from utils.objectives import ObjectiveConfig, build_objective_config, make_objective
+from utils.presets import PRESETS, with_preset
+from utils.trainer import PRECISIONS, TrainConfig, Trainer
+
+GROUPS = (ModelConfig, DataConfig, TrainConfig, ObjectiveConfig)
+UNQUANTISED = (
+    "--quantizer none --latent_norm none --distance cos --codebook_update gradient "
+    "--codebook_start uniform --interpolation_scale 0 --num_embedding 256 --embedding_dim 4 "
+    "--anchor none"
+)
+VARIANTS = {  # what is added to the preset's flags
+    "before --disc_start": "",
+    "the same, no quantiser": UNQUANTISED,
+    "after --disc_start": "--disc_start 0",
+    "the same, --checkpoint_gradients": "--disc_start 0 --checkpoint_gradients",
+}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["measure"]:
+        sys.stdout.write(json.dumps(measure(int(sys.argv[2]), sys.argv[3:])) + "\n")
+        return
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="photos-64")
+    parser.add_argument("--batch_size", type=int, default=None, help="(default: the preset's)")
+    parser.add_argument("--steps", type=int, default=5, help="that are timed (default: 5)")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    words = ["--preset", arguments.preset, "--device", arguments.device]
+    words += ["--precision", arguments.precision]
+    if arguments.batch_size is not None:
+        words += ["--batch_size", str(arguments.batch_size)]
+    table = Table(
+        f"Training step, --preset {arguments.preset}",
+        ["", "images a step", "seconds", "images/s", "peak GB"],
+    )
+    for name, added in VARIANTS.items():
+        found = measured(arguments.steps, [*words, *shlex.split(added)])
+        per_second = found["batch_size"] / found["seconds"]
+        row = [found["batch_size"], found["seconds"], per_second, found["peak_gb"]]
+        table.rows.append([name, *row])
+        sys.stdout.write(f"{name}: {row}\n")
+    write(writable_folder(arguments.docs, "--docs"), arguments.preset, table)
+
+
+def measured(steps: int, words: list[str]) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.vqgan", "measure", str(steps), *words]
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def measure(steps: int, words: list[str]) -> dict[str, Any]:
+    """Median seconds of so many steps of main.py's loop after two, and the peak of memory."""
+    flags = with_preset(parse_flags(None, *GROUPS, argv=words), *GROUPS)
+    keep_freed_memory()
+    seeded()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(flags, Path(folder))
+        size = trainer.config.batch_size
+        images = next(iter(trainer.train_loader.epoch()))
+        seconds = []
+        for _ in range(2 + steps):
+            start = time.perf_counter()
+            trainer.train_step(images)
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if images.is_cuda else peak_memory()
+    return {"batch_size": size, "seconds": statistics.median(seconds[2:]), "peak_gb": peak}
+
+
+def make_trainer(flags: Mapping[str, Any], folder: Path) -> Trainer:
+    """The trainer of these flags, on one batch of random images."""
+    config, size = build(TrainConfig, flags), flags["image_size"]
+    device, model_config = resolve_device(config.device), build_model_config(flags, 3)
+    model = make_model(model_config).to(device)
+    if config.checkpoint_gradients:
+        model.checkpoint_gradients()  # type: ignore[operator]
+    objective = make_objective(
+        model,
+        build_objective_config(flags, model_config, size),
+        betas=config.adam_betas,
+        dtype=PRECISIONS[config.precision],
+        variance=Mock(),
+    )
+    images = torch.randint(256, (config.batch_size, 3, size, size), dtype=torch.uint8)
+    loader = BatchLoader(TensorImages(images), config.batch_size, device=device)
+    model.train()
+    return Trainer(
+        model, loader, loader, config, objective=objective, models=folder, logs=folder, stored={}
+    )
+
+
+def write(docs: Path, preset: str, table: Table) -> None:
+    about = machine()
+    flags = " ".join(sys.argv[1:])
+    lines = [
+        f"# The training step of --preset {preset}",
+        "",
+        f"Made by `python -m benchmarks.vqgan {flags}`: random images, the median of the steps.",
+        "",
+        f"{about['processor']}, {about['cores']} cores, {about['device']}, Python "
+        f"{about['python']}, torch {about['versions']['torch']}.",
+        "",
+        table.markdown(),
+    ]
+    with whole_file(docs / f"vqgan-step-{preset}.md") as temporary:
+        temporary.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run(main)
