@@ -64,7 +64,7 @@ def main() -> None:
         training, validation = open_images(data, config)
     data, config = complete(data, config, model_config, training)
     seed_everything(config.seed, device)
-    model = prepare(start(model_config, pretrained), config, device)
+    model = prepare(start(model_config, pretrained), config, training.image_size, device)
     with first_goes_ahead():  # weights of LPIPS may be downloaded
         objective = make_objective(
             *(model, targets),
@@ -133,7 +133,9 @@ def open_images(data: DataConfig, config: TrainConfig) -> tuple[ImageSet, ImageS
     return split_validation(images)
 
 
-def prepare(model: Autoencoder, config: TrainConfig, device: torch.device) -> Autoencoder:
+def prepare(
+    model: Autoencoder, config: TrainConfig, image_size: int, device: torch.device
+) -> Autoencoder:
     """The model on its device, in the layout and form that the flags ask for."""
     model = model.to(device)
     if config.channels_last:
@@ -141,12 +143,12 @@ def prepare(model: Autoencoder, config: TrainConfig, device: torch.device) -> Au
     if isinstance(model, VQGAN) and config.checkpoint_gradients:
         model.checkpoint_gradients()
     if config.compile:
-        model.encoder.compile()
-        model.decoder.compile()
-        side = 2 * model.config.downsampling
+        for part in model.parts_to_compile():
+            part.compile()
+        image = torch.zeros(1, model.config.in_channels, image_size, image_size, device=device)
         try:
             with torch.no_grad():
-                model.eval()(torch.zeros(1, model.config.in_channels, side, side, device=device))
+                model.eval()(image)
         except Exception as error:  # compilers fail in ways of their own
             raise UserError(f"--compile failed, go without: {one_line(error)[:200]}") from error
     return model

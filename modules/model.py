@@ -86,6 +86,10 @@ class Autoencoder(nn.Module, ABC):
         quantized: Quantized = self.quantizer(self._latents(images))
         return self.reconstruct(quantized.latents), quantized
 
+    def parts_to_compile(self) -> list[nn.Module]:
+        """What torch.compile is for."""
+        return [self.encoder, self.decoder]
+
     def encode(self, images: Tensor) -> Tensor:
         """Images → indices (B, H, W, m), int64."""
         return self.quantizer.encode(self._latents(images))

@@ -60,6 +60,11 @@ class VQGAN(Autoencoder):
     def reconstruct(self, latents: Tensor) -> Tensor:
         return of_any_number(self.decoder, self.post_vq_conv(latents))
 
+    def parts_to_compile(self) -> list[nn.Module]:
+        """Block by block: of the last layer gradients are asked for apart from the others."""
+        blocks = [*self.encoder.down_blocks, self.encoder.mid_block]
+        return [*blocks, self.decoder.mid_block, *self.decoder.up_blocks]
+
     def checkpoint_gradients(self) -> None:
         """Keep of each block its input alone, and compute the rest again in the backward pass."""
         for part in (self.encoder, self.decoder):
