@@ -114,7 +114,7 @@ def make_trainer(
     parts = num_ranks() * config.accumulate  # validation shall fit wherever training does
     return Trainer(
         model,
-        loader(training, config.batch_size, shuffle=True),
+        loader(training, config.batch_size, shuffle=True, flip=data.flip, crop=data.crop),
         loader(validation, -(-config.batch_size // parts)),
         config,
         objective=objective,
@@ -126,10 +126,12 @@ def make_trainer(
 
 def open_images(data: DataConfig, config: TrainConfig) -> tuple[ImageSet, ImageSet]:
     """Training and validation images."""
-    images = open_dataset(data.dataset, data.data_folder, "train", data.image_size)
+    source = (data.dataset, data.data_folder)
+    options = (data.image_size, data.image_cache)
+    images = open_dataset(*source, "train", *options)
     if config.validation == "test":
         log.warning("--validation test chooses best.pt on the test images: its scores flatter")
-        return images, open_dataset(data.dataset, data.data_folder, "test", data.image_size)
+        return images, open_dataset(*source, "test", *options)
     return split_validation(images)
 
 

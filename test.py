@@ -176,17 +176,21 @@ def open_checkpoint(config: TestConfig, flags: dict[str, Any]) -> Checkpoint:
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
-    """The data flags given, else those of training."""
+    """The data flags given, else those of training, but for what concerns training images alone.
+
+    A cache is taken where it is given: it would cost more than it brings for images read once.
+    """
     if not checkpoint.content and "dataset" not in flags:
         raise UserError(f"--dataset is missing: {checkpoint.path} does not say which it saw")
     stored = asdict(checkpoint.group("data_config", DataConfig)) if checkpoint.content else {}
     if flags.get("dataset", stored.get("dataset")) != stored.get("dataset"):
         stored = {}
-    return build(DataConfig, {**stored, **flags})
+    untouched = {"flip": False, "crop": "centre"}
+    return build(DataConfig, {**stored, "image_cache": None, **flags, **untouched})
 
 
 def open_images(checkpoint: Checkpoint, data: DataConfig) -> ImageSet:
-    images = open_dataset(data.dataset, data.data_folder, "test", data.image_size)
+    images = open_dataset(data.dataset, data.data_folder, "test", data.image_size, data.image_cache)
     if images.channels != checkpoint.model_config.in_channels:
         raise UserError(
             f"--dataset {data.dataset} has {images.channels} channels, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Literal, TypeAlias
@@ -21,6 +21,7 @@ from utils.images import open_image, viewed
 
 Split: TypeAlias = Literal["train", "test"]
 
+CROPS = ("centre", "random")  # where the square is cut out of a training image
 VARIANCE_SAMPLE = 2048  # images decoded to measure the variance of a set on disk
 CHUNK = 2**24  # pixels counted at a time
 
@@ -42,9 +43,20 @@ class ImageSet(Dataset[Tensor], ABC):
     def __getitem__(self, index: int) -> Tensor:
         """One image, (C, H, W), uint8. Raises UserError naming an image that is damaged."""
 
+    def cropped(self, index: int, _place: float) -> Tensor:
+        """One image, its square cut out at place along the longer side: from 0, left or top, to 1.
+
+        Where images are square as they are, there is but one.
+        """
+        return self[index]
+
     def name(self, index: int) -> str:
         """What an image is called in messages and records: its file's path, if it has one."""
         return f"{index:08d}"
+
+    def identity(self) -> Iterator[str]:
+        """What tells these images from others, and from themselves before a change."""
+        raise NotImplementedError(f"{type(self).__name__} has no files")
 
 
 class TensorImages(ImageSet):
@@ -78,8 +90,16 @@ class FileImages(ImageSet):
         path = self.folder / self.names[index]
         return decode(path, self.image_size, str(path))
 
+    def cropped(self, index: int, place: float) -> Tensor:
+        path = self.folder / self.names[index]
+        return decode(path, self.image_size, str(path), place)
+
     def name(self, index: int) -> str:
         return str(self.folder / self.names[index])
+
+    def identity(self) -> Iterator[str]:
+        folder = str(self.folder)  # a Path for each of a million would take seconds
+        return (f"{name} {size_and_time(os.path.join(folder, name))}" for name in self.names)  # noqa: PTH118
 
 
 class ChosenImages(ImageSet):
@@ -96,6 +116,9 @@ class ChosenImages(ImageSet):
     def __getitem__(self, index: int) -> Tensor:
         return self.images[int(self.chosen[index])]
 
+    def cropped(self, index: int, place: float) -> Tensor:
+        return self.images.cropped(int(self.chosen[index]), place)
+
     def name(self, index: int) -> str:
         return self.images.name(int(self.chosen[index]))
 
@@ -103,23 +126,34 @@ class ChosenImages(ImageSet):
 # --------------------------------------------------------------------------------------- decoding
 
 
-def decode(source: Path | IO[bytes], size: int, name: str) -> Tensor:
-    """An image file → (3, size, size), uint8: RGB as a viewer shows it, centre crop, bicubic.
+def decode(source: Path | IO[bytes], size: int, name: str, place: float | None = None) -> Tensor:
+    """An image file → (3, size, size), uint8: RGB as a viewer shows it, `square_of` it, bicubic.
 
     The shorter side becomes size; Pillow's bicubic filter antialiases where it shrinks. Raises
     UserError naming an image that is damaged or larger than Pillow's limit.
     """
     with open_image(source, name) as image:
-        square = centre_square(viewed(image, "RGB"))
+        square = square_of(viewed(image, "RGB"), place)
         pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def centre_square(image: Image.Image) -> Image.Image:
-    """The largest square in the middle of an image."""
+def square_of(image: Image.Image, place: float | None = None) -> Image.Image:
+    """The largest square in the middle of an image, or at place in [0, 1) of those there are."""
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    spare = max(image.size) - side  # pixels of the longer side that are left out
+    offset = spare // 2 if place is None else int(place * (spare + 1))
+    left, top = (offset, 0) if image.width > side else (0, offset)
     return image.crop((left, top, left + side, top + side))
+
+
+def size_and_time(path: str) -> str:
+    """Of a file: its length and when it was last changed; of one that cannot be read, neither."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 # ------------------------------------------------------------------------------- drawing, measuring
@@ -127,9 +161,18 @@ def centre_square(image: Image.Image) -> Image.Image:
 
 def permutation(n: int, *key: int | str) -> Tensor:
     """The numbers 0 … n − 1 in an order that is a function of the key alone, (n,), int64."""
+    return torch.randperm(n, generator=generator_of(key))
+
+
+def draws(n: int, *key: int | str) -> Tensor:
+    """n numbers drawn from [0, 1), a function of the key alone, (n,)."""
+    return torch.rand(n, generator=generator_of(key))
+
+
+def generator_of(key: tuple[int | str, ...]) -> torch.Generator:
+    """A generator that starts the same for the same key."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-    return torch.randperm(n, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def hold_out(n: int, purpose: str) -> tuple[Tensor, Tensor]:

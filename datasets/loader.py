@@ -11,13 +11,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from datasets.images import ImageSet, TensorImages, permutation
+from datasets.images import ImageSet, TensorImages, draws, permutation
 from utils.errors import UserError, one_line
 
 # --num_workers is the user's choice, and more than the cores may suit a slow disk.
 warnings.filterwarnings("ignore", "This DataLoader will create")
+
+
+class Share(NamedTuple):
+    """What is to be decoded of one batch."""
+
+    positions: list[int]
+    places: list[float] | None  # where each image's square is cut out; None: in the middle
 
 
 class Decoded(NamedTuple):
@@ -33,6 +40,9 @@ class BatchLoader:
 
     batch_size is that of all ranks together. With shuffle, for training, each rank has its share
     of every batch, which may be empty; without, whole batches are dealt out to the ranks in turn.
+
+    In training, flip mirrors half of the images, and crop "random" cuts the square of an image on
+    disk out of any place: both a function of (seed, epoch, position in the set) alone.
 
     Sets in memory move to the device once and are indexed there. Others are decoded by num_workers
     processes (0: in this one), ahead of their use. The global random number generator is never
@@ -54,11 +64,15 @@ class BatchLoader:
         rank: int = 0,
         num_ranks: int = 1,
         skip_bad: bool = False,
+        flip: bool = False,
+        crop: str = "centre",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is less than 1")
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank {rank} is not one of {num_ranks}")
+        if (flip or crop != "centre") and not shuffle:
+            raise ValueError("flip and crop are for training, with shuffle")
         self.size = len(images)
         self.batch_size = batch_size
         self.device = device
@@ -67,6 +81,8 @@ class BatchLoader:
         self.rank = rank
         self.num_ranks = num_ranks
         self.skip_bad = skip_bad
+        self.flip = flip
+        self.crop = crop
         self.bad_images: dict[int, str] = {}
         self.source = (
             MemoryBatches(images.images.to(device))
@@ -88,12 +104,14 @@ class BatchLoader:
         positions (b,), int64, on the CPU, say where in the set the images (b, C, H, W) are. What
         comes before start is not decoded. Raises UserError naming an image that is damaged.
         """
-        for positions, images, bad in self.source.batches(self.shares(epoch, start)):
+        flips = draws(self.size, "flip", self.seed, epoch) < 0.5 if self.flip else None
+        places = draws(self.size, "crop", self.seed, epoch) if self.crop == "random" else None
+        for positions, images, bad in self.source.batches(self.shares(epoch, start), places):
             if bad and not self.skip_bad:
                 raise UserError(next(iter(bad.values())))
             self.bad_images.update(bad)
             if len(positions) or self.shuffle:  # in training every rank makes every step
-                yield positions, images
+                yield positions, images if flips is None else mirrored(images, flips[positions])
 
     def shares(self, epoch: int, start: int) -> list[Tensor]:
         """The positions (b,) of this rank's images, batch by batch."""
@@ -108,13 +126,19 @@ class BatchLoader:
         return [batches[number] for number in mine if number >= start]
 
 
+def mirrored(images: Tensor, which: Tensor) -> Tensor:
+    """Images (b, C, H, W), those of which (b,), bool, mirrored left to right."""
+    which = which.to(images.device, non_blocking=True)
+    return torch.where(which[:, None, None, None], images.flip(-1), images)
+
+
 class MemoryBatches:
-    """Batches by indexing one tensor (n, C, H, W)."""
+    """Batches by indexing one tensor (n, C, H, W), of images that are square as they are."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
 
-    def batches(self, order: Sequence[Tensor]) -> Iterator[Decoded]:
+    def batches(self, order: Sequence[Tensor], _places: Tensor | None) -> Iterator[Decoded]:
         for positions in order:
             images = self.images[positions.to(self.images.device, non_blocking=True)]
             yield Decoded(positions, images, {})
@@ -138,10 +162,13 @@ class DecodedBatches:
             generator=torch.Generator(),  # else the global one would be drawn from
         )
 
-    def batches(self, order: Sequence[Tensor]) -> Iterator[Decoded]:
+    def batches(self, order: Sequence[Tensor], places: Tensor | None) -> Iterator[Decoded]:
         if not order:
             return
-        self.order.batches = [positions.tolist() for positions in order]
+        self.order.batches = [
+            Share(positions.tolist(), None if places is None else places[positions].tolist())
+            for positions in order
+        ]
         try:
             for positions, images, bad in self.loader:
                 yield Decoded(positions, images.to(self.device, non_blocking=True), bad)
@@ -149,6 +176,8 @@ class DecodedBatches:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(f"--num_workers {self.num_workers}: {one_line(error)}") from error
+        except OSError as error:  # of the image cache; a worker's comes with its traceback
+            raise UserError(str(error).strip().splitlines()[-1]) from error
 
 
 def ignore_signals(_worker: int) -> None:
@@ -175,13 +204,13 @@ def end_workers() -> None:
 atexit.register(end_workers)  # runs before what multiprocessing has registered
 
 
-class BatchOrder(Sampler[list[int]]):
-    """The positions in each batch of the epoch at hand."""
+class BatchOrder(Sampler[Share]):
+    """The batches of the epoch at hand."""
 
     def __init__(self) -> None:
-        self.batches: list[list[int]] = []
+        self.batches: list[Share] = []
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Share]:
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -198,15 +227,19 @@ class WholeBatches(Dataset[Decoded]):
     def __init__(self, images: ImageSet) -> None:
         self.images = images
 
-    def __getitem__(self, positions: list[int]) -> Decoded:
+    def __getitem__(self, share: Share) -> Decoded:
         decoded: dict[int, Tensor] = {}
         bad: dict[int, str] = {}
-        for position in positions:
+        for i, position in enumerate(share.positions):
             try:
-                decoded[position] = self.images[position]
+                if share.places is None:
+                    decoded[position] = self.images[position]
+                else:
+                    decoded[position] = self.images.cropped(position, share.places[i])
             except UserError as error:
                 bad[position] = str(error)
         side = self.images.image_size
         none = torch.empty(0, self.images.channels, side, side, dtype=torch.uint8)
-        images = torch.stack(list(decoded.values())) if decoded else none
+        # Unlike torch.stack it writes a worker's batch where the parent reads it.
+        images = default_collate(list(decoded.values())) if decoded else none
         return Decoded(torch.tensor(list(decoded), dtype=torch.int64), images, bad)

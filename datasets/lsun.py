@@ -5,6 +5,7 @@ torchvision's own class is not used: it keeps its list of keys in a pickle, open
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from datasets.folders import open_folder
-from datasets.images import ImageSet, Split, decode
+from datasets.images import ImageSet, Split, decode, size_and_time
 from utils.errors import UserError, one_line
 
 ENDINGS: dict[Split, str] = {"train": "train_lmdb", "test": "val_lmdb"}
@@ -57,13 +58,23 @@ class LmdbImages(ImageSet):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Tensor:
+        return decode(self.file(index), self.image_size, self.name(index))
+
+    def cropped(self, index: int, place: float) -> Tensor:
+        return decode(self.file(index), self.image_size, self.name(index), place)
+
+    def file(self, index: int) -> io.BytesIO:
+        """The image's file, not decoded."""
         key = bytes(self.keys[index])
         with opening, open_database(self.path) as database, database.begin() as transaction:
-            content = transaction.get(key)
-        return decode(io.BytesIO(content), self.image_size, self.name(index))
+            return io.BytesIO(transaction.get(key))
 
     def name(self, index: int) -> str:
         return f"{bytes(self.keys[index]).decode(errors='replace')} in {self.path}"
+
+    def identity(self) -> Iterator[str]:
+        yield size_and_time(str(self.path / "data.mdb"))
+        yield hashlib.sha256(self.keys.tobytes()).hexdigest()
 
 
 def read_keys(path: Path) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from datasets.cache import keep_decoded
 from datasets.celeba import open_celeba
 from datasets.cifar import open_cifar10
 from datasets.folders import open_ffhq, open_folder, open_imagenet
@@ -41,12 +42,17 @@ DATASETS = {
 
 
 def open_dataset(
-    name: str, data_folder: str | None, split: Split, image_size: int | None = None
+    name: str,
+    data_folder: str | None,
+    split: Split,
+    image_size: int | None = None,
+    image_cache: str | None = None,
 ) -> ImageSet:
     """Open one split of a data set, downloading it where torchvision can.
 
-    data_folder None is data/<name>; image_size None is the entry's. Raises UserError, one line
-    naming the flag or the file, where the set is missing, empty, damaged or not of that size.
+    data_folder None is data/<name>; image_size None is the entry's; image_cache is where decoded
+    images of sets on disk are kept. Raises UserError, one line naming the flag or the file, where
+    the set is missing, empty, damaged or not of that size.
     """
     if name not in DATASETS:
         raise UserError(unknown_name("--dataset", name, DATASETS))
@@ -70,7 +76,9 @@ def open_dataset(
         raise UserError(f"--data_folder {place} cannot be read: {reason}") from error
     if len(images) == 0:
         raise UserError(f"--data_folder {folder} holds no {split} images of --dataset {name}")
-    return images
+    if image_cache is None or not entry.resizable:
+        return images
+    return keep_decoded(images, Path(image_cache), f"{name}-{split}-{size}")
 
 
 def refuse_files(folder: Path) -> None:

@@ -40,8 +40,11 @@ from datasets import (
     pixel_variance,
     split_validation,
 )
+from datasets.config import DataConfig
 from datasets.loader import DecodedBatches
 from tests.conftest import refusal, run_process
+from utils.arguments import build
+from utils.trainer import contradictions
 
 CPU = torch.device("cpu")
 TRAIN, TEST = list(range(10)), list(range(10, 13))  # numbers of the images in the tiny sets
@@ -649,6 +652,58 @@ def test_centre_crop(transpose: bool, tmp_path: Path) -> None:
     assert image.unique().tolist() == [200]
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_crops_cover_the_longer_side(transpose: bool, tmp_path: Path) -> None:
+    """Column i of the image has the level i: a crop's first level is its offset."""
+    levels = np.arange(11, dtype=np.uint8)[None, :, None]
+    pixels = np.ascontiguousarray(np.broadcast_to(levels, (8, 11, 3)))
+    Image.fromarray(pixels.swapaxes(0, 1) if transpose else pixels).save(tmp_path / "wide.png")
+    image_set = FileImages(tmp_path, ["wide.png"], 8)
+    places = [i / 40 for i in range(40)] + [1 - 2**-24]
+    offsets = [int(image_set.cropped(0, place)[0, 0, 0]) for place in places]
+    assert offsets == sorted(offsets)
+    assert [offsets.count(offset) for offset in range(4)] == [10, 10, 10, 11]
+    assert int(image_set[0][0, 0, 0]) == 1  # (11 - 8) // 2
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.77, 0.999])
+def test_a_crop_is_what_resizing_first_would_give(place: float, tmp_path: Path) -> None:
+    """But for the edge, where a filter that saw the whole image reaches farther."""
+    whole = Image.fromarray(smooth_noise(120, 360)).resize((360, 120))
+    whole.save(tmp_path / "long.png")
+    offset = int(place * 241) // 3 * 3  # to whole pixels of the small image
+    ours = FileImages(tmp_path, ["long.png"], 40).cropped(0, (offset + 0.5) / 241)
+    small = np.asarray(whole.resize((120, 40), Image.Resampling.BICUBIC))
+    theirs = torch.from_numpy(small[:, offset // 3 : offset // 3 + 40].transpose(2, 0, 1).copy())
+    difference = (ours.int() - theirs.int()).abs()
+    assert difference[..., 2:-2].max() <= 1
+    assert difference.max() < 40
+
+
+def smooth_noise(height: int, width: int) -> np.ndarray:
+    """(height, width, 3), uint8."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def test_crops_of_lmdb_and_of_a_part(tmp_path: Path) -> None:
+    lmdb = pytest.importorskip("lmdb")
+    halves = np.zeros((8, 16, 3), dtype=np.uint8)
+    halves[:, 8:] = 200
+    Image.fromarray(halves).save(tmp_path / "x.png")
+    path = tmp_path / "church_outdoor_train_lmdb"
+    path.mkdir()
+    with lmdb.open(str(path)) as database, database.begin(write=True) as transaction:
+        for key in (b"a", b"b"):
+            transaction.put(key, (tmp_path / "x.png").read_bytes())
+    whole = open_dataset("lsun-church", str(tmp_path), "train", 8)
+    for image_set in (whole, *split_validation(whole)):
+        assert image_set.cropped(0, 0.0).unique().tolist() == [0]
+        assert image_set.cropped(0, 0.99).unique().tolist() == [200]
+        assert image_set[0].unique().tolist() == [0, 200]
+
+
 def test_shrinking_antialiases(tmp_path: Path) -> None:
     checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     image = decoded(Image.fromarray(checks), tmp_path / "checks.png", 8)
@@ -783,6 +838,110 @@ def test_order_depends_on_seed_and_epoch_alone(tensor_images: TensorImages) -> N
     torch.manual_seed(99)
     assert order(1, 2) == orders[5]
     assert order(1, 2, shuffle=False) == list(range(23))
+
+
+# -------------------------------------------------------------------------- mirrored and cropped
+
+
+@pytest.fixture
+def wide_images(tmp_path: Path) -> FileImages:
+    """23 images 9 times as wide as high, that grow lighter to the right."""
+    row = np.arange(72, dtype=np.uint8) * 3
+    for number in range(23):
+        pixels = np.ascontiguousarray(np.broadcast_to(row[None, :, None], (8, 72, 3)))
+        pixels[..., 2] = number
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    return FileImages(tmp_path, folders.list_images(tmp_path), 8)
+
+
+def augmented(
+    image_set: ImageSet, epoch: int = 0, start: int = 0, ranks: int = 1, **options: Any
+) -> dict[int, Tensor]:
+    """An epoch's images by position, of all ranks together."""
+    options = {"batch_size": 4, "seed": 3, "flip": True, "crop": "random", **options}
+    return {
+        position: image
+        for rank in range(ranks)
+        for positions, batch in BatchLoader(
+            image_set, device=CPU, shuffle=True, rank=rank, num_ranks=ranks, **options
+        ).numbered(epoch, start)
+        for position, image in zip(positions.tolist(), batch)
+    }
+
+
+def same(ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[i], theirs[i]) for i in ours)
+
+
+def test_flips_and_crops_depend_on_seed_epoch_and_position_alone(wide_images: FileImages) -> None:
+    expected = augmented(wide_images)
+    assert sorted(expected) == list(range(23))
+    torch.manual_seed(99)
+    for options in ({}, {"ranks": 3}, {"num_workers": 2}, {"batch_size": 7}):
+        assert same(augmented(wide_images, **options), expected)
+    resumed = augmented(wide_images, start=3)
+    assert len(resumed) == 11
+    assert same(resumed, {i: expected[i] for i in resumed})
+    for options in ({"epoch": 1}, {"seed": 4}):
+        assert not same(augmented(wide_images, **options), expected)
+
+
+def test_half_is_mirrored_and_nothing_else_changes(wide_images: FileImages) -> None:
+    plain = augmented(wide_images, flip=False, crop="centre")
+    assert all(torch.equal(plain[i], wide_images[i]) for i in plain)
+    flipped = augmented(wide_images, crop="centre")
+    mirrored = {i for i in plain if torch.equal(flipped[i], plain[i].flip(-1))}
+    assert 5 < len(mirrored) < 18
+    assert all(torch.equal(flipped[i], plain[i]) for i in plain.keys() - mirrored)
+    both = augmented(wide_images)
+    crops = augmented(wide_images, flip=False)
+    for i in plain:  # the crop does not depend on the flip
+        assert torch.equal(both[i], crops[i].flip(-1) if i in mirrored else crops[i])
+
+
+def test_images_in_memory_are_mirrored_alike(wide_images: FileImages) -> None:
+    in_memory = TensorImages(torch.stack([wide_images[i] for i in range(23)]))
+    assert same(augmented(in_memory, crop="centre"), augmented(wide_images, crop="centre"))
+
+
+def test_every_place_is_drawn(wide_images: FileImages) -> None:
+    firsts = [
+        int(image[0].min())
+        for epoch in range(20)
+        for image in augmented(wide_images, epoch=epoch).values()
+    ]
+    assert min(firsts) == 0
+    assert max(firsts) == 3 * (72 - 8)
+    assert len(set(firsts)) > 60  # of 65
+
+
+def test_bad_images_leave_the_others_as_they_are(wide_images: FileImages) -> None:
+    expected = augmented(wide_images)
+    (wide_images.folder / "09.png").write_bytes(b"junk")
+    found = augmented(wide_images, skip_bad=True)
+    assert same(found, {i: expected[i] for i in range(23) if i != 9})
+
+
+@pytest.mark.parametrize("options", [{"flip": True}, {"crop": "random"}])
+def test_only_training_images_are_changed(
+    options: dict[str, Any], tensor_images: TensorImages
+) -> None:
+    with pytest.raises(ValueError, match="shuffle"):
+        BatchLoader(tensor_images, 4, device=CPU, **options)
+
+
+@pytest.mark.parametrize("name", FIXED_SIZE)
+def test_images_in_memory_are_not_cropped(name: str) -> None:
+    message = refusal(lambda: build(DataConfig, {"dataset": name, "crop": "random"}))
+    assert message.startswith(f"--crop random contradicts --dataset {name}")
+    assert build(DataConfig, {"dataset": name, "flip": True}).flip
+
+
+def test_a_run_goes_on_with_the_same_flips_and_crops() -> None:
+    before, now = DataConfig(dataset="folder"), DataConfig(dataset="folder", flip=True)
+    assert list(contradictions(before, now)) == ["--flip True (it has False)"]
+    now = DataConfig(dataset="folder", crop="random")
+    assert list(contradictions(before, now)) == ["--crop random (it has centre)"]
 
 
 def test_skipped_images_are_not_decoded(file_images: FileImages) -> None:

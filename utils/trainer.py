@@ -152,7 +152,7 @@ FREE_TO_CHANGE = (
     *("output_folder", "exp_name", "num_epochs", "max_steps", "device", "accumulate", "recipe"),
     *("preset", "pretrained", "checkpoint_gradients", "weights_dir"),
     *("max_bad_steps", "log_every", "save_every", "resume", "overwrite"),
-    *("data_folder", "num_workers", "skip_bad_images"),
+    *("data_folder", "num_workers", "skip_bad_images", "image_cache"),
 )
 
 
