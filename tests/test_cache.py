@@ -9,6 +9,7 @@ import runpy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.conftest import ROOT, Outcome, refusal
 from utils.arguments import build
 from utils.checkpoint import Checkpoint
 from utils.errors import UserError
+from utils.objectives import MeanSquaredError
 from utils.trainer import FREE_TO_CHANGE, TrainConfig
 
 CPU = torch.device("cpu")
@@ -329,13 +331,14 @@ def test_main(script: Callable[..., Outcome], files: FileImages, tmp_path: Path)
     data = DataConfig("folder", folder, 8, num_workers=0, image_cache=cache, flip=True)
     config = TrainConfig(output_folder=str(tmp_path / "output"), exp_name="x")
     training, validation = main["open_images"](data, config)
-    trainer = main["make_trainer"](VQVAE(ModelConfig()), training, validation, data, config)
+    make = partial(main["make_trainer"], VQVAE(ModelConfig()), MeanSquaredError(0.1))
+    trainer = make(training, validation, data, config)
     assert (trainer.train_loader.flip, trainer.validation_loader.flip) == (True, False)
     (path,) = (tmp_path / "cache").iterdir()
     assert path.name.startswith("folder-train-8-")
 
     data = DataConfig("folder", folder, 8, num_workers=0, crop="random")
-    trainer = main["make_trainer"](VQVAE(ModelConfig()), training, validation, data, config)
+    trainer = make(training, validation, data, config)
     loaders = trainer.train_loader, trainer.validation_loader
     assert [loader.crop for loader in loaders] == ["random", "centre"]
 
