@@ -21,7 +21,7 @@ help:
 	@echo "make test      the test suite"
 	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
 	@echo "make lint      ruff and mypy"
-	@echo "make bench     speed and memory against peers, about 20 minutes on 2 cores; writes docs/benchmarks.*"
+	@echo "make bench     speed and memory against peers, about 25 minutes on 2 cores; writes docs/benchmarks.*, docs/loader.*"
 	@echo "make compare   LooC and its peers on Fashion-MNIST, about an hour on 2 cores; writes docs/compare-*"
 	@echo "make ablations the tables of the flags, about an hour on 2 cores; writes docs/ablation-*"
 	@echo "make vqgan     --preset photos-64: trains, tests and evaluates a small VQGAN, about half an hour on 2 cores"
@@ -55,6 +55,7 @@ $(VENV)/.installed-vqgan: requirements-vqgan.txt $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(PY) -m benchmarks
+	$(PY) -m benchmarks.loader
 
 compare: $(VENV)/.installed-bench
 	$(PY) benchmarks/compare.py --suite fashion-mnist $(RUN_FLAGS) $(WEIGHTS_FLAG)

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 SEED = 0
-PACKAGES = ("torch", "faiss-cpu", "vector-quantize-pytorch", "numpy", "scikit-image", "lpips")
+PACKAGES = (
+    "torch",
+    "faiss-cpu",
+    "vector-quantize-pytorch",
+    "numpy",
+    "scikit-image",
+    "lpips",
+    "pillow",
+)
 
 
 @dataclass

@@ -33,6 +33,7 @@ class Decoded(NamedTuple):
     positions: Tensor  # (b,), int64, on the CPU: where in the set each image is
     images: Tensor  # (b, C, H, W), uint8
     bad: dict[int, str]  # position → why that image could not be decoded and is not among them
+    fault: str = ""  # what went wrong besides, of which no image is the reason
 
 
 class BatchLoader:
@@ -106,7 +107,9 @@ class BatchLoader:
         """
         flips = draws(self.size, "flip", self.seed, epoch) < 0.5 if self.flip else None
         places = draws(self.size, "crop", self.seed, epoch) if self.crop == "random" else None
-        for positions, images, bad in self.source.batches(self.shares(epoch, start), places):
+        for positions, images, bad, fault in self.source.batches(self.shares(epoch, start), places):
+            if fault:
+                raise UserError(fault)
             if bad and not self.skip_bad:
                 raise UserError(next(iter(bad.values())))
             self.bad_images.update(bad)
@@ -170,14 +173,12 @@ class DecodedBatches:
             for positions in order
         ]
         try:
-            for positions, images, bad in self.loader:
-                yield Decoded(positions, images.to(self.device, non_blocking=True), bad)
+            for batch in self.loader:
+                yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(f"--num_workers {self.num_workers}: {one_line(error)}") from error
-        except OSError as error:  # of the image cache; a worker's comes with its traceback
-            raise UserError(str(error).strip().splitlines()[-1]) from error
 
 
 def ignore_signals(_worker: int) -> None:
@@ -230,6 +231,7 @@ class WholeBatches(Dataset[Decoded]):
     def __getitem__(self, share: Share) -> Decoded:
         decoded: dict[int, Tensor] = {}
         bad: dict[int, str] = {}
+        fault = ""
         for i, position in enumerate(share.positions):
             try:
                 if share.places is None:
@@ -238,8 +240,11 @@ class WholeBatches(Dataset[Decoded]):
                     decoded[position] = self.images.cropped(position, share.places[i])
             except UserError as error:
                 bad[position] = str(error)
+            except OSError as error:  # of the image cache
+                fault = f"{error.filename or 'reading images'}: {error.strerror}"
+                break
         side = self.images.image_size
         none = torch.empty(0, self.images.channels, side, side, dtype=torch.uint8)
         # Unlike torch.stack it writes a worker's batch where the parent reads it.
         images = default_collate(list(decoded.values())) if decoded else none
-        return Decoded(torch.tensor(list(decoded), dtype=torch.int64), images, bad)
+        return Decoded(torch.tensor(list(decoded), dtype=torch.int64), images, bad, fault)

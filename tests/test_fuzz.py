@@ -707,6 +707,7 @@ FEW = {
     "save_every": ["1", "2", "1m", "m", "-1"],
     "dataset": ["mnist", "folder", "fashion-mnist", "cifar10", "celeba", "lsun-church", "ffhq"],
     "data_folder": ["data", "pairs", "pairs/rec", "missing"],
+    "image_cache": ["new", "file", "file/below", *ODD_NAMES],
     "exp_name": ["exp", "new", "a/b", "../x", "exp/best.pt", *ODD_NAMES],
     "model_name": ["exp/best.pt", "exp/last.pt", "exp", "exp/none.pt", *ODD_NAMES],
     "resume": ["auto", "none", "output/models/exp/best.pt", "file"],
