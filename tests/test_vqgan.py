@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import utils.objectives
 from datasets import BatchLoader, TensorImages
 from modules import VQGAN, ModelConfig, PatchDiscriminator
+from modules.config import QUANTIZERS
 from tests.conftest import ROOT, Outcome
 from utils.arguments import build_model_config
 from utils.checkpoint import load_model, read_checkpoint
@@ -27,6 +28,7 @@ from utils.devices import seed_everything
 from utils.errors import Stopped, UserError
 from utils.objectives import Adversarial, ObjectiveConfig, build_objective_config
 from utils.presets import PRESETS, with_preset
+from utils.recipes import with_recipe
 from utils.trainer import TrainConfig, Trainer
 
 pytest.importorskip("diffusers")
@@ -475,9 +477,26 @@ def test_presets_are_whole(name: str) -> None:
         assert model.encoder(torch.zeros(1, 3, side, side)).shape[2:] == (side // factor,) * 2
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_preset_takes_any_quantiser(quantizer: str) -> None:
+    groups = runpy.run_path(str(ROOT / "main.py"), run_name="main")["GROUPS"]
+    own = build_model_config(with_preset({"preset": "photos-64"}, *groups), 3)
+    flags = with_preset({"preset": "photos-64", "quantizer": quantizer}, *groups)
+    config = build_model_config(with_recipe(flags), 3)
+    assert (config.quantizer, config.hidden_size) == (quantizer, 32)
+    assert config.num_embedding == 256
+    if quantizer == "looc":
+        assert config == own
+        assert config.latent_norm == "batch"
+    else:
+        assert config.latent_norm == "none"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("--help", "--preset x.txt: error: argument --help is unknown"),
+        ("--exp_name a#b --nonsense", "argument --nonsense is unknown"),
         ("--nonsense 1", "--preset x.txt: error: argument --nonsense is unknown"),
         ("--lr high", "--preset x.txt: error: argument --lr: 'high' is not a number"),
         ("--lr '1", "--preset x.txt cannot be read: No closing quotation"),

@@ -39,6 +39,7 @@ def parse_flags(
         prog=source,
         description=description,
         allow_abbrev=False,
+        add_help=argv is None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for group in groups:
