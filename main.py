@@ -65,13 +65,12 @@ def main() -> None:
     data, config = complete(data, config, model_config, training)
     seed_everything(config.seed, device)
     model = prepare(start(model_config, pretrained), config, training.image_size, device)
-    with first_goes_ahead():  # weights of LPIPS may be downloaded
-        objective = make_objective(
-            *(model, targets),
-            betas=config.adam_betas,
-            dtype=PRECISIONS[config.precision],
-            variance=partial(pixel_variance, training, data.skip_bad_images),
-        )
+    objective = make_objective(
+        *(model, targets),
+        betas=config.adam_betas,
+        dtype=PRECISIONS[config.precision],
+        variance=partial(pixel_variance, training, data.skip_bad_images),
+    )
     seed_rank(config.seed)
     apply_search(build(SearchConfig, flags), model, device)
 
@@ -145,12 +144,14 @@ def prepare(
     if isinstance(model, VQGAN) and config.checkpoint_gradients:
         model.checkpoint_gradients()
     if config.compile:
-        for part in model.parts_to_compile():
-            part.compile()
-        image = torch.zeros(1, model.config.in_channels, image_size, image_size, device=device)
-        try:
-            with torch.no_grad():
-                model.eval()(image)
+        model.compile_parts()
+        size = -(-config.batch_size // (num_ranks() * config.accumulate))
+        shape = (size, model.config.in_channels, image_size, image_size)
+        try:  # there and back, without the quantiser, which would learn of it
+            images = torch.zeros(shape, device=device)
+            there = model.pre_vq_conv(model.encoder(images))
+            torch.autograd.backward(model.reconstruct(there).sum())
+            model.zero_grad()
         except Exception as error:  # compilers fail in ways of their own
             raise UserError(f"--compile failed, go without: {one_line(error)[:200]}") from error
     return model
@@ -160,7 +161,9 @@ def complete(
     data: DataConfig, config: TrainConfig, model: ModelConfig, images: ImageSet
 ) -> tuple[DataConfig, TrainConfig]:
     """The flags with what was left to default, as a checkpoint stores them."""
-    name = f"{data.dataset}_{model.quantizer}_{model.num_embedding}x{model.embedding_dim}"
+    network = "" if model.model == ModelConfig.model else f"{model.model}_"
+    size = f"{model.num_embedding}x{model.embedding_dim}"
+    name = f"{data.dataset}_{network}{model.quantizer}_{size}"
     folder = None if data.data_folder is None else str(Path(data.data_folder).absolute())
     return (
         replace(data, image_size=images.image_size, data_folder=folder),
@@ -200,7 +203,7 @@ def checkpoint_to_resume(
         *contradictions(checkpoint.group("data_config", DataConfig), data),
         *contradictions(checkpoint.group("train_config", TrainConfig), config),
     ]
-    if isinstance(trainer.objective, Adversarial) and "objective_config" in checkpoint.content:
+    if isinstance(trainer.objective, Adversarial) and checkpoint.model_config.model == "vqgan":
         stored = checkpoint.group("objective_config", ObjectiveConfig)
         differing += contradictions(stored, trainer.objective.config)
     if differing:

@@ -56,7 +56,7 @@ class BatchNorm(nn.Module):
         if num_ranks() == 1 and x.numel() > x.shape[1]:  # of one value PyTorch makes an error
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
         values = x.to(self.weight.dtype)  # sums would overflow in half precision
-        count = sum_over_ranks(values.new_tensor(float(x.numel() // x.shape[1])))
+        count = sum_over_ranks(values.new_tensor(float(x.numel() // x.shape[1]))).clamp_min(1)
         mean = SumOverRanks.apply(values.sum((0, 2, 3))) / count
         centred = values - mean[:, None, None]
         variance = SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count

@@ -86,9 +86,10 @@ class Autoencoder(nn.Module, ABC):
         quantized: Quantized = self.quantizer(self._latents(images))
         return self.reconstruct(quantized.latents), quantized
 
-    def parts_to_compile(self) -> list[nn.Module]:
-        """What torch.compile is for."""
-        return [self.encoder, self.decoder]
+    def compile_parts(self) -> None:
+        """Have torch.compile make kernels of encoder and decoder when they are first called."""
+        self.encoder.compile()
+        self.decoder.compile()
 
     def encode(self, images: Tensor) -> Tensor:
         """Images → indices (B, H, W, m), int64."""

@@ -60,10 +60,14 @@ class VQGAN(Autoencoder):
     def reconstruct(self, latents: Tensor) -> Tensor:
         return of_any_number(self.decoder, self.post_vq_conv(latents))
 
-    def parts_to_compile(self) -> list[nn.Module]:
-        """Block by block: of the last layer gradients are asked for apart from the others."""
+    def compile_parts(self) -> None:
+        """As for others, but block by block, as gradients of the last layer are asked for apart.
+
+        Blocks differ in shape alone, which would else be compiled as one of any shape.
+        """
         blocks = [*self.encoder.down_blocks, self.encoder.mid_block]
-        return [*blocks, self.decoder.mid_block, *self.decoder.up_blocks]
+        for block in [*blocks, self.decoder.mid_block, *self.decoder.up_blocks]:
+            block.compile(dynamic=False)
 
     def checkpoint_gradients(self) -> None:
         """Keep of each block its input alone, and compute the rest again in the backward pass."""

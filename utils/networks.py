@@ -43,14 +43,20 @@ class Network:
     sha256: str
 
 
-def lpips_network(net: str, given: str | None = None, folder: str | None = None) -> Network:
+WITHOUT = "name the file with {}, or go without: --metrics l1 ssim psnr"
+
+
+def lpips_network(
+    net: str, given: str | None = None, folder: str | None = None, without: str = WITHOUT
+) -> Network:
     """lpips.LPIPS on the backbone `net`; weights from the given path or folder (torch hub's).
 
-    Raises UserError where the weights are missing, damaged or of another network.
+    without is what to try where there are none. Raises UserError where the weights are missing,
+    damaged or of another network.
     """
     import lpips
 
-    path = find_weights("--lpips_weights", given, net, folder)
+    path = find_weights("--lpips_weights", given, net, folder, without)
     state = read_weights("--lpips_weights", path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -97,7 +103,9 @@ def inception_network(
     return Network(model, path, sha256(path))
 
 
-def find_weights(flag: str, given: str | None, name: str, folder: str | None) -> Path:
+def find_weights(
+    flag: str, given: str | None, name: str, folder: str | None, without: str = WITHOUT
+) -> Path:
     """The given file, else the one in the folder, downloaded from its usual address if need be.
 
     name is that of an entry of WEIGHTS, folder torch hub's unless given.
@@ -113,8 +121,7 @@ def find_weights(flag: str, given: str | None, name: str, folder: str | None) ->
     except (Unavailable, UserError) as error:
         raise UserError(
             f"{wanted.usual} is not in {place} and cannot be downloaded ({one_line(error)}); "
-            f"try python evaluation.py --fetch_weights, name the file with {flag}, "
-            "or go without: --metrics l1 ssim psnr"
+            f"try python evaluation.py --fetch_weights, {without.format(flag)}"
         ) from error
 
 

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from modules import VQGAN, Autoencoder, ModelConfig, PatchDiscriminator
 from modules.config import option
-from modules.quantizer import num_ranks, sum_over_ranks
+from modules.quantizer import sum_over_ranks
 from utils.arguments import build
 from utils.checkpoint import check_tensors
+from utils.distributed import first_goes_ahead
 from utils.errors import UserError
 from utils.networks import LPIPS_BACKBONES, lpips_network
 from utils.optimizers import load_optimizer, make_adam
 
+WITHOUT_LPIPS = "name their folder with --weights_dir, or go without: --perceptual_weight 0"
 VGG_SIDE = LPIPS_BACKBONES["vgg"].smallest_side
 
 
@@ -59,8 +61,8 @@ def build_objective_config(
             f"which --model {model.model} needs"
         )
     if model.model != "vqgan":
-        for name in VQGAN_FLAGS:
-            if flags.get(name):
+        for name in (*(item.name for item in fields(ObjectiveConfig)), "checkpoint_gradients"):
+            if flags.get(name, False) is not False:
                 raise UserError(f"--{name} {flags[name]} has no effect with --model {model.model}")
         return config
     smallest = {
@@ -74,9 +76,6 @@ def build_objective_config(
                 f"not --image_size {image_size}"
             )
     return config
-
-
-VQGAN_FLAGS = (*(item.name for item in fields(ObjectiveConfig)), "checkpoint_gradients")
 
 
 def make_objective(
@@ -95,7 +94,8 @@ def make_objective(
         return MeanSquaredError(variance())
     perceptual = None
     if config.perceptual_weight:
-        network = lpips_network("vgg", folder=config.weights_dir)
+        with first_goes_ahead():  # the others find what it has downloaded
+            network = lpips_network("vgg", folder=config.weights_dir, without=WITHOUT_LPIPS)
         perceptual = network.module.to(model.last_layer.device)
     return Adversarial(config, model, perceptual, betas=betas, dtype=dtype)
 
@@ -108,7 +108,7 @@ class Objective(ABC):
     """
 
     terms: tuple[str, ...] = ()  # what it reports of a part, by name
-    watched: tuple[str, ...] = ()  # losses of its own, which have to be finite
+    watched: tuple[str, ...] = ()  # losses and gradients of its own, which have to be finite
     measures: tuple[str, ...] = ()  # what validation measures of an image besides its PSNR
 
     @abstractmethod
@@ -122,13 +122,17 @@ class Objective(ABC):
         self, images: Tensor, reconstruction: Tensor, share: float, step: int,
         scaler: torch.amp.GradScaler,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Add the gradients of its own networks; returns `watched`, (n,), and further terms."""
+        """Add the gradients of its own networks; returns their losses, (n,), and further terms."""
         del reconstruction, share, step, scaler
-        return images.new_zeros(len(self.watched)), {}
+        return images.new_zeros(0), {}
 
-    def update(self, scaler: torch.amp.GradScaler, lr: float) -> None:
-        """Take the step of its own networks."""
-        del scaler, lr
+    def gradients(self) -> Tensor:
+        """Sum the gradients of its own networks over all processes; returns their norms, (k,)."""
+        return torch.zeros(0)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """What takes the step of its own networks, as far as they have gradients."""
+        return []
 
     def distances(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """`measures` of each image: name → (b,)."""
@@ -181,9 +185,9 @@ class Adversarial(Objective):
         dtype: of the networks under autocast.
     """
 
-    terms = ("l1", "perceptual", "adversarial", "adaptive_weight", "discriminator",
-             "logits_real", "logits_fake")  # fmt: skip
-    watched = ("the discriminator's loss",)
+    judged = ("discriminator", "logits_real", "logits_fake")
+    terms = ("l1", "perceptual", "adversarial", "adaptive_weight", *judged)
+    watched = ("the discriminator's loss", "the gradient of the discriminator")
     measures = ("l1", "perceptual")
 
     def __init__(
@@ -242,7 +246,7 @@ class Adversarial(Objective):
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         zero = torch.zeros((), dtype=images.dtype, device=images.device)
         if not self.takes_part(step):
-            return zero[None], dict.fromkeys(self.terms[4:], zero)
+            return zero[None], dict.fromkeys(self.judged, zero)
         self.discriminator.requires_grad_(True)
         with self.autocast():
             real = self.discriminator(images).float()
@@ -250,23 +254,19 @@ class Adversarial(Objective):
         loss = (mean(F.relu(1 - real)) + mean(F.relu(1 + fake))) / 2
         scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
         values = (loss.detach(), mean(real).detach(), mean(fake).detach())
-        return values[0][None], dict(zip(self.terms[4:], values))
+        return values[0][None], dict(zip(self.judged, values))
 
-    def update(self, scaler: torch.amp.GradScaler, lr: float) -> None:
+    def gradients(self) -> Tensor:
         gradients = [value.grad for value in self.parameters if value.grad is not None]
         if not gradients:
-            return
-        if num_ranks() > 1:
-            total = sum_over_ranks(nn.utils.parameters_to_vector(gradients))
-            nn.utils.vector_to_parameters(total, gradients)
-        scaler.unscale_(self.optimizer)
-        if not scaler.is_enabled():
-            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        scaler.step(self.optimizer)
-        self.optimizer.zero_grad()
+            return torch.zeros(1, device=self.device)
+        flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+        nn.utils.vector_to_parameters(flat, gradients)
+        norm: Tensor = flat.norm()
+        return norm[None]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer] if any(p.grad is not None for p in self.parameters) else []
 
     def distances(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         l1 = (images - reconstruction).abs().flatten(1).mean(1)

@@ -114,7 +114,9 @@ class TrainConfig:
         minimum=0,
         maximum=1 - 1e-9,
     )
-    grad_clip: float | None = option(None, "largest norm of the gradient", above=0)
+    grad_clip: float | None = option(
+        None, "largest norm of the gradient, the discriminator's left out", above=0
+    )
     max_bad_steps: int = option(
         0,
         "steps in a row whose loss or gradient is not finite that are skipped before the run stops",
@@ -150,7 +152,7 @@ class TrainConfig:
 # What may differ between a run and its continuation.
 FREE_TO_CHANGE = (
     *("output_folder", "exp_name", "num_epochs", "max_steps", "device", "accumulate", "recipe"),
-    *("preset", "pretrained", "checkpoint_gradients", "weights_dir"),
+    *("preset", "checkpoint_gradients", "weights_dir"),
     *("max_bad_steps", "log_every", "save_every", "resume", "overwrite"),
     *("data_folder", "num_workers", "skip_bad_images", "image_cache"),
 )
@@ -292,15 +294,18 @@ class Trainer:
         (total,) = sum_numbers(len(images))
         if total == 0:  # none of them could be read
             return
-        self.optimizer.zero_grad()
-        losses = torch.zeros(2 + len(self.objective.watched), device=self.device)
-        parts = images.tensor_split(min(self.config.accumulate, int(total)))
+        for optimizer in (self.optimizer, *self.objective.optimizers()):
+            optimizer.zero_grad()
+        losses: list[Tensor] = []
+        # A part without an image in any process would have no mean.
+        most = max(gather(len(images))) if self.config.accumulate > 1 else 1
+        parts = images.tensor_split(min(self.config.accumulate, most))
         for number, part in enumerate(parts, 1):
             last = number == len(parts)
             self.model.quantizer.defer_update = not last
             with nullcontext() if last else gradients_kept(self.network):
-                losses += self.backward(part, len(part) / total)
-        self.update_weights(sum_over_ranks(losses))
+                losses.append(self.backward(part, len(part) / total))
+        self.update_weights(sum_over_ranks(torch.stack(losses).sum(0)))
         if self.average is not None:
             self.average.update_parameters(self.model)
 
@@ -327,7 +332,10 @@ class Trainer:
 
     def update_weights(self, losses: Tensor) -> None:
         """Clip the gradients and take the step, unless a loss or a gradient is not finite."""
-        self.scaler.unscale_(self.optimizer)
+        own = self.objective.gradients().to(self.device)
+        optimizers = [self.optimizer, *self.objective.optimizers()]
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
         norms = torch.stack([p.grad.norm() for p in self.parameters if p.grad is not None])
         if self.config.grad_clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norms.norm())
@@ -335,12 +343,13 @@ class Trainer:
             # Gradients too large for fp16 are the scaler's business: it skips the step by itself.
             self.bad_steps.add(self.step, losses)
         else:
-            bad = self.bad_steps.add(self.step, torch.cat([losses, norms]))
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.scaler.step(self.optimizer)
-        self.objective.update(self.scaler, self.learning_rate())
+            bad = self.bad_steps.add(self.step, torch.cat([losses, own, norms]))
+            for optimizer in optimizers:
+                optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            self.scaler.step(optimizer)
         self.scaler.update()
 
     def learning_rate(self) -> float:
@@ -543,7 +552,7 @@ class Trainer:
             self.bad_steps.state[0] = checkpoint.count("bad_in_a_row")
             self.best = state["best"]
             if not isinstance(self.best, float) or math.isnan(self.best):
-                raise ValueError("best is no PSNR")
+                raise ValueError("best is no number")
             accumulate, states = state["train_config"]["accumulate"], state["random_states"]
             if len(states) == num_ranks():
                 restore_random_state(states[rank()])
