@@ -32,6 +32,10 @@ from utils.trainer import TrainConfig, Trainer
 CPU = torch.device("cpu")
 MODEL = ModelConfig(num_embedding=8, hidden_size=8, num_residual_hidden=4)
 TRAIN = TrainConfig(batch_size=8, num_epochs=20, max_steps=20, lr=1e-2, log_every=2)
+VQGAN_FLAGS: dict[str, Any] = {
+    **{"model": "vqgan", "channel_multipliers": "1,2,2", "num_residual_layers": 1},
+    **{"attention_levels": 0, "latent_channels": 8, "num_residual_hidden": 32},
+}
 GAN = ObjectiveConfig(disc_start=10, disc_channels=4, disc_layers=2)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([__name__, "torch.utils.tensorboard"])
@@ -241,19 +245,24 @@ def test_vqgan_equals_one_process(tmp_path: Path) -> None:
     It takes part after ten steps; of the last batch one process has no image.
     """
     pytest.importorskip("diffusers")
-    network: dict[str, Any] = {
-        "model": "vqgan",
-        "channel_multipliers": "1,2,2",
-        "num_residual_layers": 1,
-    }
-    own = {**network, "num_residual_hidden": 32, "latent_channels": 8, "attention_levels": 0}
-    work = partial(train, gan=True, **own)
+    work = partial(train, gan=True, **VQGAN_FLAGS)
     (one,) = together(1, work, tmp_path / "one", "closest", 25, 1)
     first, second = together(2, work, tmp_path / "several", "closest", 25, 1)
     assert first["apart"] == 0
     for name, value in one.items():
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
         assert name == "apart" or torch.equal(*map(torch.as_tensor, (first[name], second[name])))
+
+
+def test_vqgan_in_parts_that_are_empty_for_some(tmp_path: Path) -> None:
+    """Of the last batch of one image in two parts one process has none, and there is one part."""
+    pytest.importorskip("diffusers")
+    work = partial(train, gan=True, **VQGAN_FLAGS)
+    first, second = together(2, work, tmp_path, "closest", 25, 3)
+    assert first["apart"] == 0
+    for name, value in first.items():
+        assert torch.as_tensor(value).isfinite().all(), name
+        assert name == "apart" or torch.equal(*map(torch.as_tensor, (value, second[name])))
 
 
 @pytest.mark.parametrize("anchor", ["random", "probrandom"])

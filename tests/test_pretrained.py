@@ -358,6 +358,14 @@ def test_main_starts_from_weights_and_trains_on(script: Script, tmp_path: Path) 
         outcome = script("main.py", *words, f"--{flag}", value)
         assert outcome.code == 2
         assert f"--{flag} {value} contradicts --pretrained vq, which has {told}" in outcome.err
+    like = ["--model", "vqgan", "--hidden_size", "8", "--channel_multipliers", "1,2"]
+    like += ["--num_residual_layers", "1", "--attention_levels", "0", "--latent_channels", "4"]
+    scratch = [word for word in words if word not in ("--pretrained", "vq")]
+    outcome = script("main.py", *scratch, *like, "--z_channels", "4", "--exp_name", "g")
+    assert outcome.code == 0, outcome.err
+    outcome = script("main.py", *words, "--exp_name", "g")
+    assert outcome.code == 2
+    assert "--pretrained vq (it has None)" in outcome.err
     grey = ("--dataset", "fashion-mnist-sample", "--image_size", "28", "--disc_layers", "2")
     outcome = script("main.py", *words, *grey)
     assert outcome.code == 2

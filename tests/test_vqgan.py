@@ -25,6 +25,7 @@ from tests.conftest import ROOT, Outcome
 from utils.arguments import build_model_config
 from utils.checkpoint import load_model, read_checkpoint
 from utils.devices import seed_everything
+from utils.download import Unavailable
 from utils.errors import Stopped, UserError
 from utils.objectives import Adversarial, ObjectiveConfig, build_objective_config
 from utils.presets import PRESETS, with_preset
@@ -223,7 +224,7 @@ def test_images_too_small_are_named(flags: dict[str, Any], size: int, message: s
 
 
 def test_flags_of_vqgan_are_refused_elsewhere() -> None:
-    for name, value in (("disc_start", 5), ("weights_dir", "x"), ("checkpoint_gradients", True)):
+    for name, value in (("disc_start", 5), ("disc_weight", 0.0), ("checkpoint_gradients", True)):
         with pytest.raises(UserError, match=f"--{name} {value} has no effect with --model vqvae"):
             build_objective_config({name: value}, ModelConfig(), 28)
 
@@ -351,9 +352,61 @@ def test_curves_tell_of_every_term(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(precision: str, tmp_path: Path) -> None:
     trainer = make(tmp_path, replace(TRAIN, precision=precision), replace(GAN, disc_start=2))
+    assert isinstance(trainer.objective, Adversarial)
+    logits: list[torch.dtype] = []
+    trainer.objective.discriminator.register_forward_hook(
+        lambda *arguments: logits.append(arguments[2].dtype)
+    )
+    before = everything(trainer)
     trainer.fit()
     assert trainer.step == 9
-    assert all(value.isfinite().all() for value in everything(trainer).values())
+    assert set(logits) == {trainer.objective.dtype}
+    after = everything(trainer)
+    assert all(value.isfinite().all() for value in after.values())
+    for name in ("encoder.conv_in.weight", "decoder.conv_out.weight", "layers.0.weight"):
+        assert not torch.equal(before[name], after[name])
+
+
+def test_the_discriminator_learns_by_its_own_loss_alone(tmp_path: Path) -> None:
+    """Its gradients after the step's backward passes are those of the hinge loss, no other's."""
+    first, second = (make(tmp_path / name, replace(TRAIN, weight_ema=0), GAN) for name in "ab")
+    images = next(iter(first.train_loader.epoch()))
+    first.step = 1
+    first.backward(images, 1.0)
+    signed = images.float() / 127.5 - 1
+    reconstruction = second.model(signed)[0].detach()
+    assert isinstance(first.objective, Adversarial)
+    assert isinstance(second.objective, Adversarial)
+    judge = second.objective.discriminator
+    loss = (1 - judge(signed)).relu().mean() / 2 + (1 + judge(reconstruction)).relu().mean() / 2
+    torch.autograd.backward(loss)
+    for one, other in zip(first.objective.parameters, second.objective.parameters):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("culprit", ["discriminator", "decoder"])
+def test_a_bad_gradient_anywhere_changes_no_weight(culprit: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, replace(TRAIN, weight_ema=0, max_bad_steps=1), GAN)
+    assert isinstance(trainer.objective, Adversarial)
+    networks = {
+        "discriminator": trainer.objective.discriminator.layers[0].weight,
+        "decoder": trainer.model.decoder.conv_in.weight,
+    }
+    networks[culprit].register_hook(
+        lambda gradient: gradient * (float("nan") if trainer.step == 3 else 1.0)
+    )
+    states = []
+    step = trainer.train_step
+
+    def watched(images: Tensor) -> None:
+        step(images)
+        states.append([weight.detach().clone() for weight in networks.values()])
+
+    trainer.train_step = watched  # type: ignore[method-assign]
+    trainer.fit()
+    for before, bad, after in zip(*states[1:4]):
+        assert torch.equal(before, bad)
+        assert not torch.equal(bad, after)
 
 
 def test_parts_equal_the_batch_until_the_discriminator(
@@ -414,7 +467,7 @@ WORDS = (
     *("--hidden_size", "8", "--channel_multipliers", "1,2,2", "--num_residual_layers", "1"),
     *("--num_embedding", "16", "--perceptual_weight", "0", "--disc_channels", "4"),
     *("--disc_layers", "2", "--disc_start", "2", "--num_workers", "0", "--batch_size", "4"),
-    *("--exp_name", "e", "--weight_ema", "0.5", "--checkpoint_gradients"),
+    *("--exp_name", "e", "--weight_ema", "0.5", "--checkpoint_gradients", "--betas", "0.5,0.9"),
 )
 
 
@@ -432,6 +485,9 @@ def test_train_test_evaluate(script: Script, tmp_path: Path) -> None:
     outcome = script("main.py", *WORDS, "--max_steps", "5")
     assert outcome.code == 0, outcome.err
     assert ", l1 0." in outcome.err
+    stored = read_checkpoint(tmp_path / "output/models/e/last.pt").content
+    for name in ("optimizer", "discriminator_optimizer"):
+        assert stored[name]["param_groups"][0]["betas"] == (0.5, 0.9)
     words = ("--model_name", "e/best.pt", "--num_workers", "0")
     outcome = script("test.py", *words, "--save_codes")
     assert outcome.code == 0, outcome.err
@@ -513,6 +569,21 @@ def test_a_wrong_preset_is_named(
     assert outcome.code == 2
     assert message in outcome.err, outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_one_line_where_the_weights_of_lpips_are_missing(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any) -> Path:
+        raise Unavailable("there is no network")
+
+    monkeypatch.setattr("utils.weights.download", unreachable)
+    write_pictures(tmp_path / "pictures")
+    outcome = script("main.py", *WORDS, "--perceptual_weight", "1", "--weights_dir", "nowhere")
+    assert outcome.code == 2
+    (line,) = outcome.err.strip().splitlines()
+    assert line.startswith("main.py: error: vgg16-397923af.pth is not in nowhere")
+    assert line.endswith("with --weights_dir, or go without: --perceptual_weight 0")
 
 
 def test_one_line_where_diffusers_is_missing(
