@@ -1,8 +1,8 @@
 """Crops of real photographs, split by photograph: python benchmarks/photos.py.
 
 Takes the photographs out of the package ai-benchmark, halves them and cuts them into squares of
-64×64: <output>/train and <output>/test, for --dataset folder --image_size 64. No photograph has
-crops in both. The photographs may be measured with, not republished.
+64×64, or of --side: <output>/train and <output>/test, for --dataset folder. No photograph has crops
+in both, whatever the side. The photographs may be measured with, not republished.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.options import natural
 from utils.arguments import Parser
 from utils.download import Downloads, Package, Unavailable
 from utils.errors import UserError, one_line, run
@@ -43,7 +44,9 @@ SEED = 0
 def main() -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("data/photos"))
-    output: Path = parser.parse_args().output
+    parser.add_argument("--side", type=natural, default=SIDE, help=f"of a crop (default: {SIDE})")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
     start_logging()
     if output.exists():
         raise UserError(f"--output {output} exists already")
@@ -52,7 +55,7 @@ def main() -> None:
             archive = Downloads(Path(downloads)).package(PACKAGE)
         except Unavailable as error:
             raise UserError(one_line(error)) from error
-        counts = write_crops(photographs(archive), folder)
+        counts = write_crops(photographs(archive), folder, arguments.side)
     for split, count in counts.items():
         sys.stdout.write(f"{output / split}: {count:,} crops\n")
 
@@ -75,27 +78,27 @@ def splits(names: list[str]) -> dict[str, list[str]]:
     return {"test": order[:held_out], "train": order[held_out:]}
 
 
-def write_crops(files: Mapping[str, bytes], folder: Path) -> dict[str, int]:
+def write_crops(files: Mapping[str, bytes], folder: Path, side: int = SIDE) -> dict[str, int]:
     """Write the crops of all photographs into train and test; returns how many there are."""
     counts = dict.fromkeys(("train", "test"), 0)
     with tqdm(total=len(files), unit="photograph", leave=False) as bar:
         for split, names in splits(list(files)).items():
             (folder / split).mkdir()
             for name in names:
-                for position, crop in crops(Image.open(io.BytesIO(files[name]))):
+                for position, crop in crops(Image.open(io.BytesIO(files[name])), side):
                     crop.save(folder / split / f"{name}-{position}.png")
                     counts[split] += 1
                 bar.update()
     return counts
 
 
-def crops(photograph: Image.Image) -> Iterator[tuple[str, Image.Image]]:
+def crops(photograph: Image.Image, side: int = SIDE) -> Iterator[tuple[str, Image.Image]]:
     """Squares that do not overlap, from the halved photograph, with their row and column."""
     halved = photograph.convert("RGB").reduce(REDUCTION)
-    for row in range(halved.height // SIDE):
-        for column in range(halved.width // SIDE):
-            left, top = column * SIDE, row * SIDE
-            yield f"{row}-{column}", halved.crop((left, top, left + SIDE, top + SIDE))
+    for row in range(halved.height // side):
+        for column in range(halved.width // side):
+            left, top = column * side, row * side
+            yield f"{row}-{column}", halved.crop((left, top, left + side, top + side))
 
 
 if __name__ == "__main__":
