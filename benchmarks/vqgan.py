@@ -1,7 +1,7 @@
 """The training step of --model vqgan: time, memory, and the images a second that it asks for.
 
 python -m benchmarks.vqgan --preset ffhq-256 --batch_size 2 writes docs/vqgan-step-<preset>.md. Each
-row is a process of its own, on random images: seconds are those of one step, the median.
+row is a process of its own, on random images; seconds are medians.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -29,19 +29,14 @@ from utils.arguments import Parser, build, build_model_config, parse_flags
 from utils.devices import keep_freed_memory, resolve_device
 from utils.errors import run
 from utils.files import whole_file, writable_folder
+from utils.images import to_signed
 from utils.objectives import ObjectiveConfig, build_objective_config, make_objective
 from utils.presets import PRESETS, with_preset
 from utils.trainer import PRECISIONS, TrainConfig, Trainer
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, ObjectiveConfig)
-UNQUANTISED = (
-    "--quantizer none --latent_norm none --distance cos --codebook_update gradient "
-    "--codebook_start uniform --interpolation_scale 0 --num_embedding 256 --embedding_dim 4 "
-    "--anchor none"
-)
 VARIANTS = {  # what is added to the preset's flags
     "before --disc_start": "",
-    "the same, no quantiser": UNQUANTISED,
     "after --disc_start": "--disc_start 0",
     "the same, --checkpoint_gradients": "--disc_start 0 --checkpoint_gradients",
 }
@@ -65,14 +60,18 @@ def main() -> None:
         words += ["--batch_size", str(arguments.batch_size)]
     table = Table(
         f"Training step, --preset {arguments.preset}",
-        ["", "images a step", "seconds", "images/s", "peak GB"],
+        [
+            *("", "images", "step, s", "images/s", "its quantiser, s", "share, %"),
+            *("one reconstruction, s", "peak GB"),
+        ],
     )
     for name, added in VARIANTS.items():
         found = measured(arguments.steps, [*words, *shlex.split(added)])
-        per_second = found["batch_size"] / found["seconds"]
-        row = [found["batch_size"], found["seconds"], per_second, found["peak_gb"]]
-        table.rows.append([name, *row])
-        sys.stdout.write(f"{name}: {row}\n")
+        step, quantiser = found["step"], found["quantiser"]
+        speed, share = found["images"] / step, 100 * quantiser / step
+        rest = (found["reconstruction"], found["peak_gb"])
+        table.rows.append([name, found["images"], step, speed, quantiser, share, *rest])
+        sys.stdout.write(f"{name}: {found}\n")
     write(writable_folder(arguments.docs, "--docs"), arguments.preset, table)
 
 
@@ -85,23 +84,46 @@ def measured(steps: int, words: list[str]) -> dict[str, Any]:
 
 
 def measure(steps: int, words: list[str]) -> dict[str, Any]:
-    """Median seconds of so many steps of main.py's loop after two, and the peak of memory."""
+    """Median seconds of a step of main.py's loop after a first one, and of its parts; the peak."""
     flags = with_preset(parse_flags(None, *GROUPS, argv=words), *GROUPS)
     keep_freed_memory()
     seeded()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(flags, Path(folder))
-        size = trainer.config.batch_size
         images = next(iter(trainer.train_loader.epoch()))
-        seconds = []
-        for _ in range(2 + steps):
-            start = time.perf_counter()
-            trainer.train_step(images)
-            if images.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+        step = median_seconds(lambda: trainer.train_step(images), steps, images.device)
     peak = torch.cuda.max_memory_allocated() / 1e9 if images.is_cuda else peak_memory()
-    return {"batch_size": size, "seconds": statistics.median(seconds[2:]), "peak_gb": peak}
+    model = trainer.model
+    side = flags["image_size"] // model.config.downsampling
+    z = torch.randn(len(images), model.config.channels, side, side, device=images.device)
+
+    def quantise() -> None:
+        quantized = model.quantizer(z.requires_grad_())
+        torch.autograd.backward(quantized.latents.sum() + quantized.loss)
+
+    quantiser = median_seconds(quantise, 5, images.device)
+    with torch.no_grad():
+        one = to_signed(images[:1])
+        reconstruction = median_seconds(lambda: model.eval()(one), steps, images.device)
+    return {
+        "images": len(images),
+        "step": step,
+        "quantiser": quantiser,
+        "reconstruction": reconstruction,
+        "peak_gb": peak,
+    }
+
+
+def median_seconds(run: Callable[[], object], rounds: int, device: torch.device) -> float:
+    """Of so many rounds, after one that is not counted."""
+    seconds = []
+    for _ in range(1 + rounds):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 def make_trainer(flags: Mapping[str, Any], folder: Path) -> Trainer:
@@ -132,7 +154,7 @@ def write(docs: Path, preset: str, table: Table) -> None:
     lines = [
         f"# The training step of --preset {preset}",
         "",
-        f"Made by `python -m benchmarks.vqgan {flags}`: random images, the median of the steps.",
+        f"Made by `python -m benchmarks.vqgan {flags}`: random images, medians.",
         "",
         f"{about['processor']}, {about['cores']} cores, {about['device']}, Python "
         f"{about['python']}, torch {about['versions']['torch']}.",
