@@ -88,3 +88,10 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
         exec(block.replace("output/models/demo/best.pt", str(tmp_path / "best.pt")), names)
     assert names["indices"].shape == (2, 3, 5, 2)
     assert names["reconstruction"].shape == (2, 1, 8, 12)
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), f"{name}: {link}"
