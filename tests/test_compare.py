@@ -33,11 +33,20 @@ from benchmarks.runs import (
     run_all,
     words,
 )
-from benchmarks.tables import Document, Row, collect, figures_table, spread
+from benchmarks.tables import (
+    Document,
+    Row,
+    collect,
+    earlier_page,
+    figures_table,
+    spread,
+    with_kept,
+)
 from datasets.config import DataConfig
 from modules import ModelConfig
 from tests.conftest import ROOT, refusal, run_process
 from utils.arguments import build, build_model_config, parse_flags
+from utils.errors import UserError
 from utils.files import write_json
 from utils.recipes import RECIPES, with_recipe
 from utils.search import SearchConfig
@@ -330,6 +339,39 @@ def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
     assert [row["name"] for row in content["rows"]] == [row.name for row in rows]
     assert content["rows"][0]["figures"]["psnr"] == list(rows[0].figures["psnr"])
     assert str(tmp_path) not in paths[1].read_text()
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_page_is_made_in_parts(tmp_path: Path) -> None:
+    def write(contenders: list[Contender], **changes: Any) -> dict[str, Any]:
+        settings = make_settings(tmp_path, lrs=(0.1,), **changes)
+        setup, earlier = SETUPS["smoke"], earlier_page("page", settings)
+        run_all(contests(contenders, setup, settings), settings)
+        rows = collect(contests(ABC, setup, settings), settings)
+        rows = with_kept(rows, ABC, setup, settings, earlier)
+        document = Document(
+            *("page", "Title", "About.", "compare.py"), setup=setup, settings=settings, rows=rows,
+            expected=3,
+        )  # fmt: skip
+        content: dict[str, Any] = json.loads(document.write()[1].read_text())
+        return content
+
+    write(ABC[:2], seeds=(1,))
+    other = {"output": tmp_path / "another", "keep": True}
+    content = write(ABC[1:], seeds=(2,), **other)
+    assert [(row["name"], row["seeds"]) for row in content["rows"]] == [
+        *(("a", [1]), ("b", [1, 2]), ("c", [2])),
+    ]
+    assert content["rows"][1]["figures"]["psnr"] == [20.0, 20.0]
+    assert content["rows"][1]["validation"] == {"0.1": pytest.approx(10)}
+    text = (tmp_path / "docs" / "page.md").read_text()
+    assert "seeds 1, 2: mean ± sample standard deviation. Not every row has all" in text
+    assert "compare.py --steps 10 --seeds 1 2 --lrs 0.1`" in text
+    assert [row["name"] for row in write([], seeds=(2,), **other)["rows"]] == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"--num_test 5 is not that of page\.json"):
+        write([], num_test=5, **other)
+    content = write([], steps=11, **other)  # other flags
+    assert content["rows"] == []
 
 
 def test_cells_are_mean_and_sample_deviation() -> None:
