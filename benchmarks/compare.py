@@ -26,6 +26,7 @@ from benchmarks.curves import (
     Style,
     draw,
 )
+from benchmarks.margins import margins_table
 from benchmarks.options import (
     ALIVE,
     SETUPS,
@@ -66,6 +67,7 @@ STYLES = {
     "vq": Style("VQ", "#777777", "o", ":"),
     "none": Style("not quantised", "#777777", "", "-."),
 }
+OURS = [family for family in STYLES if family.startswith("looc")]
 
 
 def contender(family: str, point: str, **flags: Any) -> Contender:
@@ -174,6 +176,7 @@ def main() -> None:
         expected=len(contenders),
         failures=failures,
         pictures=draw_curves(rows, f"{setup.title}; {settings.steps:,} steps", settings.docs, page),
+        summaries=[margins_table(rows, OURS, [name for name in STYLES if name not in OURS])],
     )
     sys.stdout.write("".join(f"{path}\n" for path in document.write()))
     sys.exit(1 if failures else 0)
@@ -187,7 +190,9 @@ its own learning rate, by `--recipe paper`, for the same steps. Peers share the 
 `--recipe best`; those whose codevectors are running means start by k-means and replace dead ones,
 as their library recommends. The width of the latents is in the flags, `none` has 128 channels.
 Contenders of one family differ in the flags of the last column. Points of a curve are joined in
-order of rate. Times a step are those of runs beside others, as told below."""
+order of rate. Times a step are those of runs beside others, as told below. Each curve
+whose height is compared is the upper hull over log2 of the rate of the means over seeds; beyond its
+last point it stays level."""
 
 
 def draw_curves(rows: list[Row], what: str, docs: Path, page: str) -> Mapping[str, str]:

@@ -228,6 +228,7 @@ class Document:
     expected: int  # contenders that there are
     failures: Sequence[str] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)  # file name → what it shows
+    summaries: Sequence[Table] = ()  # what follows from the rows
 
     def write(self) -> list[Path]:
         """Write <name>.md and <name>.json; returns the paths, those of the pictures too."""
@@ -257,6 +258,7 @@ class Document:
         ]
         for file, text in self.pictures.items():
             lines += [f"![{text}]({file})", ""]
+        lines += [table.markdown() for table in self.summaries if table.rows]
         lines.append(figures_table("Figures", self.rows).markdown().rstrip("\n"))
         return "\n".join(lines) + "\n"
 

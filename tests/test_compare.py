@@ -21,6 +21,7 @@ from PIL import Image
 from benchmarks import photos, runs
 from benchmarks.ablations import TABLES
 from benchmarks.compare import STYLES, SUITES, draw_curves
+from benchmarks.margins import curve, margins, margins_table
 from benchmarks.options import SETUPS, chosen
 from benchmarks.runs import (
     Children,
@@ -309,6 +310,34 @@ def test_curves_are_drawn_where_there_are_figures(tmp_path: Path) -> None:
 def test_a_collapsed_codebook_does_not_break_the_curve(tmp_path: Path) -> None:
     zero = Row("vq-K32", "vq", {}, 1e-3, [1], {"entropy": [0.0], "psnr": [10.0]}, {}, [])
     assert draw_curves([zero, *canned()], "made up", tmp_path, "z")
+
+
+def row_at(family: str, rate: float, *psnr: float) -> Row:
+    figures = {"entropy": [rate] * len(psnr), "psnr": psnr}
+    return Row(f"{family}-{rate}", family, {}, 1e-3, [1] * len(psnr), figures, {}, [])
+
+
+def test_margins_are_read_at_equal_rate() -> None:
+    ours = curve([row_at("a", 4, 28), row_at("a", 0.5, 20, 22), row_at("a", 1, 24)])
+    assert ours.points == [(0.5, 21), (1, 24), (4, 28)]
+    assert (ours.at(0.4), ours.at(0.5), ours.at(2), ours.at(9)) == (None, 21, 26, 28)
+    assert curve([row_at("a", 1, 20), row_at("a", 2, 19), row_at("a", 1, 18)]).points == [(1, 20)]
+    below = [
+        row_at("a", rate, psnr) for rate, psnr in ((0.25, 14), (0.5, 14.5), (2, 26), (3, 26.1))
+    ]
+    hull = curve([*below, row_at("a", 1, 24), row_at("a", 4, 28)])
+    assert hull.points == [(0.25, 14), (1, 24), (4, 28)]
+    peer = curve([row_at("b", 0.25, 21), row_at("b", 2, 24), row_at("b", 32, 27.5)])
+    assert margins(ours, peer) == [
+        *((0.5, -1), (1, pytest.approx(1)), (2, 2), (4, 3.125), (16, 1.375)),
+    ]
+    assert margins(ours, curve([])) == margins(curve([]), peer) == []
+
+
+def test_the_least_margin_of_each_peer_is_told() -> None:
+    rows = [row_at("a", 0.5, 20), row_at("a", 1, 22), row_at("b", 0.5, 21), row_at("b", 1, 21.5)]
+    table = margins_table([*rows, row_at("c", 0.1, 9)], ["a"], ["b", "c"])
+    assert table.rows == [["b", "0.50 to 1.00", "-1.00", "0.50", "+0.50", "1.00"]]
 
 
 def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
