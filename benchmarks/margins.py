@@ -16,7 +16,7 @@ LEAST_RATE, MOST_RATE = 0.3, 16.0  # bits a pixel
 
 @dataclass(frozen=True)
 class Curve:
-    """The upper hull of some points, over log2 of the rate, up to the best; both rise along it."""
+    """The upper hull of some points over log2 of the rate, level from the best one on."""
 
     points: Sequence[tuple[float, float]]  # bits a pixel, dB
 
@@ -52,6 +52,9 @@ def curve(rows: Iterable[Row]) -> Curve:
         while hull and (hull[-1][0] == point[0] or sags([*hull[-2:], point])):
             hull.pop()
         hull.append(point)
+    last = max(measured, default=(0.0, 0.0))[0]
+    if hull and last > hull[-1][0]:
+        hull.append((last, hull[-1][1]))
     return Curve(hull)
 
 

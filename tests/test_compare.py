@@ -321,7 +321,8 @@ def test_margins_are_read_at_equal_rate() -> None:
     ours = curve([row_at("a", 4, 28), row_at("a", 0.5, 20, 22), row_at("a", 1, 24)])
     assert ours.points == [(0.5, 21), (1, 24), (4, 28)]
     assert (ours.at(0.4), ours.at(0.5), ours.at(2), ours.at(9)) == (None, 21, 26, 28)
-    assert curve([row_at("a", 1, 20), row_at("a", 2, 19), row_at("a", 1, 18)]).points == [(1, 20)]
+    level = curve([row_at("a", 1, 20), row_at("a", 2, 19), row_at("a", 1, 18)])
+    assert level.points == [(1, 20), (2, 20)]
     below = [
         row_at("a", rate, psnr) for rate, psnr in ((0.25, 14), (0.5, 14.5), (2, 26), (3, 26.1))
     ]
