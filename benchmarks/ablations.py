@@ -24,7 +24,7 @@ from benchmarks.options import (
     shared_training,
 )
 from benchmarks.runs import Contender, contests, run_all
-from benchmarks.tables import Document, collect
+from benchmarks.tables import Document, collect, earlier_page, with_kept
 from utils.arguments import Parser
 from utils.errors import run
 from utils.logger import start_logging
@@ -174,17 +174,20 @@ def main() -> None:
     variants = list(question.variants(arguments.recipe))
     selected = chosen(variants, settings.only)
     check(setup, settings)
+    suffix = "" if arguments.recipe == "paper" else f" --recipe {arguments.recipe}"
+    page = f"ablation-{images}-{name}-{settings.steps}" + suffix.replace(" --recipe ", "-")
+    earlier = earlier_page(page, settings)
     failures = run_all(contests(selected, setup, settings), settings)
     about = f"{question.about} K = `--num_embedding`, d = `--embedding_dim`."
-    suffix = "" if arguments.recipe == "paper" else f" --recipe {arguments.recipe}"
+    rows = collect(contests(variants, setup, settings), settings)
     document = Document(
-        f"ablation-{images}-{name}-{settings.steps}" + suffix.replace(" --recipe ", "-"),
+        page,
         f"{question.title}: {setup.title}",
         about,
         command=f"python benchmarks/ablations.py --table {name} --images {images}{suffix}",
         setup=setup,
         settings=settings,
-        rows=collect(contests(variants, setup, settings), settings),
+        rows=with_kept(rows, variants, setup, settings, earlier),
         expected=len(variants),
         failures=failures,
     )

@@ -26,6 +26,7 @@ from benchmarks.curves import (
     Style,
     draw,
 )
+from benchmarks.margins import margins_table
 from benchmarks.options import (
     ALIVE,
     SETUPS,
@@ -36,7 +37,7 @@ from benchmarks.options import (
     shared_training,
 )
 from benchmarks.runs import Contender, contests, run_all
-from benchmarks.tables import Document, Row, collect
+from benchmarks.tables import Document, Row, collect, earlier_page, with_kept
 from utils.arguments import Parser
 from utils.errors import run
 from utils.logger import start_logging
@@ -49,7 +50,7 @@ SIZES = (32, 1024)  # codevectors of quantisers with one code a position
 
 STYLES = {
     "looc": Style("LooC, d = 128/m", RED, "o", main=True),
-    "looc-narrow": Style("LooC, d = 4, 4m channels", RED, "s", "--", main=True),
+    "looc-narrow": Style("LooC, d = 2 to 4, d·m channels", RED, "s", "--", main=True),
     "looc-scaled": Style("LooC, interpolated (scale 2)", BLUE, "D", main=True),
     "looc-size": Style("LooC, d = 16, K varied", RED, "^", ":", main=True),
     "looc-paper": Style("LooC, --recipe paper", BLACK, "o", "--", main=True),
@@ -66,6 +67,7 @@ STYLES = {
     "vq": Style("VQ", "#777777", "o", ":"),
     "none": Style("not quantised", "#777777", "", "-."),
 }
+OURS = [family for family in STYLES if family.startswith("looc")]
 
 
 def contender(family: str, point: str, **flags: Any) -> Contender:
@@ -83,6 +85,9 @@ def looc() -> Iterator[Contender]:
     for size, m in ((32, 1), (64, 1), (256, 1), (256, 2), (256, 4), (256, 8)):
         narrow = {"num_embedding": size, "embedding_dim": 4, "latent_channels": 4 * m}
         yield contender("looc-narrow", f"K{size}-m{m}", **best, **narrow)
+    for size, dim in ((32, 2), (48, 2), (64, 2), (96, 3)):  # at the lowest rates fewer still
+        narrower = {"num_embedding": size, "embedding_dim": dim, "latent_channels": dim}
+        yield contender("looc-narrow", f"K{size}-d{dim}-m1", **best, **narrower)
     for channels, dim in ((32, 128), (128, 128), (128, 32)):
         scaled = {"num_embedding": 256, "embedding_dim": dim, "latent_channels": channels}
         point = f"K256-m{4 * channels // dim}"
@@ -155,9 +160,11 @@ def main() -> None:
     settings = settings_of(arguments, setup, name)
     selected = chosen(contenders, settings.only)
     check(setup, settings)
+    page = f"compare-{name}-{settings.steps}"
+    earlier = earlier_page(page, settings)
     failures = run_all(contests(selected, setup, settings), settings)
     rows = collect(contests(contenders, setup, settings), settings)
-    page = f"compare-{name}-{settings.steps}"
+    rows = with_kept(rows, contenders, setup, settings, earlier)
     document = Document(
         page,
         f"Rate and distortion: {setup.title}",
@@ -169,6 +176,7 @@ def main() -> None:
         expected=len(contenders),
         failures=failures,
         pictures=draw_curves(rows, f"{setup.title}; {settings.steps:,} steps", settings.docs, page),
+        summaries=[margins_table(rows, OURS, [name for name in STYLES if name not in OURS])],
     )
     sys.stdout.write("".join(f"{path}\n" for path in document.write()))
     sys.exit(1 if failures else 0)
@@ -182,7 +190,9 @@ its own learning rate, by `--recipe paper`, for the same steps. Peers share the 
 `--recipe best`; those whose codevectors are running means start by k-means and replace dead ones,
 as their library recommends. The width of the latents is in the flags, `none` has 128 channels.
 Contenders of one family differ in the flags of the last column. Points of a curve are joined in
-order of rate. Times a step are those of runs beside others, as told below."""
+order of rate. Times a step are those of runs beside others, as told below. Each curve
+whose height is compared is the upper hull over log2 of the rate of the means over seeds; beyond its
+last point it stays level."""
 
 
 def draw_curves(rows: list[Row], what: str, docs: Path, page: str) -> Mapping[str, str]:

@@ -86,6 +86,10 @@ def add_options(parser: Parser, output: str) -> None:
         "--only", nargs="+", default=[], metavar="NAME",
         help="run these contenders or families; * stands for any characters",
     )  # fmt: skip
+    parser.add_argument(
+        "--keep", action="store_true",
+        help="keep rows and seeds of the page that is there, where they are of the same flags",
+    )  # fmt: skip
 
 
 def natural(text: str) -> int:
@@ -127,6 +131,7 @@ def settings_of(arguments: argparse.Namespace, setup: Setup, suite: str) -> Sett
         weights_dir=arguments.weights_dir,
         num_test=arguments.num_test,
         only=tuple(arguments.only),
+        keep=arguments.keep,
     )
 
 

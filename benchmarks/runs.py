@@ -79,6 +79,7 @@ class Settings:
     weights_dir: str | None
     num_test: int | None  # pairs that LPIPS is measured on; None: all
     only: tuple[str, ...]
+    keep: bool = False  # what the page that is there holds of the same flags
 
     @property
     def metrics(self) -> tuple[str, ...]:

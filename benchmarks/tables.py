@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Table
-from benchmarks.runs import Contest, Settings, Setup, finished, words
+from benchmarks.runs import Contender, Contest, Settings, Setup, finished, read_json, words
+from utils.errors import UserError
 from utils.files import whole_file, write_json
 from utils.metrics import METRICS
 from utils.recipes import with_recipe
@@ -76,6 +78,89 @@ def collect(found: Sequence[Contest], settings: Settings) -> list[Row]:
     return [row for contest in found if (row := row_of(contest, settings)) is not None]
 
 
+def earlier_page(page: str, settings: Settings) -> dict[str, Any]:
+    """With --keep the figures of the page that is there; else none.
+
+    Raises UserError where LPIPS was measured on another number of images.
+    """
+    earlier = read_json(settings.docs / f"{page}.json") if settings.keep else {}
+    if earlier and earlier["lpips_pairs"] != settings.num_test:
+        raise UserError(
+            f"--num_test {settings.num_test} is not that of {page}.json, {earlier['lpips_pairs']}"
+        )
+    return earlier
+
+
+def with_kept(
+    rows: Sequence[Row],
+    contenders: Sequence[Contender],
+    setup: Setup,
+    settings: Settings,
+    earlier: Mapping[str, Any],
+) -> list[Row]:
+    """The rows, and what an earlier page holds of the same flags: other contenders, other seeds.
+
+    So a page can be made in parts, on several machines or days.
+    """
+    new = {row.name: row for row in rows}
+    kept = {row["name"]: row for row in earlier.get("rows", ())}
+    whole = []
+    for contender in contenders:
+        row, old = new.get(contender.name), kept.get(contender.name)
+        if old is not None and same_flags(old, contender, row, setup, settings):
+            row = merged(old, contender, row)
+        if row is not None:
+            whole.append(row)
+    return whole
+
+
+def same_flags(
+    old: Mapping[str, Any],
+    contender: Contender,
+    row: Row | None,
+    setup: Setup,
+    settings: Settings,
+) -> bool:
+    """Whether a kept row was trained as its contender is now."""
+    if row is not None and row.lr != old["lr"]:
+        return False
+    shared = {**setup.flags, "max_steps": settings.steps}
+    flags = with_recipe({**shared, **contender.flags, "lr": old["lr"]})
+    return bool(old["all_flags"] == json.loads(json.dumps(flags)))
+
+
+def merged(old: Mapping[str, Any], contender: Contender, row: Row | None) -> Row:
+    """The seeds of a kept row that are not in the row, and those of the row; in order."""
+    figures: dict[int, dict[str, float]] = {}
+    sources = [(old["seeds"], old["figures"])]
+    if row is not None:
+        sources.append((row.seeds, row.figures))
+    for seeds, values in sources:
+        for place, seed in enumerate(seeds):
+            figures[seed] = {name: several[place] for name, several in values.items()}
+    seeds = sorted(figures)
+    names = [name for name in FIGURES if all(name in figures[seed] for seed in seeds)]
+    return Row(
+        *(contender.name, contender.family, contender.flags),
+        lr=old["lr"],
+        seeds=seeds,
+        figures={name: [figures[seed][name] for seed in seeds] for name in names},
+        validation=merged_validation(old, row),
+        machines=sorted({*old["machines"], *(row.machines if row else ())}),
+    )
+
+
+def merged_validation(old: Mapping[str, Any], row: Row | None) -> dict[str, float]:
+    """Mean validation PSNR by learning rate, over the seeds kept and those of the row."""
+    found: dict[str, float] = dict(old["validation"])
+    if row is not None:
+        kept, new = len(set(old["seeds"]) - set(row.seeds)), len(row.seeds)
+        for lr, value in row.validation.items():
+            before = found.get(lr, value)
+            found[lr] = (kept * before + new * value) / (kept + new)
+    return found
+
+
 def row_of(contest: Contest, settings: Settings) -> Row | None:
     done = {
         run.seed: result
@@ -117,7 +202,7 @@ def figures_table(title: str, rows: Sequence[Row]) -> Table:
     for row in rows:
         cells = [spread(row.figures.get(name, ()), FIGURES[name].digits) for name in shown]
         flags = f"`{' '.join(words(row.flags))}`" if row.flags else "none"
-        table.rows.append([row.name, *cells, f"{row.lr:g}", f"{len(row.seeds)}", flags])
+        table.rows.append([row.name, *cells, f"{row.lr:g}", ", ".join(map(str, row.seeds)), flags])
     return table
 
 
@@ -143,6 +228,7 @@ class Document:
     expected: int  # contenders that there are
     failures: Sequence[str] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)  # file name → what it shows
+    summaries: Sequence[Table] = ()  # what follows from the rows
 
     def write(self) -> list[Path]:
         """Write <name>.md and <name>.json; returns the paths, those of the pictures too."""
@@ -172,6 +258,7 @@ class Document:
         ]
         for file, text in self.pictures.items():
             lines += [f"![{text}]({file})", ""]
+        lines += [table.markdown() for table in self.summaries if table.rows]
         lines.append(figures_table("Figures", self.rows).markdown().rstrip("\n"))
         return "\n".join(lines) + "\n"
 
@@ -179,12 +266,17 @@ class Document:
         return sorted({line for row in self.rows for line in row.machines})
 
     @property
+    def seeds(self) -> list[int]:
+        """Those asked for, and those that rows were kept of."""
+        return sorted({*self.settings.seeds, *(seed for row in self.rows for seed in row.seeds)})
+
+    @property
     def whole_command(self) -> str:
         """The command with what decides the figures."""
         settings = self.settings
         options = {
             "steps": settings.steps,
-            "seeds": settings.seeds,
+            "seeds": self.seeds,
             "lrs": settings.lrs or None,
             "num_test": settings.num_test,
         }
@@ -201,12 +293,14 @@ class Document:
     def notes(self) -> list[str]:
         """Seeds, learning rates, and what is not there."""
         settings = self.settings
-        seeds = ", ".join(map(str, settings.seeds))
-        several = len(settings.seeds) > 1
+        seeds = ", ".join(map(str, self.seeds))
+        several = len(self.seeds) > 1
         notes = [
             f"{settings.steps:,} steps; seed{'s' if several else ''} {seeds}"
             + (": mean ± sample standard deviation. " if several else ". ")
         ]
+        if any(set(row.seeds) != set(self.seeds) for row in self.rows):
+            notes.append("Not every row has all of these seeds; the column says which. ")
         if len(settings.lrs) > 1:
             rates = ", ".join(f"{lr:g}" for lr in settings.lrs)
             notes.append(f"The learning rate is that of {rates} with the best validation PSNR. ")
@@ -225,7 +319,7 @@ class Document:
         return {
             "command": self.whole_command,
             "steps": settings.steps,
-            "seeds": settings.seeds,
+            "seeds": self.seeds,
             "lrs": settings.lrs,
             "metrics": settings.metrics,
             "lpips_pairs": settings.num_test,

@@ -21,6 +21,7 @@ from PIL import Image
 from benchmarks import photos, runs
 from benchmarks.ablations import TABLES
 from benchmarks.compare import STYLES, SUITES, draw_curves
+from benchmarks.margins import curve, margins, margins_table
 from benchmarks.options import SETUPS, chosen
 from benchmarks.runs import (
     Children,
@@ -33,11 +34,20 @@ from benchmarks.runs import (
     run_all,
     words,
 )
-from benchmarks.tables import Document, Row, collect, figures_table, spread
+from benchmarks.tables import (
+    Document,
+    Row,
+    collect,
+    earlier_page,
+    figures_table,
+    spread,
+    with_kept,
+)
 from datasets.config import DataConfig
 from modules import ModelConfig
 from tests.conftest import ROOT, refusal, run_process
 from utils.arguments import build, build_model_config, parse_flags
+from utils.errors import UserError
 from utils.files import write_json
 from utils.recipes import RECIPES, with_recipe
 from utils.search import SearchConfig
@@ -302,6 +312,35 @@ def test_a_collapsed_codebook_does_not_break_the_curve(tmp_path: Path) -> None:
     assert draw_curves([zero, *canned()], "made up", tmp_path, "z")
 
 
+def row_at(family: str, rate: float, *psnr: float) -> Row:
+    figures = {"entropy": [rate] * len(psnr), "psnr": psnr}
+    return Row(f"{family}-{rate}", family, {}, 1e-3, [1] * len(psnr), figures, {}, [])
+
+
+def test_margins_are_read_at_equal_rate() -> None:
+    ours = curve([row_at("a", 4, 28), row_at("a", 0.5, 20, 22), row_at("a", 1, 24)])
+    assert ours.points == [(0.5, 21), (1, 24), (4, 28)]
+    assert (ours.at(0.4), ours.at(0.5), ours.at(2), ours.at(9)) == (None, 21, 26, 28)
+    level = curve([row_at("a", 1, 20), row_at("a", 2, 19), row_at("a", 1, 18)])
+    assert level.points == [(1, 20), (2, 20)]
+    below = [
+        row_at("a", rate, psnr) for rate, psnr in ((0.25, 14), (0.5, 14.5), (2, 26), (3, 26.1))
+    ]
+    hull = curve([*below, row_at("a", 1, 24), row_at("a", 4, 28)])
+    assert hull.points == [(0.25, 14), (1, 24), (4, 28)]
+    peer = curve([row_at("b", 0.25, 21), row_at("b", 2, 24), row_at("b", 32, 27.5)])
+    assert margins(ours, peer) == [
+        *((0.5, -1), (1, pytest.approx(1)), (2, 2), (4, 3.125), (16, 1.375)),
+    ]
+    assert margins(ours, curve([])) == margins(curve([]), peer) == []
+
+
+def test_the_least_margin_of_each_peer_is_told() -> None:
+    rows = [row_at("a", 0.5, 20), row_at("a", 1, 22), row_at("b", 0.5, 21), row_at("b", 1, 21.5)]
+    table = margins_table([*rows, row_at("c", 0.1, 9)], ["a"], ["b", "c"])
+    assert table.rows == [["b", "0.50 to 1.00", "-1.00", "0.50", "+0.50", "1.00"]]
+
+
 def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
     rows = list(canned())[:3]
     settings = make_settings(tmp_path, steps=1234)
@@ -330,6 +369,39 @@ def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
     assert [row["name"] for row in content["rows"]] == [row.name for row in rows]
     assert content["rows"][0]["figures"]["psnr"] == list(rows[0].figures["psnr"])
     assert str(tmp_path) not in paths[1].read_text()
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_page_is_made_in_parts(tmp_path: Path) -> None:
+    def write(contenders: list[Contender], **changes: Any) -> dict[str, Any]:
+        settings = make_settings(tmp_path, lrs=(0.1,), **changes)
+        setup, earlier = SETUPS["smoke"], earlier_page("page", settings)
+        run_all(contests(contenders, setup, settings), settings)
+        rows = collect(contests(ABC, setup, settings), settings)
+        rows = with_kept(rows, ABC, setup, settings, earlier)
+        document = Document(
+            *("page", "Title", "About.", "compare.py"), setup=setup, settings=settings, rows=rows,
+            expected=3,
+        )  # fmt: skip
+        content: dict[str, Any] = json.loads(document.write()[1].read_text())
+        return content
+
+    write(ABC[:2], seeds=(1,))
+    other = {"output": tmp_path / "another", "keep": True}
+    content = write(ABC[1:], seeds=(2,), **other)
+    assert [(row["name"], row["seeds"]) for row in content["rows"]] == [
+        *(("a", [1]), ("b", [1, 2]), ("c", [2])),
+    ]
+    assert content["rows"][1]["figures"]["psnr"] == [20.0, 20.0]
+    assert content["rows"][1]["validation"] == {"0.1": pytest.approx(10)}
+    text = (tmp_path / "docs" / "page.md").read_text()
+    assert "seeds 1, 2: mean ± sample standard deviation. Not every row has all" in text
+    assert "compare.py --steps 10 --seeds 1 2 --lrs 0.1`" in text
+    assert [row["name"] for row in write([], seeds=(2,), **other)["rows"]] == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"--num_test 5 is not that of page\.json"):
+        write([], num_test=5, **other)
+    content = write([], steps=11, **other)  # other flags
+    assert content["rows"] == []
 
 
 def test_cells_are_mean_and_sample_deviation() -> None:
