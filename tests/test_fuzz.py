@@ -46,6 +46,7 @@ from utils.arguments import flag_fields, names, number_kind
 from utils.checkpoint import read_checkpoint
 from utils.errors import UserError
 from utils.logger import log
+from utils.objectives import MeanSquaredError
 from utils.pairs import Pair, read_header, read_image
 from utils.search import SearchConfig
 from utils.trainer import TrainConfig
@@ -601,7 +602,9 @@ def continue_training(path: Path, whole: Path, output: Path) -> None:
     )
     images = torch.zeros(24, 1, 28, 28, dtype=torch.uint8)
     sets = TensorImages(images), TensorImages(images[:4])
-    trainer = script["make_trainer"](stored.model().train(), *sets, data, config)
+    trainer = script["make_trainer"](
+        stored.model().train(), MeanSquaredError(0.1), *sets, data, config
+    )
     script["resume"](trainer, data, stored.content["num_images"])
     trainer.total_steps = trainer.step + 1
     trainer.fit()
