@@ -331,6 +331,14 @@ def check_resolutions(config: ModelConfig) -> None:
         )
 
 
+def check_groups(config: ModelConfig) -> None:
+    """The normalisations have as many channels in each group."""
+    if config.hidden_size % config.num_groups:
+        raise ValueError(
+            f"--norm_groups {config.num_groups} does not divide --hidden_size {config.hidden_size}"
+        )
+
+
 NETWORKS = {
     "vqvae": Network(
         "VQ-VAE",
@@ -340,9 +348,9 @@ NETWORKS = {
     ),
     "vqgan": Network(
         "VQGAN",
-        frozenset({"channel_multipliers", "attention_levels", "z_channels"}),
+        frozenset({"channel_multipliers", "attention_levels", "norm_groups", "z_channels"}),
         lambda config: 2 ** config.channel_multipliers.count(","),
-        checks=(check_resolutions,),
+        checks=(check_resolutions, check_groups),
     ),
 }
 NETWORK_FLAGS = frozenset[str]().union(*(network.own for network in NETWORKS.values()))
@@ -467,6 +475,13 @@ class ModelConfig:
         minimum=0,
         maximum=8,
     )
+    norm_groups: int | None = option(
+        None,
+        "groups of channels that --model vqgan normalises, each together (default: at most 32, of "
+        "at least 4 channels of --hidden_size)",
+        minimum=1,
+        maximum=2**14,
+    )
     z_channels: int | None = option(
         None,
         "channels that encoder and decoder of --model vqgan have towards the quantiser, mapped to "
@@ -512,6 +527,13 @@ class ModelConfig:
         if self.latent_channels is not None:
             return self.latent_channels
         return self.hidden_size if self.kind.any_channels else self.embedding_dim
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of a normalisation; one of a single channel would forget how bright that is."""
+        most = max(1, min(32, self.hidden_size // 4))
+        even = next(n for n in range(most, 0, -1) if self.hidden_size % n == 0)
+        return self.norm_groups or even
 
     @property
     def num_slots(self) -> int:

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 CONTRASTIVE_TEMPERATURE = 0.07
 USAGE_DECAY = 0.99
-BATCH_NORM_RATE = 0.1
+BATCH_NORM_RATE = 0.1  # of the running averages
 
 log = logging.getLogger("looc.quantizer")
 
@@ -372,12 +372,31 @@ def batch_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tenso
     """
     mean, variance = quantizer.latent_mean, quantizer.latent_variance  # (m, d)
     if training:
-        rows = units.flatten(0, 2)  # (B·H·W, m, d)
-        count = sum_over_ranks(torch.full((), len(rows), device=rows.device))
-        mean = SumOverRanks.apply(rows.sum(0)) / count.clamp_min(1)
-        variance = SumOverRanks.apply((rows - mean).square().sum(0)) / count.clamp_min(1)
-        quantizer._average_latents(mean.detach(), variance.detach(), count)
+        mean, variance = batch_statistics(quantizer, units)
     return (units - mean) * (variance + 1e-5).rsqrt()
+
+
+def running_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+    """Each channel to about mean zero and variance one, by its running averages.
+
+    They are constants to the gradient, and in use in training as after it. A batch's own mean and
+    variance, as `batch_norm` takes them, keep from the decoder how bright and how rich in contrast
+    that batch is: noise where it is small and its images unlike.
+    """
+    if training:
+        with torch.no_grad():
+            batch_statistics(quantizer, units)
+    return (units - quantizer.latent_mean) * (quantizer.latent_variance + 1e-5).rsqrt()
+
+
+def batch_statistics(quantizer: LooCQuantizer, units: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel over all processes, (m, d); its averages take them in."""
+    rows = units.flatten(0, 2)  # (B·H·W, m, d)
+    count = sum_over_ranks(torch.full((), len(rows), device=rows.device))
+    mean = SumOverRanks.apply(rows.sum(0)) / count.clamp_min(1)
+    variance = SumOverRanks.apply((rows - mean).square().sum(0)) / count.clamp_min(1)
+    quantizer._average_latents(mean.detach(), variance.detach(), count)
+    return mean, variance
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -401,7 +420,9 @@ LATENT_NORMS: dict[str, Callable[[LooCQuantizer, Tensor, bool], Tensor]] = {
     "unit": unit_length,
     "layer": layer_norm,
     "batch": batch_norm,
+    "running": running_norm,
 }
+WITH_AVERAGES = ("batch", "running")
 
 
 # ------------------------------------------------------------------------------- codebook's start
@@ -777,8 +798,9 @@ class LooCQuantizer(nn.Module):
         codebook_start: "uniform" in ±1/K, "features" of the first training batch, or their centres
             by "kmeans".
         latent_norm: "none"; or, to mean square one, "unit" (each unit alone), "layer" (the channels
-            of a position, their mean removed) or "batch" (each channel over the batch, likewise).
-        latent_channels: channels C of the latents, which "batch" has to know.
+            of a position, their mean removed), "batch" (each channel over the batch, likewise) or
+            "running" (each channel by its running mean and variance, in training too).
+        latent_channels: channels C of the latents, which the last two have to know.
         gradient: "straight_through" or "rotation", how the latents' gradient reaches z.
 
     Attributes `search` (a backend of `search`, or "auto") and `search_memory` (MiB of similarities
@@ -789,9 +811,10 @@ class LooCQuantizer(nn.Module):
     State: parameter `codebook` (K, d); buffers `usage` (K,), the running average p_k of how often
     each codevector was used; `reinitialised`, whether a training batch has passed; `pool` (K, d)
     and `pool_size`, past features, which "random" alone fills; with "ema" `ema_count` (K,), the
-    running average of matches a step; with a start from features `started`; with norm "batch" the
-    running `latent_mean` and `latent_variance` (m, d). In training mode a call
-    updates them, never from features that are not finite; in evaluation mode it writes nothing.
+    running average of matches a step; with a start from features `started`; with norm "batch"
+    or "running" the running `latent_mean` and `latent_variance` (m, d), with "running" besides the
+    number of `latent_steps` that they are of. In training mode a call updates them, never from
+    features that are not finite; in evaluation mode it writes nothing.
 
     Where torch.distributed is initialised, the processes have to make training calls together (of
     any number of images each, none included): usage and anchors are then those of all features,
@@ -809,6 +832,7 @@ class LooCQuantizer(nn.Module):
     ema_count: Tensor | None
     started: Tensor | None
     latent_mean: Tensor
+    latent_steps: Tensor | None
     latent_variance: Tensor
 
     def __init__(
@@ -886,10 +910,12 @@ class LooCQuantizer(nn.Module):
         self.register_buffer("ema_count", torch.zeros(num_embedding) if by_ema else None)
         from_data = STARTS[codebook_start] is not None
         self.register_buffer("started", torch.tensor(False) if from_data else None)
-        if latent_norm == "batch":
+        if latent_norm in WITH_AVERAGES:
             shape = self._unit_shape(latent_channels)
             self.register_buffer("latent_mean", torch.zeros(shape))
             self.register_buffer("latent_variance", torch.ones(shape))
+            by_running = latent_norm == "running"
+            self.register_buffer("latent_steps", torch.tensor(0) if by_running else None)
         self.defer_update = False
         self._settled_steps = 0
         self._start_seen = False
@@ -966,7 +992,7 @@ class LooCQuantizer(nn.Module):
         # The permutation after it is then a view: this copy is several times the faster one.
         channels_last = extrapolated.contiguous(memory_format=torch.channels_last)
         units = SPLITS[self.split].cut(channels_last.permute(0, 2, 3, 1), self.embedding_dim)
-        if self.latent_norm == "batch" and units.shape[-2:] != self.latent_mean.shape:
+        if self.latent_norm in WITH_AVERAGES and units.shape[-2:] != self.latent_mean.shape:
             raise ValueError(
                 f"latents of {z.shape[1]} channels are cut into {units.shape[-2]} units, "
                 f"latent_channels into {len(self.latent_mean)}"
@@ -989,7 +1015,7 @@ class LooCQuantizer(nn.Module):
     def _unit_shape(self, channels: int | None) -> tuple[int, int]:
         """(m, d) of latents of so many channels; raises ValueError where d does not divide them."""
         if channels is None:
-            raise ValueError("latent_norm 'batch' needs latent_channels")
+            raise ValueError(f"latent_norm {self.latent_norm!r} needs latent_channels")
         extrapolated = channels * max(self.interpolation_scale, 1) ** 2
         if extrapolated % self.embedding_dim:
             raise ValueError(
@@ -1000,10 +1026,17 @@ class LooCQuantizer(nn.Module):
 
     @torch.no_grad()
     def _average_latents(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Keep the running averages of what batch_norm has seen, where it saw finite latents."""
+        """Keep the running averages of what was seen in training, where that was finite.
+
+        Those of norm "running" begin as the plain mean of the first calls.
+        """
+        rate: float | Tensor = BATCH_NORM_RATE
+        if self.latent_steps is not None:
+            self.latent_steps += (count > 0) & mean.isfinite().all() & variance.isfinite().all()
+            rate = (1 / self.latent_steps.to(mean.dtype)).clamp(BATCH_NORM_RATE, 1)
         for average, value in ((self.latent_mean, mean), (self.latent_variance, variance)):
             seen = value.isfinite() & (count > 0)
-            average.lerp_(torch.where(seen, value, average), BATCH_NORM_RATE)
+            average.lerp_(torch.where(seen, value, average), rate)
 
     @torch.no_grad()
     def _start(self, features: Tensor) -> None:

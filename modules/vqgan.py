@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,7 @@ class VQGAN(Autoencoder):
         shared: dict[str, Any] = {
             "block_out_channels": widths,
             "layers_per_block": config.num_residual_layers,
-            "norm_num_groups": math.gcd(32, config.hidden_size),
+            "norm_num_groups": config.num_groups,
         }
         self.encoder = Encoder(
             config.in_channels,

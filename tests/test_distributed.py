@@ -113,6 +113,7 @@ SWITCHES: tuple[dict[str, Any], ...] = (
     {"codebook_update": "ema"},
     {"codebook_update": "ema", "codebook_start": "features"},
     {"codebook_update": "ema", "codebook_start": "kmeans", "distance": "l2"},
+    {"codebook_update": "ema", "latent_norm": "running", "latent_channels": 8},
 )
 
 

@@ -104,10 +104,16 @@ ATTENTIVE = {
     [
         ({}, {"hidden_size": 32, "channel_multipliers": "1,2", "attention_levels": 0}),
         (
+            {"norm_num_groups": 8},
+            {"hidden_size": 32, "channel_multipliers": "1,2", "attention_levels": 0}
+            | {"norm_groups": 8},
+        ),
+        (
             {**ATTENTIVE, "layers_per_block": 2, "vq_embed_dim": 5, "in_channels": 1}
             | {"out_channels": 1},
             {"hidden_size": 16, "channel_multipliers": "1,1,3", "attention_levels": 1}
-            | {"num_residual_layers": 2, "latent_channels": 5, "in_channels": 1},
+            | {"num_residual_layers": 2, "latent_channels": 5, "in_channels": 1}
+            | {"norm_groups": 16},
         ),
     ],
 )
@@ -118,7 +124,7 @@ def test_a_vqmodel(
     model.save_pretrained(tmp_path, safe_serialization=safe)
     pretrained = read_pretrained(tmp_path)
     usual = {"num_residual_layers": 1, "z_channels": 4, "latent_channels": 4, "in_channels": 3}
-    assert pretrained.flags == {**usual, **flags}
+    assert pretrained.flags == {**usual, "norm_groups": 32, **flags}
     assert pretrained.origin == f"VQModel of diffusers in {tmp_path}"
     assert_same(
         pretrained,
@@ -254,6 +260,7 @@ def test_a_checkpoint_of_taming(
         "channel_multipliers": multipliers,
         "num_residual_layers": options.get("num_res_blocks", 1),
         "attention_levels": levels,
+        "norm_groups": 32,
         "z_channels": 6,
         "latent_channels": 5,
         "in_channels": 3,
@@ -402,7 +409,9 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         ({"act_fn": "relu"}, "has act_fn relu, where --model vqgan has silu"),
         ({"norm_type": "spatial"}, "has norm_type spatial, where --model vqgan has group"),
         ({"mid_block_add_attention": False}, "has mid_block_add_attention False, where --model"),
-        ({"norm_num_groups": 8}, "normalises in 8 groups, where --model vqgan has 32 with --hid"),
+        ({"norm_num_groups": 5}, "normalises in 5 groups, which do not divide 32 channels"),
+        ({"norm_num_groups": "8"}, "normalises in 8 groups, which do not divide 32 channels"),
+        ({"norm_num_groups": 0}, "normalises in 0 groups, which do not divide 32 channels"),
         ({"down_block_types": ["DownBlock2D"]}, "has down_block_types ['DownBlock2D'], where"),
         ({"up_block_types": 3}, "has up_block_types 3, where --model vqgan has UpDecoderBlock2D"),
         ({"use_quant_conv": False}, "is damaged: use_quant_conv is False, pre_vq_conv.weight is"),

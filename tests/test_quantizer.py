@@ -449,6 +449,7 @@ def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch)
 
 EMA = {"codebook_update": "ema"}
 BATCH = {"latent_norm": "batch", "latent_channels": 8}
+RUNNING = {"latent_norm": "running", "latent_channels": 8}
 SWITCHES: dict[str, dict[str, Any]] = {
     "ema": EMA,
     "features": {"codebook_start": "features"},
@@ -456,6 +457,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "unit": {"latent_norm": "unit"},
     "layer": {"latent_norm": "layer"},
     "batch": BATCH,
+    "running": RUNNING,
     "rotation": {"gradient": "rotation"},
     "all": {**EMA, **BATCH, "codebook_start": "kmeans", "gradient": "rotation", "distance": "l2"},
     "all by angle": {**EMA, "latent_norm": "unit", "codebook_start": "features"},
@@ -645,6 +647,28 @@ def test_batch_norm_is_pytorchs() -> None:
     assert torch.equal(quantizer.latent_variance, before)
 
 
+def test_running_norm_is_that_of_its_averages() -> None:
+    """Plain means of the first calls, then of rate 0.1; constants to the gradient, as afterwards."""
+    quantizer = make(RUNNING)
+    mean, variance = torch.zeros(8), torch.ones(8)
+    for step in range(1, 13):
+        z = (3 * latents(2, 8, 5, 4) + step).requires_grad_()
+        ours = quantizer._join(quantizer._cut(z, training=True))
+        rate = max(0.1, 1 / step)
+        mean = mean + rate * (z.detach().mean((0, 2, 3)) - mean)
+        variance = variance + rate * (z.detach().var((0, 2, 3), unbiased=False) - variance)
+        scale = (variance + 1e-5).rsqrt()[:, None, None]
+        torch.testing.assert_close(ours, (z - mean[:, None, None]) * scale)
+        (gradient,) = torch.autograd.grad(ours.sum(), z)
+        torch.testing.assert_close(gradient, scale.expand_as(z))
+        torch.testing.assert_close(quantizer._join(quantizer._cut(z)), ours)
+    before = {name: value.clone() for name, value in quantizer.named_buffers()}
+    quantizer(latents()[:0])
+    quantizer._cut(torch.full((1, 8, 2, 2), float("nan")), training=True)
+    for name in ("latent_mean", "latent_variance", "latent_steps"):
+        assert torch.equal(dict(quantizer.named_buffers())[name], before[name])
+
+
 # ------------------------------------------------------------------------------ wrong arguments
 
 
@@ -663,6 +687,7 @@ def test_batch_norm_is_pytorchs() -> None:
         ({"codebook_start": "zero"}, "codebook_start 'zero'"),
         ({"latent_norm": "group"}, "latent_norm 'group'"),
         ({"latent_norm": "batch"}, "latent_norm 'batch' needs latent_channels"),
+        ({"latent_norm": "running"}, "latent_norm 'running' needs latent_channels"),
         ({"latent_norm": "batch", "latent_channels": 6}, "does not divide the 6 channels"),
         ({"latent_norm": "unit", "embedding_dim": 1}, "units of embedding_dim 1"),
         ({"gradient": "none"}, "gradient 'none'"),

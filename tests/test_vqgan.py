@@ -93,6 +93,7 @@ def test_images_codes_and_back(multipliers: str, factor: int, quantizer: str) ->
         ({"channel_multipliers": "1,0"}, "--channel_multipliers 1,0 is no list"),
         ({"attention_levels": 3}, "--attention_levels 3 is more than the 2 of"),
         ({"num_residual_layers": 0}, "--num_residual_layers 0 is less than the 1"),
+        ({"norm_groups": 3}, "--norm_groups 3 does not divide --hidden_size 8"),
         ({"num_residual_hidden": 8}, "--num_residual_hidden 8 has no effect with --model vqgan"),
         ({"model": "vqvae"}, "--channel_multipliers 1,2 has no effect with --model vqvae"),
     ],
@@ -100,6 +101,18 @@ def test_images_codes_and_back(multipliers: str, factor: int, quantizer: str) ->
 def test_wrong_networks_are_named(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**TINY, **flags})
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "norm_groups", "expected"),
+    [(128, None, 32), (32, None, 8), (36, None, 9), (96, None, 24), (2, None, 1), (32, 32, 32)],
+)
+def test_normalisations_have_their_groups(
+    hidden_size: int, norm_groups: int | None, expected: int
+) -> None:
+    config = ModelConfig(**{**TINY, "hidden_size": hidden_size, "norm_groups": norm_groups})
+    groups = {m.num_groups for m in VQGAN(config).modules() if isinstance(m, nn.GroupNorm)}
+    assert groups == {expected}
 
 
 def test_gradients_computed_again_are_the_same() -> None:
@@ -543,7 +556,7 @@ def test_a_preset_takes_any_quantiser(quantizer: str) -> None:
     assert config.num_embedding == 256
     if quantizer == "looc":
         assert config == own
-        assert config.latent_norm == "batch"
+        assert config.latent_norm == "running"
     else:
         assert config.latent_norm == "none"
 

@@ -5,7 +5,6 @@ Raises ValueError, to follow the file's name, for what that network does not hav
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -128,7 +127,7 @@ def identity(name: str, channels: int) -> dict[str, Tensor]:
     return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(channels)}
 
 
-def shapes_tell(state_dict: StateDict, groups: int) -> dict[str, Any]:
+def shapes_tell(state_dict: StateDict, groups: Any) -> dict[str, Any]:
     """The flags of the network that these weights are of, which normalises in so many groups."""
     base, in_channels = take(state_dict, "encoder.conv_in.weight", ANY, ANY, 3, 3).shape[:2]
     out_channels = take(state_dict, "decoder.conv_out.weight", ANY, ANY, 3, 3).shape[0]
@@ -153,11 +152,8 @@ def shapes_tell(state_dict: StateDict, groups: int) -> dict[str, Any]:
             f"has attention at resolutions {attentive} of 0 to {len(levels) - 1}, "
             "where --model vqgan has it at the last ones"
         )
-    if groups != math.gcd(32, base):
-        raise ValueError(
-            f"normalises in {groups} groups, where --model vqgan has {math.gcd(32, base)} with "
-            f"--hidden_size {base}"
-        )
+    if type(groups) is not int or groups < 1 or base % groups:
+        raise ValueError(f"normalises in {groups} groups, which do not divide {base} channels")
     if in_channels != out_channels:
         raise ValueError(f"makes images of {out_channels} channels from such of {in_channels}")
     return {
@@ -165,6 +161,7 @@ def shapes_tell(state_dict: StateDict, groups: int) -> dict[str, Any]:
         "channel_multipliers": ",".join(str(width // base) for width in widths),
         "num_residual_layers": count(state_dict, "encoder.down_blocks.0.resnets."),
         "attention_levels": len(attentive),
+        "norm_groups": groups,
         "z_channels": channels,
         "latent_channels": latent_channels,
         "in_channels": in_channels,
