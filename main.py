@@ -65,6 +65,7 @@ def main() -> None:
     data, config = complete(data, config, model_config, training)
     seed_everything(config.seed, device)
     model = prepare(start(model_config, pretrained), config, training.image_size, device)
+    del pretrained  # as large as the model, and needed no more
     objective = make_objective(
         *(model, targets),
         betas=config.adam_betas,

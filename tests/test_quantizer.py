@@ -648,7 +648,7 @@ def test_batch_norm_is_pytorchs() -> None:
 
 
 def test_running_norm_is_that_of_its_averages() -> None:
-    """Plain means of the first calls, then of rate 0.1; constants to the gradient, as afterwards."""
+    """Plain means of the first calls, then of rate 0.1; constants to the gradient."""
     quantizer = make(RUNNING)
     mean, variance = torch.zeros(8), torch.ones(8)
     for step in range(1, 13):
