@@ -14,6 +14,8 @@ EXP := demo
 DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
 # Of compare and ablations, as docs/ has them; without --steps 300 it is 1,000.
 RUN_FLAGS ?= --steps 300 --num_test 2000 --jobs 2
+# Besides those of --preset photos-64.
+VQGAN_FLAGS ?=
 TABLES := headline codebook dimension anchor offline contrastive interpolation ingredients recipes
 
 help:
@@ -24,7 +26,7 @@ help:
 	@echo "make bench     speed and memory against peers, about 25 minutes on 2 cores; writes docs/benchmarks.*, docs/loader.*"
 	@echo "make compare   LooC and its peers on Fashion-MNIST, about an hour on 2 cores; writes docs/compare-*"
 	@echo "make ablations the tables of the flags, about an hour on 2 cores; writes docs/ablation-*"
-	@echo "make vqgan     --preset photos-64: trains, tests and evaluates a small VQGAN, about half an hour on 2 cores"
+	@echo "make vqgan     --preset photos-64: trains, tests and evaluates a small VQGAN, about an hour on 2 cores"
 	@echo "make photos    real photographs, cut for compare.py --suite photos"
 	@echo "make fuzz      1,000 damaged images, checkpoints and command lines each"
 	@echo "make soak      20,000 steps, 200,000 images, 20,000 pairs; writes docs/soak.md"
@@ -70,9 +72,9 @@ data/photos: | $(VENV)/.installed
 	$(PY) benchmarks/photos.py
 
 vqgan: $(VENV)/.installed-vqgan weights data/photos
-	$(PY) main.py --preset photos-64 --output_folder $(OUTPUT) --exp_name photos-64 $(WEIGHTS_FLAG)
+	$(PY) main.py --preset photos-64 --output_folder $(OUTPUT) --exp_name photos-64 $(VQGAN_FLAGS) $(WEIGHTS_FLAG)
 	$(PY) test.py --output_folder $(OUTPUT) --model_name photos-64/best.pt --save_codes
-	$(PY) evaluation.py --metrics l1 ssim psnr lpips $(WEIGHTS_FLAG) \
+	$(PY) evaluation.py --metrics l1 ssim psnr lpips kid $(WEIGHTS_FLAG) \
 	  --gt_path $(OUTPUT)/results/photos-64/best.pt/original/ -g_path $(OUTPUT)/results/photos-64/best.pt/rec
 	@$(PY) -m utils.summary $(OUTPUT) photos-64/best.pt
 

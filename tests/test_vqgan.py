@@ -323,28 +323,29 @@ def test_the_discriminator_waits_for_its_start(tmp_path: Path) -> None:
     assert not torch.equal(before["layers.0.weight"], everything(longer)["layers.0.weight"])
 
 
-def test_the_average_is_validated_and_stored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["decoder.conv_out.weight", "quantizer.latent_mean"])
+def test_the_average_is_validated_and_stored(name: str, tmp_path: Path) -> None:
     """By hand: e ← e + (1 − min(0.9, (1 + n) / (10 + n)))·(w − e), from the first step's w on."""
-    trainer = make(tmp_path)
+    trainer = make(tmp_path, latent_norm="running")
     step = trainer.train_step
     averages: list[Tensor] = []
 
     def followed(images: Tensor) -> None:
         step(images)
-        weight = trainer.model.decoder.conv_out.weight.detach().clone()
+        weight = trainer.model.state_dict()[name].clone()
         rate = 1 - min(0.9, (1 + trainer.step) / (10 + trainer.step))
         averages.append(weight if not averages else averages[-1] + rate * (weight - averages[-1]))
 
     trainer.train_step = followed  # type: ignore[method-assign]
     trainer.fit()
     last = read_checkpoint(tmp_path / "models" / "last.pt")
-    torch.testing.assert_close(last.state_dict["decoder.conv_out.weight"], averages[-1])
-    trained = last.content["trained"]["decoder.conv_out.weight"]
-    assert torch.equal(trained, trainer.model.state_dict()["decoder.conv_out.weight"])
+    torch.testing.assert_close(last.state_dict[name], averages[-1])
+    trained = last.content["trained"][name]
+    assert torch.equal(trained, trainer.model.state_dict()[name])
     assert not torch.equal(trained, averages[-1])
     model = load_model(tmp_path / "models" / "last.pt")
-    usages = (each.state_dict()["quantizer.usage"] for each in (model, trainer.model))
-    assert torch.equal(*usages)
+    steps = (each.state_dict()["quantizer.latent_steps"] for each in (model, trainer.model))
+    assert torch.equal(*steps)
     images = torch.cat(list(trainer.validation_loader.epoch())).float() / 127.5 - 1
     with torch.no_grad():
         reconstruction = model(images)[0].clamp(-1, 1)

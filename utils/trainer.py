@@ -596,12 +596,19 @@ class Trainer:
 
 
 def average_of(model: Autoencoder, rate: Callable[[], float]) -> AveragedModel:
-    """A running mean of a model's weights, beginning with the first; buffers are the model's."""
+    """A running mean of a model's weights and buffers, beginning with the first.
 
-    def follow(averages: Any, weights: Any, _count: Tensor | int) -> None:
-        torch._foreach_lerp_(averages, weights, rate())
+    Buffers too, as averaged weights do not make the latents of which the model keeps statistics;
+    those that are no fractions are the model's.
+    """
 
-    average = AveragedModel(model, multi_avg_fn=follow)
+    def follow(averages: Any, values: Any, _count: Tensor | int) -> None:
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, rate())
+        else:
+            torch._foreach_copy_(averages, values)
+
+    average = AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
     average.requires_grad_(False).eval()
     return average
 
