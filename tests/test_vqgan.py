@@ -23,7 +23,7 @@ from modules import VQGAN, ModelConfig, PatchDiscriminator
 from modules.config import QUANTIZERS
 from tests.conftest import ROOT, Outcome
 from utils.arguments import build_model_config
-from utils.checkpoint import load_model, read_checkpoint
+from utils.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils.devices import seed_everything
 from utils.download import Unavailable
 from utils.errors import Stopped, UserError
@@ -113,6 +113,17 @@ def test_normalisations_have_their_groups(
     config = ModelConfig(**{**TINY, "hidden_size": hidden_size, "norm_groups": norm_groups})
     groups = {m.num_groups for m in VQGAN(config).modules() if isinstance(m, nn.GroupNorm)}
     assert groups == {expected}
+
+
+def test_older_checkpoints_have_the_groups_of_then(tmp_path: Path) -> None:
+    model = VQGAN(replace(SMALL, norm_groups=8)).eval()
+    save_checkpoint(tmp_path / "m.pt", model, {})
+    content = torch.load(tmp_path / "m.pt", weights_only=True)
+    del content["model_config"]["norm_groups"]
+    torch.save(content, tmp_path / "m.pt")
+    images = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "m.pt")(images)[0], model(images)[0])
 
 
 def test_gradients_computed_again_are_the_same() -> None:

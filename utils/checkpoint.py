@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -91,7 +92,7 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
     flags = {name: value for name, value in (flags or {}).items() if name in MODEL_FIELDS}
     content = open_file(path)
     if content.get("format") == FORMAT:
-        known = asdict(stored_group(path, ModelConfig, content.get("model_config")))
+        known = asdict(stored_group(path, ModelConfig, with_groups(content.get("model_config"))))
         state_dict = content.get("model")
         if not isinstance(state_dict, Mapping):
             raise UserError(f"checkpoint {path} is damaged: it holds no model")
@@ -147,6 +148,15 @@ def stored_group(path: Path, group: type[Group], values: Any) -> Group:
         return group(**checked)
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} is damaged: {one_line(error)}") from error
+
+
+def with_groups(values: Any) -> Any:
+    """The flags of a VQGAN from before there was --norm_groups with those that it had."""
+    if not isinstance(values, Mapping) or values.get("model") != "vqgan":
+        return values
+    width = values.get("hidden_size")
+    groups = math.gcd(32, width) if isinstance(width, int) else None
+    return {"norm_groups": groups, **values}
 
 
 def from_reference(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
