@@ -23,7 +23,7 @@ from utils import metrics
 from utils.arguments import build, parse_flags
 from utils.devices import keep_freed_memory, resolve_device
 from utils.distributed import launched
-from utils.errors import UserError, run
+from utils.errors import UserError, memory_for, run
 from utils.extremes import write_extremes
 from utils.feature_cache import FeatureCache, cache_folder, content_key
 from utils.files import writable_folder, write_json
@@ -127,7 +127,8 @@ def main() -> None:
     cache = open_cache(config, pairs, networks, device)
 
     set_aside(output)
-    scores = measure_pairs(config, pairs, networks, device, cache)
+    with memory_for(f"--batch_size {config.batch_size}"):
+        scores = measure_pairs(config, pairs, networks, device, cache)
     skipped = dict(sorted({**skipped, **scores.skipped}.items()))
     check_number(config.metrics, len(scores.names), skipped)
     summaries = summarise(config.metrics, scores)

@@ -30,7 +30,7 @@ from utils.distributed import (
     start_ranks,
     stop_ranks,
 )
-from utils.errors import UserError, one_line, run
+from utils.errors import UserError, memory_for, one_line, run
 from utils.files import check_unicode, inside, remove_left_overs, writable_folder
 from utils.logger import log, start_logging
 from utils.objectives import (
@@ -64,7 +64,10 @@ def main() -> None:
         training, validation = open_images(data, config)
     data, config = complete(data, config, model_config, training)
     seed_everything(config.seed, device)
-    model = prepare(start(model_config, pretrained), config, training.image_size, device)
+    with memory_for(
+        f"--num_embedding {model_config.num_embedding}, --hidden_size {model_config.hidden_size}"
+    ):
+        model = prepare(start(model_config, pretrained), config, training.image_size, device)
     del pretrained  # as large as the model, and needed no more
     objective = make_objective(
         *(model, targets),
@@ -84,7 +87,8 @@ def main() -> None:
         *(trainer.step, trainer.total_steps, device),
         f", {num_ranks()} processes" if num_ranks() > 1 else "",
     )
-    trainer.fit()
+    with memory_for(f"--batch_size {config.batch_size} (--accumulate takes it in parts)"):
+        trainer.fit()
     log.info("checkpoints: %s\nTensorBoard: %s", trainer.models, trainer.logs)
     stop_ranks()
 

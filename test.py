@@ -50,7 +50,7 @@ from utils.distributed import (
     start_ranks,
     stop_ranks,
 )
-from utils.errors import UserError, run
+from utils.errors import UserError, memory_for, run
 from utils.files import inside, writable_folder, write_json
 from utils.images import save_comparison, save_picture, to_bytes, to_signed
 from utils.logger import log, start_logging
@@ -90,8 +90,9 @@ def main() -> None:
     torch.backends.cudnn.deterministic = True  # the same codes, the same pictures
     checkpoint = open_checkpoint(config, flags)
     if config.from_codes is None:
-        test(checkpoint, config, flags, device)
-    else:
+        with memory_for(f"--batch_size {config.batch_size}"):
+            test(checkpoint, config, flags, device)
+    else:  # batches are of the size that the file tells
         test_from_codes(checkpoint, config, flags, device)
     stop_ranks()
 

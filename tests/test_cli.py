@@ -309,3 +309,40 @@ def test_an_output_folder_that_is_read_only(script: Script, tmp_path: Path) -> N
     (tmp_path / "fixed").mkdir(mode=0o500)
     outcome = script("main.py", "--output_folder", "fixed")
     assert "--output_folder fixed" in error_line(outcome)
+
+
+def test_where_memory_runs_out_the_line_names_what_takes_it(
+    script: Script, mnist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = ("test.py", "--output_folder", "out", "--model_name", "e/best.pt", "--batch_size", "5")
+    pictures = "out/results/e/best.pt"
+    evaluate = (
+        *("evaluation.py", "--gt_path", f"{pictures}/original", "--g_path", f"{pictures}/rec"),
+        *("--metrics", "psnr", "--batch_size", "6"),
+    )
+    assert [train(script, mnist).code, script(*test).code, script(*evaluate).code] == [0, 0, 0]
+
+    def run_out(*_arguments: object, **_keywords: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
+
+    def last_line(target: str, run: Callable[[], Outcome]) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(target, run_out)
+            outcome = run()
+        assert outcome.code == 2
+        assert "Traceback" not in outcome.err
+        return outcome.err.splitlines()[-1]
+
+    def train_on() -> Outcome:
+        return train(script, mnist, "--max_steps", "4")
+
+    memory = "out of memory: CUDA out of memory. Tried to allocate 20.00 GiB."
+    sizes = f"main.py: error: --num_embedding 16, --hidden_size 8: {memory}"
+    assert last_line("utils.pretrained.make_model", train_on) == sizes
+    batch = f"main.py: error: --batch_size 8 (--accumulate takes it in parts): {memory}"
+    assert last_line("utils.trainer.Trainer.train_step", train_on) == batch
+    assert read_checkpoint(Path("out/models/e/last.pt")).content["step"] == 3
+    tested = f"test.py: error: --batch_size 5: {memory}"
+    assert last_line("modules.model.Autoencoder.encode", lambda: script(*test)) == tested
+    measured = f"evaluation.py: error: --batch_size 6: {memory}"
+    assert last_line("utils.scores.measure", lambda: script(*evaluate)) == measured

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,6 +52,17 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory")
     )
+
+
+@contextmanager
+def memory_for(flags: str) -> Iterator[None]:
+    """Raise a UserError naming the flags that decide how much memory is taken, if it runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise UserError(f"{flags}: out of memory: {one_line(error)[:200]}") from error
+        raise
 
 
 def run(main: Callable[[], None]) -> None:
