@@ -80,7 +80,9 @@ def looc(**flags: Any) -> Iterator[Contender]:
     The flags are those that the images ask for, besides the best recipe's.
     """
     best: dict[str, Any] = {"recipe": "best", **flags}
-    yield contender("looc", "K32-m1", **best, num_embedding=32, embedding_dim=CHANNELS)
+    for size in (32, 128):
+        one = {"num_embedding": size, "embedding_dim": CHANNELS}
+        yield contender("looc", f"K{size}-m1", **best, **one)
     for m in UNITS:
         yield contender(
             "looc", f"K256-m{m}", **best, num_embedding=256, embedding_dim=CHANNELS // m
