@@ -47,6 +47,7 @@ CHANNELS = 128  # of encoder and decoder, and of LooC's latents
 UNITS = (1, 2, 4, 8, 16, 32)  # codes a position; with K = 256 0.5 to 16 bits a pixel
 FEWER = (2, 4, 8)  # of slow quantisers
 SIZES = (32, 1024)  # codevectors of quantisers with one code a position
+FSQ = (("8,4", 1), ("8,6,5", 1), *(("8,5,5,5", m) for m in UNITS[1:]))  # levels, and units
 
 STYLES = {
     "looc": Style("LooC, d = 128/m", RED, "o", main=True),
@@ -66,6 +67,10 @@ STYLES = {
     "cvq": Style("CVQ-VAE", SKY, "p", ":"),
     "vq": Style("VQ", "#777777", "o", ":"),
     "none": Style("not quantised", "#777777", "", "-."),
+    "multihead-vq-norm": Style("multi-head VQ, LooC's norm and width", GREEN, "v", "-."),
+    "residual-vq-norm": Style("residual VQ, LooC's norm", PINK, "s", "-."),
+    "fsq-norm": Style("FSQ, LooC's norm", SKY, "D", "-."),
+    "none-norm": Style("not quantised, LooC's norm", BLACK, "", "-."),
 }
 OURS = [family for family in STYLES if family.startswith("looc")]
 
@@ -104,6 +109,13 @@ def looc(**flags: Any) -> Iterator[Contender]:
         yield contender("looc-paper", f"K{size}-d{dim}", **published)
 
 
+def fsq(family: str, levels: str, m: int, **flags: Any) -> Contender:
+    """FSQ of so many units a position, of one channel a level."""
+    dim = levels.count(",") + 1
+    scalar = {"levels": levels, "embedding_dim": dim, "latent_channels": m * dim}
+    return contender(family, f"{levels.replace(',', 'x')}-m{m}", **flags, quantizer="fsq", **scalar)
+
+
 def peers() -> Iterator[Contender]:
     """Other quantisers, each over its own sizes, trained as LooC's best."""
     shared = shared_training("best")
@@ -127,16 +139,32 @@ def peers() -> Iterator[Contender]:
     for m in FEWER:
         residual = {"num_embedding": 256, "embedding_dim": 64, "num_quantizers": m}
         yield contender("residual-vq", f"K256-m{m}", **alive, quantizer="residual-vq", **residual)
-    for levels, m in (("8,4", 1), ("8,6,5", 1), *(("8,5,5,5", m) for m in UNITS[1:])):
-        dim = levels.count(",") + 1
-        scalar = {"levels": levels, "embedding_dim": dim, "latent_channels": m * dim}
-        point = f"{levels.replace(',', 'x')}-m{m}"
-        yield contender("fsq", point, **shared, quantizer="fsq", **scalar)
+    for levels, m in FSQ:
+        yield fsq("fsq", levels, m, **shared)
     for dim, m in ((5, 1), (8, 1), (8, 2)):
         signs = {"num_embedding": 2**dim, "embedding_dim": dim, "latent_channels": m * dim}
         signs["lr"] = 3e-4  # it collapses at higher ones
         yield contender("lfq", f"d{dim}-m{m}", **shared, quantizer="lfq", **signs)
     yield contender("none", "", **shared, quantizer="none")
+
+
+def normalised_peers(latent_norm: str) -> Iterator[Contender]:
+    """The strongest peers and none with what LooC's best has besides: normalised latents."""
+    shared = {**shared_training("best"), "latent_norm": latent_norm}
+    alive = {**shared, **ALIVE, "num_embedding": 256}
+    for m in UNITS[:4]:
+        heads = {"embedding_dim": 4, "latent_channels": 4 * m, "distance": "l2"}
+        yield contender(
+            "multihead-vq-norm", f"K256-m{m}", **alive, quantizer="multihead-vq", **heads
+        )
+    for m in FEWER:
+        residual = {"embedding_dim": 64, "num_quantizers": m}
+        yield contender(
+            "residual-vq-norm", f"K256-m{m}", **alive, quantizer="residual-vq", **residual
+        )
+    for levels, m in FSQ:
+        yield fsq("fsq-norm", levels, m, **shared)
+    yield contender("none-norm", "", **shared, quantizer="none")
 
 
 def smoke() -> Iterator[Contender]:
@@ -150,9 +178,9 @@ def smoke() -> Iterator[Contender]:
 
 SUITES = {
     "smoke": [*smoke()],
-    "fashion-mnist": [*looc(), *peers()],
+    "fashion-mnist": [*looc(), *peers(), *normalised_peers("batch")],
     # Batches of 16 unlike photographs: their own mean and variance are too noisy.
-    "photos": [*looc(latent_norm="running"), *peers()],
+    "photos": [*looc(latent_norm="running"), *peers(), *normalised_peers("running")],
 }
 
 

@@ -89,8 +89,6 @@ def check_own(config: ModelConfig) -> None:
             f"--contras_loss has no effect with --codebook_update {config.codebook_update}, "
             "only with gradient"
         )
-    if config.latent_norm == "unit" and config.embedding_dim == 1:
-        raise ValueError("--latent_norm unit makes ±1 of all units of --embedding_dim 1")
 
 
 def even_levels(product: int, count: int, largest: int = LARGEST_LEVEL) -> tuple[int, ...] | None:
@@ -177,13 +175,12 @@ def check_bits(config: ModelConfig) -> None:
         )
 
 
-SIZES = frozenset({"num_embedding", "embedding_dim"})
-OWN = SIZES | {
+COMMON = frozenset({"num_embedding", "embedding_dim", "latent_norm"})
+OWN = COMMON | {
     *("distance", "anchor", "split", "interpolation_scale", "first_batch", "contras_loss"),
-    *("commitment_cost", "codebook_update", "ema_decay", "codebook_start", "latent_norm"),
-    "gradient",
+    *("commitment_cost", "codebook_update", "ema_decay", "codebook_start", "gradient"),
 }
-BY_EMA = SIZES | {
+BY_EMA = COMMON | {
     *("commitment_cost", "ema_decay", "codebook_start", "gradient", "dead_code_threshold")
 }
 LIKE_LIBRARY = {
@@ -212,6 +209,7 @@ QUANTIZERS = {
     ),
     "none": Kind(
         "an autoencoder without quantiser",
+        frozenset({"latent_norm"}),
         implies={"anchor": "none"},
         any_channels=True,
         slots=lambda _: 0,
@@ -257,7 +255,7 @@ QUANTIZERS = {
     ),
     "fsq": Kind(
         "FSQ",
-        SIZES | {"levels"},
+        COMMON | {"levels"},
         {"anchor": "none"},
         fsq_sizes,
         checks=(check_levels, check_units),
@@ -267,7 +265,7 @@ QUANTIZERS = {
     ),
     "lfq": Kind(
         "LFQ",
-        SIZES | {"commitment_cost"},
+        COMMON | {"commitment_cost"},
         {"anchor": "none", "commitment_cost": 0.0},
         lfq_sizes,
         checks=(check_bits, check_units),
@@ -276,7 +274,7 @@ QUANTIZERS = {
     ),
     "sim-vq": Kind(
         "SimVQ",
-        SIZES | {"commitment_cost", "gradient"},
+        COMMON | {"commitment_cost", "gradient"},
         {"anchor": "none", "distance": "l2", "gradient": "rotation"},
         checks=(check_position,),
     ),
@@ -503,6 +501,8 @@ class ModelConfig:
                 )
             if item.name in NETWORK_FLAGS - self.network.own and value != item.default:
                 raise ValueError(f"--{item.name} {value} has no effect with --model {self.model}")
+        if self.latent_norm == "unit" and self.embedding_dim == 1:
+            raise ValueError("--latent_norm unit makes ±1 of all units of --embedding_dim 1")
         for check in (*self.network.checks, *self.kind.checks):
             check(self)
 

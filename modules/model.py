@@ -50,13 +50,18 @@ def make_peer(config: ModelConfig) -> Quantizer:
         levels=parse_levels(config.levels or ""),
         num_quantizers=config.num_quantizers,
         dead_code_threshold=config.dead_code_threshold,
+        latent_norm=config.latent_norm,
     )
+
+
+def make_none(config: ModelConfig) -> Quantizer:
+    return NoQuantizer(config.channels, latent_norm=config.latent_norm)
 
 
 MAKERS: dict[str, Callable[[ModelConfig], Quantizer]] = {
     **dict.fromkeys(("looc", "cvq", "vq"), make_looc),
     **dict.fromkeys(PEERS, make_peer),
-    "none": lambda _: NoQuantizer(),
+    "none": make_none,
 }
 
 

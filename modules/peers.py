@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from modules.quantizer import Quantized
+from modules.quantizer import WITH_AVERAGES, LatentNorm, Quantized
 
 
 def vector_quantize(quantizer: str) -> ModuleType:
@@ -37,17 +37,29 @@ def need_library(quantizer: str) -> None:
         vector_quantize(quantizer)
 
 
-class NoQuantizer(nn.Module):
-    """Latents as they are, with no index (m = 0): what quantisation could at best come to."""
+class NoQuantizer(LatentNorm):
+    """Latents that are not quantised, with no index (m = 0).
 
-    def __init__(self) -> None:
+    Args:
+        channels: C of the latents.
+        latent_norm: as LooCQuantizer has it, of all channels together.
+    """
+
+    def __init__(self, channels: int, *, latent_norm: str = "none") -> None:
         super().__init__()
+        self.latent_norm = latent_norm
+        if latent_norm in WITH_AVERAGES:
+            self._keep_averages((1, channels))
         self.codebook = torch.empty(0, 0)  # of no codevector
         self.defer_update = False
 
     def forward(self, z: Tensor) -> Quantized:
-        """(B, C, H, W) → itself, a loss of 0 and indices (B, H, W, 0)."""
-        return Quantized(z, z.new_zeros(()), self.encode(z))
+        """(B, C, H, W) → itself, normalised, a loss of 0 and indices (B, H, W, 0)."""
+        with torch.autocast(z.device.type, enabled=False):
+            wide = z.to(torch.promote_types(z.dtype, torch.float32))
+            units = wide.permute(0, 2, 3, 1).unsqueeze(-2)  # (B, H, W, 1, C)
+            latents = self._normalise(units, self.training).squeeze(-2).permute(0, 3, 1, 2)
+        return Quantized(latents.to(z.dtype), z.new_zeros(()), self.encode(z))
 
     def encode(self, z: Tensor) -> Tensor:
         """(B, C, H, W) → (B, H, W, 0), int64."""
@@ -60,7 +72,7 @@ class NoQuantizer(nn.Module):
         )
 
 
-class PeerQuantizer(nn.Module):
+class PeerQuantizer(LatentNorm):
     """A quantiser of vector-quantize-pytorch.
 
     Args:
@@ -77,6 +89,7 @@ class PeerQuantizer(nn.Module):
         num_quantizers: codebooks of "residual-vq", one after another.
         dead_code_threshold: running mean of matches a step below which a codevector whose mean it
             is makes way for a vector of the batch.
+        latent_norm: as LooCQuantizer has it, before the library is called.
 
     Each kind reads those that its builder below names. Nothing is learnt from a batch that is not
     finite, whose loss is then not a number. In evaluation mode the loss is 0, and a call writes
@@ -101,6 +114,7 @@ class PeerQuantizer(nn.Module):
         levels: tuple[int, ...] = (),
         num_quantizers: int = 4,
         dead_code_threshold: int = 0,
+        latent_norm: str = "none",
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -115,6 +129,9 @@ class PeerQuantizer(nn.Module):
         self.levels = levels
         self.num_quantizers = num_quantizers
         self.dead_code_threshold = dead_code_threshold
+        self.latent_norm = latent_norm
+        if latent_norm in WITH_AVERAGES:
+            self._keep_averages((channels // embedding_dim, embedding_dim))
         self.defer_update = False
         self.library = PEERS[kind].build(self, vector_quantize(kind))
 
@@ -129,7 +146,7 @@ class PeerQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, C, H, W); in training mode also learn from it."""
         with torch.autocast(z.device.type, enabled=False):
-            positions = self._positions(z)
+            positions = self._positions(z, self.training)
             if self.training and positions.isfinite().all():
                 quantized, found, *losses = self.library(positions)
                 latents = spread(quantized, z.shape)
@@ -160,13 +177,15 @@ class PeerQuantizer(nn.Module):
         quantized = PEERS[self.kind].decode(self.library, indices.flatten(1, 2))  # (B, H·W, C)
         return spread(quantized, (len(indices), self.channels, *indices.shape[1:3]))
 
-    def _positions(self, z: Tensor) -> Tensor:
-        """(B, C, H, W) of any float type → (B, H·W, C), float32."""
+    def _positions(self, z: Tensor, training: bool = False) -> Tensor:
+        """(B, C, H, W) of any float type → (B, H·W, C), float32, normalised."""
         if z.dim() != 4 or z.shape[1] != self.channels:
             raise ValueError(
                 f"latents of shape {tuple(z.shape)} are not (B, {self.channels}, H, W)"
             )
-        return z.float().permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+        positions = z.float().permute(0, 2, 3, 1).contiguous()
+        units = positions.view(*positions.shape[:-1], -1, self.embedding_dim)  # (B, H, W, m, d)
+        return self._normalise(units, training).flatten(3).flatten(1, 2)
 
     def _indices(self, found: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Of a batch of this shape: (B, H·W) or (B, H·W, m) → (B, H, W, m), int64 in [0, K)."""

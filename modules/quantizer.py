@@ -348,24 +348,62 @@ class Crowd:
 # --------------------------------------------------------------------------- latents' normalisation
 
 
-def as_they_are(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+class LatentNorm(nn.Module):
+    """What a quantiser inherits to normalise its latents, one of LATENT_NORMS.
+
+    By "batch" or "running" there are buffers: `latent_mean` and `latent_variance` (m, d), running
+    averages of what was seen in training, and by "running" the number of steps that they are of.
+    """
+
+    latent_norm: str
+    latent_mean: Tensor
+    latent_steps: Tensor | None
+    latent_variance: Tensor
+
+    def _keep_averages(self, shape: tuple[int, int]) -> None:
+        """Begin the averages, of units of this shape (m, d)."""
+        self.register_buffer("latent_mean", torch.zeros(shape))
+        self.register_buffer("latent_variance", torch.ones(shape))
+        by_running = self.latent_norm == "running"
+        self.register_buffer("latent_steps", torch.tensor(0) if by_running else None)
+
+    def _normalise(self, units: Tensor, training: bool) -> Tensor:
+        """Units (B, H, W, m, d) → the same shape; in training the averages take them in."""
+        return LATENT_NORMS[self.latent_norm](self, units, training)
+
+    @torch.no_grad()
+    def _average_latents(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Keep the running averages of what was seen in training, where that was finite.
+
+        Those of norm "running" begin as the plain mean of the first calls.
+        """
+        rate: float | Tensor = BATCH_NORM_RATE
+        if self.latent_steps is not None:
+            self.latent_steps += (count > 0) & mean.isfinite().all() & variance.isfinite().all()
+            rate = (1 / self.latent_steps.to(mean.dtype)).clamp(BATCH_NORM_RATE, 1)
+        for average, value in ((self.latent_mean, mean), (self.latent_variance, variance)):
+            seen = value.isfinite() & (count > 0)
+            average.lerp_(torch.where(seen, value, average), rate)
+
+
+def as_they_are(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
     del quantizer, training
     return units
 
 
-def unit_length(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+def unit_length(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
     """Each unit alone to mean square one, which is length √d."""
     del quantizer, training
     return F.normalize(units, dim=-1) * math.sqrt(units.shape[-1])
 
 
-def layer_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+def layer_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
     """All channels of a position together to mean zero and variance one."""
     del quantizer, training
     return F.layer_norm(units, units.shape[-2:])
 
 
-def batch_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+def batch_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
     """Each channel to mean zero and variance one over the batch of all processes.
 
     Outside training by the running averages: Ioffe and Szegedy, arXiv 1502.03167.
@@ -376,7 +414,7 @@ def batch_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tenso
     return (units - mean) * (variance + 1e-5).rsqrt()
 
 
-def running_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Tensor:
+def running_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
     """Each channel to about mean zero and variance one, by its running averages.
 
     They are constants to the gradient, and in use in training as after it. A batch's own mean and
@@ -389,7 +427,7 @@ def running_norm(quantizer: LooCQuantizer, units: Tensor, training: bool) -> Ten
     return (units - quantizer.latent_mean) * (quantizer.latent_variance + 1e-5).rsqrt()
 
 
-def batch_statistics(quantizer: LooCQuantizer, units: Tensor) -> tuple[Tensor, Tensor]:
+def batch_statistics(quantizer: LatentNorm, units: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel over all processes, (m, d); its averages take them in."""
     rows = units.flatten(0, 2)  # (B·H·W, m, d)
     count = sum_over_ranks(torch.full((), len(rows), device=rows.device))
@@ -415,7 +453,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 # Units (B, H, W, m, d) → the same shape, all of one scale.
-LATENT_NORMS: dict[str, Callable[[LooCQuantizer, Tensor, bool], Tensor]] = {
+LATENT_NORMS: dict[str, Callable[[LatentNorm, Tensor, bool], Tensor]] = {
     "none": as_they_are,
     "unit": unit_length,
     "layer": layer_norm,
@@ -778,7 +816,7 @@ def contrastive_terms(similarity: Tensor, num_positives: int) -> Tensor:
 # -------------------------------------------------------------------------------------- quantiser
 
 
-class LooCQuantizer(nn.Module):
+class LooCQuantizer(LatentNorm):
     """Compositional vector quantisation with one small shared codebook.
 
     Args:
@@ -831,9 +869,6 @@ class LooCQuantizer(nn.Module):
     pool_size: Tensor
     ema_count: Tensor | None
     started: Tensor | None
-    latent_mean: Tensor
-    latent_steps: Tensor | None
-    latent_variance: Tensor
 
     def __init__(
         self,
@@ -911,11 +946,7 @@ class LooCQuantizer(nn.Module):
         from_data = STARTS[codebook_start] is not None
         self.register_buffer("started", torch.tensor(False) if from_data else None)
         if latent_norm in WITH_AVERAGES:
-            shape = self._unit_shape(latent_channels)
-            self.register_buffer("latent_mean", torch.zeros(shape))
-            self.register_buffer("latent_variance", torch.ones(shape))
-            by_running = latent_norm == "running"
-            self.register_buffer("latent_steps", torch.tensor(0) if by_running else None)
+            self._keep_averages(self._unit_shape(latent_channels))
         self.defer_update = False
         self._settled_steps = 0
         self._start_seen = False
@@ -997,7 +1028,7 @@ class LooCQuantizer(nn.Module):
                 f"latents of {z.shape[1]} channels are cut into {units.shape[-2]} units, "
                 f"latent_channels into {len(self.latent_mean)}"
             )
-        return LATENT_NORMS[self.latent_norm](self, units, training)
+        return self._normalise(units, training)
 
     def _join(self, units: Tensor) -> Tensor:
         """Units (B, H, W, m, d) → (B, C, H, W)."""
@@ -1023,20 +1054,6 @@ class LooCQuantizer(nn.Module):
                 f"the {extrapolated} channels of the latents"
             )
         return extrapolated // self.embedding_dim, self.embedding_dim
-
-    @torch.no_grad()
-    def _average_latents(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Keep the running averages of what was seen in training, where that was finite.
-
-        Those of norm "running" begin as the plain mean of the first calls.
-        """
-        rate: float | Tensor = BATCH_NORM_RATE
-        if self.latent_steps is not None:
-            self.latent_steps += (count > 0) & mean.isfinite().all() & variance.isfinite().all()
-            rate = (1 / self.latent_steps.to(mean.dtype)).clamp(BATCH_NORM_RATE, 1)
-        for average, value in ((self.latent_mean, mean), (self.latent_variance, variance)):
-            seen = value.isfinite() & (count > 0)
-            average.lerp_(torch.where(seen, value, average), rate)
 
     @torch.no_grad()
     def _start(self, features: Tensor) -> None:
