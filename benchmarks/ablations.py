@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.options import (
     ALIVE,
+    LRS,
     SETUPS,
     add_options,
-    check,
+    checked,
     chosen,
     settings_of,
     shared_training,
@@ -26,7 +27,7 @@ from benchmarks.options import (
 from benchmarks.runs import Contender, contests, run_all
 from benchmarks.tables import Document, collect, earlier_page, with_kept
 from utils.arguments import Parser
-from utils.errors import run
+from utils.errors import UserError, run
 from utils.logger import start_logging
 from utils.recipes import RECIPES
 from utils.trainer import TrainConfig
@@ -93,8 +94,7 @@ def headline(_recipe: str) -> Iterator[Contender]:
     sizes = {"num_embedding": 256, "embedding_dim": 4}
     yield Contender("paper", "paper", {"recipe": "paper", **sizes, "lr": TrainConfig.lr})
     yield Contender("best", "best", {"recipe": "best", **sizes})
-    training = {**shared_training("best"), "lr": RECIPES["best"]["lr"]}
-    peer = {"quantizer": "multihead-vq", **sizes, **training, **ALIVE}
+    peer = {"quantizer": "multihead-vq", **sizes, **shared_training("best"), **ALIVE}
     for distance in ("cos", "l2"):
         name = f"multihead-vq-{distance}"
         yield Contender(name, name, {**peer, "distance": distance})
@@ -115,6 +115,8 @@ class Question:
     title: str
     about: str
     variants: Callable[[str], Iterator[Contender]]
+    lrs: tuple[float, ...] | None = ()  # unless others are asked for; None: those of the rows alone
+    recipe: bool = True  # whether --recipe says what is varied
 
 
 TABLES = {
@@ -123,7 +125,7 @@ TABLES = {
     ),
     "dimension": Question(
         "Dimension d",
-        "`--embedding_dim`. The number of codes, and so the rate, is 128 / d.",
+        "`--embedding_dim`. The number of codes, and so the rate, is channels / d.",
         dimension,
     ),
     "anchor": Question(
@@ -146,6 +148,8 @@ TABLES = {
         "Each entry of `--recipe best` alone added to `--recipe paper`, and each left out of "
         "`best`, that is, as in `paper`.",
         ingredients,
+        lrs=None,
+        recipe=False,
     ),
     "headline": Question(
         "K = 256, d = 4",
@@ -153,8 +157,12 @@ TABLES = {
         "multi-headed VQ (one shared codebook, started by k-means, dead codevectors replaced) with "
         "the training flags of `best`.",
         headline,
+        lrs=LRS,
+        recipe=False,
     ),
-    "recipes": Question("Recipes", "`--recipe best` against `--recipe paper`.", recipes),
+    "recipes": Question(
+        "Recipes", "`--recipe best` against `--recipe paper`.", recipes, recipe=False
+    ),
 }
 
 
@@ -169,11 +177,17 @@ def main() -> None:
     arguments = parser.parse_args()
     start_logging()
     name, images, question = arguments.table, arguments.images, TABLES[arguments.table]
-    setup = replace(SETUPS[images], lrs=())
+    if arguments.lrs and question.lrs is None:
+        raise UserError(
+            f"--lrs {arguments.lrs[0]} has no effect with --table {name}, of fixed rates"
+        )
+    if arguments.recipe != "paper" and not question.recipe:
+        raise UserError(f"--recipe {arguments.recipe} has no effect with --table {name}")
+    setup = replace(SETUPS[images], lrs=question.lrs or ())
     settings = settings_of(arguments, setup, images)
     variants = list(question.variants(arguments.recipe))
     selected = chosen(variants, settings.only)
-    check(setup, settings)
+    settings = checked(setup, settings)
     suffix = "" if arguments.recipe == "paper" else f" --recipe {arguments.recipe}"
     page = f"ablation-{images}-{name}-{settings.steps}" + suffix.replace(" --recipe ", "-")
     earlier = earlier_page(page, settings)

@@ -31,7 +31,7 @@ from benchmarks.options import (
     ALIVE,
     SETUPS,
     add_options,
-    check,
+    checked,
     chosen,
     settings_of,
     shared_training,
@@ -193,7 +193,7 @@ def main() -> None:
     name, setup, contenders = arguments.suite, SETUPS[arguments.suite], SUITES[arguments.suite]
     settings = settings_of(arguments, setup, name)
     selected = chosen(contenders, settings.only)
-    check(setup, settings)
+    settings = checked(setup, settings)
     page = f"compare-{name}-{settings.steps}"
     earlier = earlier_page(page, settings)
     failures = run_all(contests(selected, setup, settings), settings)

@@ -71,7 +71,7 @@ def margins(ours: Curve, peer: Curve) -> list[tuple[float, float]]:
 
     Between them both are straight lines, so that the least is among these.
     """
-    last = min([MOST_RATE, *peer.rates[-1:]])
+    last = min([MOST_RATE, *(max(LEAST_RATE, rate) for rate in peer.rates[-1:])])
     rates = {LEAST_RATE, last, *ours.rates, *peer.rates}
     found = []
     for rate in sorted(rate for rate in rates if LEAST_RATE <= rate <= last):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from benchmarks.runs import Contender, Flags, Settings, Setup
-from datasets import open_dataset
+from datasets import ImageSet, open_dataset
 from utils.arguments import Parser
 from utils.errors import UserError, unknown_name
 from utils.files import writable_folder
@@ -20,6 +21,7 @@ from utils.recipes import RECIPES
 from utils.trainer import TrainConfig
 
 LRS = (RECIPES["best"].get("lr", TrainConfig.lr),)
+LOOKED_AT = 32  # images of a set, to tell it from others
 # What the library offers against codevectors that are not used.
 ALIVE: Flags = {"codebook_start": "kmeans", "dead_code_threshold": 2}
 TINY: Flags = {"hidden_size": 16, "num_residual_hidden": 8, "num_residual_layers": 1}
@@ -148,13 +150,32 @@ def fits(contender: Contender, word: str) -> bool:
     return any(fnmatchcase(name, word) for name in (contender.name, contender.family))
 
 
-def check(setup: Setup, settings: Settings) -> None:
-    """Raise UserError where images or folders are not to be had; download images that can be."""
+def checked(setup: Setup, settings: Settings) -> Settings:
+    """The settings, and which images they are of; images that can be are downloaded.
+
+    Raises UserError where images or folders are not to be had.
+    """
     if setup.missing and not Path(str(settings.data_folder)).is_dir():
         raise UserError(f"--data_folder {settings.data_folder} does not exist; {setup.missing}")
     flags = setup.flags
-    open_dataset(flags["dataset"], settings.data_folder, "test", flags.get("image_size"))
+    source = flags["dataset"], settings.data_folder
+    training, test = (
+        open_dataset(*source, split, flags.get("image_size")) for split in ("train", "test")
+    )
+    if settings.num_test is not None and settings.num_test > len(test):
+        raise UserError(f"--num_test {settings.num_test}, but there are {len(test)} test images")
     writable_folder(settings.output, "--output")
     writable_folder(settings.docs, "--docs")
     if "lpips" not in settings.metrics:
         log.warning("LPIPS is left out: python evaluation.py --fetch_weights brings its weights")
+    images = f"{len(training):,} + {len(test):,}, SHA-256 {fingerprint(training, test)}"
+    return replace(settings, images=images)
+
+
+def fingerprint(*sets: ImageSet) -> str:
+    """The first digits of a SHA-256 of some images of each set."""
+    digest = hashlib.sha256()
+    for images in sets:
+        for index in range(0, len(images), max(1, len(images) // LOOKED_AT)):
+            digest.update(images[index].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.common import machine
 from utils.checkpoint import read_checkpoint
-from utils.errors import UserError, one_line, printable
+from utils.errors import Stopped, UserError, one_line, printable
 from utils.files import write_json
 from utils.logger import log
 from utils.recipes import with_recipe
@@ -80,6 +80,7 @@ class Settings:
     num_test: int | None  # pairs that LPIPS is measured on; None: all
     only: tuple[str, ...]
     keep: bool = False  # what the page that is there holds of the same flags
+    images: str = ""  # tells them from others
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -97,11 +98,13 @@ class Run:
     flags: Flags  # all that decide what is trained
     seed: int
     output: Path
+    images: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The flags with those of the recipe, as they are stored."""
-        stored: dict[str, Any] = json.loads(json.dumps(with_recipe(self.flags)))
+        """The flags with those of the recipe, and the images, as they are stored."""
+        whole = {**with_recipe(self.flags), "images": self.images}
+        stored: dict[str, Any] = json.loads(json.dumps(whole))
         return stored
 
     @property
@@ -369,7 +372,7 @@ def contests(contenders: Iterable[Contender], setup: Setup, settings: Settings) 
             for seed in settings.seeds:
                 flags = {**setup.flags, **contender.flags, "max_steps": settings.steps}
                 flags |= {"seed": seed} if lr is None else {"seed": seed, "lr": lr}
-                runs.append(Run(contender, flags, seed, settings.output))
+                runs.append(Run(contender, flags, seed, settings.output, settings.images))
         found.append(Contest(contender, runs))
     return found
 
@@ -433,8 +436,8 @@ def stopping(children: Children) -> Iterator[None]:
     """Have Ctrl-C and SIGTERM end the children before they end this process."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        del number, frame
-        raise KeyboardInterrupt
+        del frame
+        raise Stopped(signal.Signals(number), "interrupted; the same command goes on")
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -13,6 +13,7 @@ from benchmarks.common import Table
 from benchmarks.runs import Contender, Contest, Settings, Setup, finished, read_json, words
 from utils.errors import UserError
 from utils.files import whole_file, write_json
+from utils.logger import log
 from utils.metrics import METRICS
 from utils.recipes import with_recipe
 
@@ -81,12 +82,24 @@ def collect(found: Sequence[Contest], settings: Settings) -> list[Row]:
 def earlier_page(page: str, settings: Settings) -> dict[str, Any]:
     """With --keep the figures of the page that is there; else none.
 
-    Raises UserError where LPIPS was measured on another number of images.
+    Raises UserError where they cannot be read, or where what all rows share was another then.
     """
-    earlier = read_json(settings.docs / f"{page}.json") if settings.keep else {}
-    if earlier and earlier["lpips_pairs"] != settings.num_test:
+    path = settings.docs / f"{page}.json"
+    if not settings.keep or not path.exists():
+        return {}
+    earlier = read_json(path)
+    if missing := {"rows", "lrs", "metrics", "lpips_pairs"} - earlier.keys():
+        raise UserError(f"--keep: {path} is damaged: it has no {min(missing)}")
+    images = earlier.get("images", settings.images)
+    if images != settings.images:
+        raise UserError(f"--keep: {path} is of other images: {images}, not {settings.images}")
+    if earlier["lrs"] != list(settings.lrs):
+        rates = [", ".join(map(str, lrs)) or "none" for lrs in (settings.lrs, earlier["lrs"])]
+        raise UserError(f"--keep: --lrs {rates[0]} is not that of {path}, {rates[1]}")
+    if "lpips" in earlier["metrics"] and earlier["lpips_pairs"] != settings.num_test:
         raise UserError(
-            f"--num_test {settings.num_test} is not that of {page}.json, {earlier['lpips_pairs']}"
+            f"--keep: --num_test {settings.num_test} is not that of {path}, "
+            f"{earlier['lpips_pairs']}"
         )
     return earlier
 
@@ -109,6 +122,8 @@ def with_kept(
         row, old = new.get(contender.name), kept.get(contender.name)
         if old is not None and same_flags(old, contender, row, setup, settings):
             row = merged(old, contender, row)
+        elif old is not None:
+            log.warning("%s: what the page has was trained with other flags", contender.name)
         if row is not None:
             whole.append(row)
     return whole
@@ -172,6 +187,8 @@ def row_of(contest: Contest, settings: Settings) -> Row | None:
     figures = {}
     for name, figure in FIGURES.items():
         values = [figure.read(result) for result in done.values()]
+        if name == "lpips" and any(r["num_test"] != settings.num_test for r in done.values()):
+            continue  # of other pairs
         if None not in values:
             figures[name] = [float(value) for value in values if value is not None]
     contender, scores = contest.contender, contest.scores()
@@ -234,6 +251,9 @@ class Document:
         """Write <name>.md and <name>.json; returns the paths, those of the pictures too."""
         docs = self.settings.docs
         paths = [docs / f"{self.name}{suffix}" for suffix in (".md", ".json")]
+        if not self.rows:
+            log.warning("nothing was measured; %s stays as it is", paths[0])
+            return []
         with whole_file(paths[0]) as temporary:
             temporary.write_text(self.markdown())
         write_json(paths[1], self.content())
@@ -250,7 +270,7 @@ class Document:
             f"Made by `{self.whole_command}`. Each row is `python main.py "
             f"{' '.join(words(shared))} --lr LR --seed SEED` with the flags of its last "
             "column, then `test.py`, then `evaluation.py "
-            f"--metrics {' '.join(settings.metrics)} --protocol clean` on all test images"
+            f"--metrics {' '.join(self.metrics)} --protocol clean` on all test images"
             f"{self.on_fewer()}.",
             "",
             *self.notes(),
@@ -266,6 +286,11 @@ class Document:
         return sorted({line for row in self.rows for line in row.machines})
 
     @property
+    def metrics(self) -> list[str]:
+        """Those that some row has."""
+        return [name for name in METRICS if any(name in row.figures for row in self.rows)]
+
+    @property
     def seeds(self) -> list[int]:
         """Those asked for, and those that rows were kept of."""
         return sorted({*self.settings.seeds, *(seed for row in self.rows for seed in row.seeds)})
@@ -279,16 +304,13 @@ class Document:
             "seeds": self.seeds,
             "lrs": settings.lrs or None,
             "num_test": settings.num_test,
+            "only": [row.name for row in self.rows] if len(self.rows) < self.expected else None,
         }
         return " ".join([self.command, *words(options)])
 
     def on_fewer(self) -> str:
         number = self.settings.num_test
-        return (
-            f" (LPIPS on the first {number:,})"
-            if number and "lpips" in self.settings.metrics
-            else ""
-        )
+        return f" (LPIPS on the first {number:,})" if number and "lpips" in self.metrics else ""
 
     def notes(self) -> list[str]:
         """Seeds, learning rates, and what is not there."""
@@ -303,9 +325,14 @@ class Document:
             notes.append("Not every row has all of these seeds; the column says which. ")
         if len(settings.lrs) > 1:
             rates = ", ".join(f"{lr:g}" for lr in settings.lrs)
-            notes.append(f"The learning rate is that of {rates} with the best validation PSNR. ")
-        if "lpips" not in settings.metrics:
-            notes.append("LPIPS is left out: the weights of its network were missing. ")
+            notes.append(
+                f"Where a row's flags do not name its learning rate, it is the one of {rates} with "
+                "the best mean validation PSNR, of those that most seeds were trained with. "
+            )
+        lacking = [row.name for row in self.rows if "lpips" not in row.figures]
+        if lacking:
+            of = "" if len(lacking) == len(self.rows) else f" of {', '.join(lacking)}"
+            notes.append(f"LPIPS{of} was not measured. ")
         if len(self.rows) < self.expected:
             notes.append(f"{self.expected - len(self.rows)} of {self.expected} are not there. ")
         if self.failures:
@@ -321,7 +348,8 @@ class Document:
             "steps": settings.steps,
             "seeds": self.seeds,
             "lrs": settings.lrs,
-            "metrics": settings.metrics,
+            "metrics": self.metrics,
+            "images": settings.images,
             "lpips_pairs": settings.num_test,
             "rows": [
                 {**asdict(row), "all_flags": with_recipe({**shared, **row.flags, "lr": row.lr})}

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import photos, runs
 from benchmarks.ablations import TABLES
 from benchmarks.compare import STYLES, SUITES, draw_curves
 from benchmarks.margins import curve, margins, margins_table
-from benchmarks.options import SETUPS, chosen
+from benchmarks.options import SETUPS, chosen, fingerprint
 from benchmarks.runs import (
     Children,
     Contender,
@@ -44,10 +45,10 @@ from benchmarks.tables import (
     with_kept,
 )
 from datasets.config import DataConfig
+from datasets.images import TensorImages
 from modules import ModelConfig
 from tests.conftest import ROOT, refusal, run_process
 from utils.arguments import build, build_model_config, parse_flags
-from utils.errors import UserError
 from utils.files import write_json
 from utils.recipes import RECIPES, with_recipe
 from utils.search import SearchConfig
@@ -337,8 +338,12 @@ def test_margins_are_read_at_equal_rate() -> None:
 
 def test_the_least_margin_of_each_peer_is_told() -> None:
     rows = [row_at("a", 0.5, 20), row_at("a", 1, 22), row_at("b", 0.5, 21), row_at("b", 1, 21.5)]
-    table = margins_table([*rows, row_at("c", 0.1, 9)], ["a"], ["b", "c"])
-    assert table.rows == [["b", "0.50 to 1.00", "-1.00", "0.50", "+0.50", "1.00"]]
+    below = [row_at("a", 0.25, 10), row_at("c", 0.1, 9)]  # whose curve stays level from there on
+    table = margins_table([*rows, *below], ["a"], ["b", "c"])
+    assert table.rows == [
+        ["b", "0.50 to 1.00", "-1.00", "0.50", "+0.50", "1.00"],
+        ["c", "0.30 to 0.30", "+3.63", "0.30", "+3.63", "0.30"],
+    ]
 
 
 def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
@@ -357,12 +362,13 @@ def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
     paths = document.write()
     text = paths[0].read_text()
     assert "1,234 steps; seeds 1, 2: mean ± sample standard deviation." in text
-    assert "best validation PSNR" in text
+    assert "the one of 0.1, 0.2 with the best mean validation PSNR" in text
     assert "2 of 5 are not there" in text
     assert "vq-K32-steps10-lr0.1-seed1" in text
-    assert "LPIPS is left out" in text
+    assert "LPIPS was not measured" in text
+    assert f"--only {' '.join(row.name for row in rows)}`" in text
     assert "![a picture](page.png)" in text
-    assert "compare.py --steps 1234 --seeds 1 2 --lrs 0.1 0.2`" in text
+    assert "compare.py --steps 1234 --seeds 1 2 --lrs 0.1 0.2 --only" in text
     assert "--max_steps 1234" in text
     assert str(tmp_path) not in text
     content = json.loads(paths[1].read_text())
@@ -371,24 +377,26 @@ def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
     assert str(tmp_path) not in paths[1].read_text()
 
 
+def write_page(folder: Path, contenders: list[Contender], **changes: Any) -> dict[str, Any]:
+    """Run some of ABC and write their page; what its JSON holds."""
+    settings = make_settings(folder, **{"lrs": (0.1,), **changes})
+    setup, earlier = SETUPS["smoke"], earlier_page("page", settings)
+    run_all(contests(contenders, setup, settings), settings)
+    rows = collect(contests(ABC, setup, settings), settings)
+    rows = with_kept(rows, ABC, setup, settings, earlier)
+    Document(
+        *("page", "Title", "About.", "compare.py"), setup=setup, settings=settings, rows=rows,
+        expected=3,
+    ).write()  # fmt: skip
+    content: dict[str, Any] = json.loads((folder / "docs" / "page.json").read_text())
+    return content
+
+
 @pytest.mark.usefixtures("scripts")
 def test_a_page_is_made_in_parts(tmp_path: Path) -> None:
-    def write(contenders: list[Contender], **changes: Any) -> dict[str, Any]:
-        settings = make_settings(tmp_path, lrs=(0.1,), **changes)
-        setup, earlier = SETUPS["smoke"], earlier_page("page", settings)
-        run_all(contests(contenders, setup, settings), settings)
-        rows = collect(contests(ABC, setup, settings), settings)
-        rows = with_kept(rows, ABC, setup, settings, earlier)
-        document = Document(
-            *("page", "Title", "About.", "compare.py"), setup=setup, settings=settings, rows=rows,
-            expected=3,
-        )  # fmt: skip
-        content: dict[str, Any] = json.loads(document.write()[1].read_text())
-        return content
-
-    write(ABC[:2], seeds=(1,))
+    write_page(tmp_path, ABC[:2], seeds=(1,))
     other = {"output": tmp_path / "another", "keep": True}
-    content = write(ABC[1:], seeds=(2,), **other)
+    content = write_page(tmp_path, ABC[1:], seeds=(2,), **other)
     assert [(row["name"], row["seeds"]) for row in content["rows"]] == [
         *(("a", [1]), ("b", [1, 2]), ("c", [2])),
     ]
@@ -397,11 +405,65 @@ def test_a_page_is_made_in_parts(tmp_path: Path) -> None:
     text = (tmp_path / "docs" / "page.md").read_text()
     assert "seeds 1, 2: mean ± sample standard deviation. Not every row has all" in text
     assert "compare.py --steps 10 --seeds 1 2 --lrs 0.1`" in text
-    assert [row["name"] for row in write([], seeds=(2,), **other)["rows"]] == ["a", "b", "c"]
-    with pytest.raises(UserError, match=r"--num_test 5 is not that of page\.json"):
-        write([], num_test=5, **other)
-    content = write([], steps=11, **other)  # other flags
-    assert content["rows"] == []
+    content = write_page(tmp_path, [], seeds=(2,), **other)
+    assert [row["name"] for row in content["rows"]] == ["a", "b", "c"]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_what_is_of_something_else_is_not_joined(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "page.json"
+    written = write_page(tmp_path, ABC[:1], seeds=(1,), images="12 + 3, SHA-256 abc")
+    other: dict[str, Any] = {"keep": True, "images": "12 + 3, SHA-256 abc", "seeds": (2,)}
+
+    def refused(**changes: Any) -> str:
+        before = page.read_bytes()
+        message = refusal(lambda: write_page(tmp_path, ABC[1:], **{**other, **changes}))
+        assert page.read_bytes() == before
+        return message.removeprefix("--keep: ")
+
+    images = f"{page} is of other images: 12 + 3, SHA-256 abc, not 12 + 3, SHA-256 d"
+    assert refused(images="12 + 3, SHA-256 d") == images
+    assert refused(lrs=(0.2,)) == f"--lrs 0.2 is not that of {page}, 0.1"
+    assert refused(lrs=()) == f"--lrs none is not that of {page}, 0.1"
+    # The number of pairs of LPIPS counts where it was measured.
+    assert len(write_page(tmp_path, ABC[1:2], num_test=5, **other)["rows"]) == 2
+    write_json(page, {**written, "metrics": ["psnr", "lpips"], "lpips_pairs": 7})
+    assert refused(num_test=5) == f"--num_test 5 is not that of {page}, 7"
+    page.write_text("{")
+    assert refused() == f"{page} is damaged: it has no lpips_pairs"
+
+
+def test_images_are_told_apart(scripts: Scripts, tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, lrs=(0.1,), seeds=(1,), images="some")
+    run_abc(settings)
+    run_abc(replace(settings, images="others"))
+    assert scripts.count("main.py") == 6
+    assert all(flags["overwrite"] for name, flags in scripts.calls[9:] if name == "main.py")
+    images = TensorImages(torch.zeros(5, 1, 4, 4, dtype=torch.uint8))
+    before = fingerprint(images, images)
+    images.images[4, 0, 3, 3] = 1
+    assert fingerprint(images, images) != before
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_page_stays_where_nothing_was_measured(tmp_path: Path) -> None:
+    before = write_page(tmp_path, ABC[:1])
+    assert write_page(tmp_path, [], steps=11) == before
+
+
+@pytest.mark.usefixtures("scripts")
+def test_lpips_of_other_pairs_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "vgg16-features-rebuilt.pth"
+    weights.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "evaluate", lambda *_: {"psnr": 1.0, "ssim": 1, "l1": 1, "lpips": 0.5})
+        content = write_page(tmp_path, ABC[:1], seeds=(1,), num_test=7)
+    assert content["metrics"] == ["l1", "ssim", "psnr", "lpips"]
+    assert "(LPIPS on the first 7)" in (tmp_path / "docs" / "page.md").read_text()
+    weights.unlink()
+    content = write_page(tmp_path, ABC[:1], seeds=(1,), num_test=5)
+    assert content["metrics"] == ["l1", "ssim", "psnr"]
+    assert "LPIPS was not measured." in (tmp_path / "docs" / "page.md").read_text()
 
 
 def test_cells_are_mean_and_sample_deviation() -> None:
@@ -471,6 +533,7 @@ def test_halving_averages() -> None:
         (["--seeds", "x"], "argument --seeds: invalid whole number value: 'x'"),
         (["--lrs", "0"], "argument --lrs: 0.0 is not between 0 and 10"),
         (["--suite", "photos"], "--data_folder data/photos does not exist"),
+        (["--num_test", "1001"], "--num_test 1001, but there are 1000 test images"),
     ],
 )
 def test_mistakes_are_one_line(script: Any, words: list[str], line: str) -> None:
@@ -478,6 +541,16 @@ def test_mistakes_are_one_line(script: Any, words: list[str], line: str) -> None
     assert outcome.code == 2
     assert line in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_tables_refuse_what_has_no_effect(script: Any) -> None:
+    for arguments, line in (
+        (("ingredients", "--lrs", "0.1"), "--lrs 0.1 has no effect with --table ingredients"),
+        (("headline", "--recipe", "best"), "--recipe best has no effect with --table headline"),
+    ):
+        outcome = script("benchmarks/ablations.py", "--table", *arguments)
+        assert outcome.code == 2
+        assert line in outcome.err
 
 
 @pytest.mark.slow
@@ -493,7 +566,7 @@ def test_the_smoke_suite_from_end_to_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_children_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_signal_ends_the_children_and_the_same_command_goes_on(tmp_path: Path) -> None:
     command = [str(ROOT / "benchmarks" / "compare.py"), "--suite", "smoke", "--only", "looc-m4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *command, "--steps", "100000"]
@@ -506,6 +579,6 @@ def test_ctrl_c_ends_the_children_and_the_same_command_goes_on(tmp_path: Path) -
         time.sleep(2)
         parent.send_signal(signal.SIGTERM)
         _, errors = parent.communicate()
-    assert parent.returncode == 130
-    assert errors.strip().endswith("compare.py: interrupted")
+    assert parent.returncode == 143
+    assert errors.strip().endswith("compare.py: interrupted; the same command goes on")
     assert len(list(tmp_path.glob("output/compare/smoke/models/*/last.pt"))) == 1
