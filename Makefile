@@ -12,8 +12,8 @@ WEIGHTS_FLAG := $(if $(WEIGHTS_DIR),--weights_dir $(WEIGHTS_DIR))
 EXP := demo
 # A run that fits 2 CPU cores and a few minutes; the paper's settings are main.py's defaults.
 DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
-# Of compare and ablations, as docs/ has them; without --steps 300 it is 1,000.
-RUN_FLAGS ?= --steps 300 --num_test 2000 --jobs 2
+# Of compare and ablations, whose pages leave those of docs/ as they are.
+RUN_FLAGS ?= --steps 300 --num_test 2000 --jobs 2 --docs $(OUTPUT)/docs
 # Besides those of --preset photos-64.
 VQGAN_FLAGS ?=
 TABLES := headline codebook dimension anchor offline contrastive interpolation ingredients recipes
@@ -24,8 +24,8 @@ help:
 	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     speed and memory against peers, about 25 minutes on 2 cores; writes docs/benchmarks.*, docs/loader.*"
-	@echo "make compare   LooC and its peers on Fashion-MNIST, about an hour on 2 cores; writes docs/compare-*"
-	@echo "make ablations the tables of the flags, about an hour on 2 cores; writes docs/ablation-*"
+	@echo "make compare   LooC and its peers on Fashion-MNIST, about two hours on 2 cores; writes $(OUTPUT)/docs/compare-*"
+	@echo "make ablations the tables of the flags, about an hour on 2 cores; writes $(OUTPUT)/docs/ablation-*"
 	@echo "make vqgan     --preset photos-64: trains, tests and evaluates a small VQGAN, about an hour on 2 cores"
 	@echo "make photos    real photographs, cut for compare.py --suite photos"
 	@echo "make fuzz      1,000 damaged images, checkpoints and command lines each"
