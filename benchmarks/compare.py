@@ -222,11 +222,12 @@ indices of the test images; *nominal* counts log2 K bits a code. m is the number
 position; there is one position for every 4×4 pixels. LooC is trained by `--recipe best` (on
 photographs with `--latent_norm running`) and, with its own learning rate, by `--recipe paper`, for
 the same steps. Peers share the training flags of `--recipe best`; those whose codevectors are
-running means start by k-means and replace dead ones, as their library recommends. The width of the
-latents is in the flags, `none` has 128 channels. Contenders of one family differ in the flags of
-the last column. Points of a curve are joined in order of rate. Times a step are those of runs
-beside others, as told below. Each curve whose height is compared is the upper hull over log2 of the
-rate of the means over seeds; beyond its last point it stays level."""
+running means start by k-means and replace dead ones, as their library recommends. Families whose
+name ends in norm have LooC's `--latent_norm` besides, and multi-head VQ its widths and distance
+too. The width of the latents is in the flags, `none` has 128 channels. Contenders of one family
+differ in the flags of the last column. Points of a curve are joined in order of rate. Times a step
+are those of runs beside others, as told below. Each curve whose height is compared is the upper
+hull over log2 of the rate of the means over seeds; beyond its last point it stays level."""
 
 
 def draw_curves(rows: list[Row], what: str, docs: Path, page: str) -> Mapping[str, str]:
