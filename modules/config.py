@@ -329,6 +329,12 @@ def check_resolutions(config: ModelConfig) -> None:
         )
 
 
+def default_groups(channels: int) -> int:
+    """Of a normalisation; one of a single channel would forget how bright that is."""
+    most = max(1, min(32, channels // 4))
+    return next(number for number in range(most, 0, -1) if channels % number == 0)
+
+
 def check_groups(config: ModelConfig) -> None:
     """The normalisations have as many channels in each group."""
     if config.hidden_size % config.num_groups:
@@ -530,10 +536,8 @@ class ModelConfig:
 
     @property
     def num_groups(self) -> int:
-        """Groups of a normalisation; one of a single channel would forget how bright that is."""
-        most = max(1, min(32, self.hidden_size // 4))
-        even = next(n for n in range(most, 0, -1) if self.hidden_size % n == 0)
-        return self.norm_groups or even
+        """Groups of a normalisation."""
+        return self.norm_groups or default_groups(self.hidden_size)
 
     @property
     def num_slots(self) -> int:

@@ -184,14 +184,15 @@ class PeerQuantizer(LatentNorm):
                 f"latents of shape {tuple(z.shape)} are not (B, {self.channels}, H, W)"
             )
         positions = z.float().permute(0, 2, 3, 1).contiguous()
-        units = positions.view(*positions.shape[:-1], -1, self.embedding_dim)  # (B, H, W, m, d)
+        slots = self.channels // self.embedding_dim
+        units = positions.view(*positions.shape[:-1], slots, self.embedding_dim)  # (B, H, W, m, d)
         return self._normalise(units, training).flatten(3).flatten(1, 2)
 
     def _indices(self, found: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Of a batch of this shape: (B, H·W) or (B, H·W, m) → (B, H, W, m), int64 in [0, K)."""
         batch, _, height, width = shape
         within = found.long().clamp(0, self.num_embedding - 1)  # NaN has levels beyond them
-        return within.reshape(batch, height, width, -1)
+        return within.reshape(batch, height, width, found.shape[2] if found.dim() > 2 else 1)
 
 
 def spread(positions: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -229,6 +230,10 @@ def faiss_threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "faiss", faiss.omp_set_num_threads, (1,))
 
 
+if hasattr(os, "register_at_fork"):  # a forked process has none of these threads
+    os.register_at_fork(after_in_child=faiss_threads.cache_clear)
+
+
 def search_compiled(features: Tensor, keys: Tensor, offset: Tensor, memory: int | None) -> Tensor:
     """By one kernel that torch.compile makes of the unrolled dot product and its argmax.
 
@@ -375,14 +380,16 @@ class LatentNorm(nn.Module):
     def _average_latents(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Keep the running averages of what was seen in training, where that was finite.
 
-        Those of norm "running" begin as the plain mean of the first calls.
+        Those of norm "running" begin as the plain mean of the first calls. Its variance is that
+        about its own mean: how the means of calls differ, which may be of few images, is part.
         """
+        seen = (count > 0) & mean.isfinite().all() & variance.isfinite().all()
         rate: float | Tensor = BATCH_NORM_RATE
         if self.latent_steps is not None:
-            self.latent_steps += (count > 0) & mean.isfinite().all() & variance.isfinite().all()
+            self.latent_steps += seen
             rate = (1 / self.latent_steps.to(mean.dtype)).clamp(BATCH_NORM_RATE, 1)
+            variance = variance + (1 - rate) * (mean - self.latent_mean).square()
         for average, value in ((self.latent_mean, mean), (self.latent_variance, variance)):
-            seen = value.isfinite() & (count > 0)
             average.lerp_(torch.where(seen, value, average), rate)
 
 
@@ -637,12 +644,15 @@ class Notes:
     anchors: Anchors  # of the candidates, the best so far
 
 
-def finite_matches(features: Tensor, indices: Tensor, loss: Tensor, length: int) -> Tensor:
-    """The indices, `length` in place of those of features that are not finite: (N,) → (N,)."""
+def finite_matches(
+    features: Tensor, indices: Tensor, loss: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Features (N, d) and indices (N,), with NaN and `length` for those of no finite length."""
     # That the loss is finite tells that all features are; on CUDA, to read it would be to wait.
     if loss.is_cuda or not loss.isfinite():
-        return indices.where(features.isfinite().all(1), length)
-    return indices
+        finite = features.square().sum(1).isfinite()
+        return features.where(finite[:, None], torch.nan), indices.where(finite, length)
+    return features, indices
 
 
 def sums_by_index(features: Tensor, indices: Tensor, length: int) -> Tensor:
@@ -909,6 +919,8 @@ class LooCQuantizer(LatentNorm):
         ):
             if not number >= least:
                 raise ValueError(f"{name} {number} is less than {least}")
+        if latent_channels is not None and latent_channels < 1:
+            raise ValueError(f"latent_channels {latent_channels} is less than 1")
         if latent_norm == "unit" and embedding_dim == 1:
             raise ValueError("latent_norm 'unit' makes ±1 of all units of embedding_dim 1")
         if not 0 <= ema_decay < 1:
@@ -980,7 +992,7 @@ class LooCQuantizer(LatentNorm):
                 *(float(self.codebook_update == "gradient"), self.gradient),
             )  # (N, d), scalar
             if self.training:
-                if self.contras_loss:
+                if self.contras_loss and len(constant):
                     loss = loss + self._contrastive_loss(constant)
                 self._observe(constant, indices, loss.detach())
             latents = self._join(quantized.view(units.shape)).to(z.dtype)
@@ -1058,6 +1070,8 @@ class LooCQuantizer(LatentNorm):
     @torch.no_grad()
     def _start(self, features: Tensor) -> None:
         """Make the codebook of the features of the first training batch, or of its first part."""
+        if self.latent_norm == "running" and not self.latent_steps:
+            return  # no batch was finite: these features are not normalised
         make = STARTS[self.codebook_start]
         if self.started is not None and make is not None and not self.started:
             codebook = make(self, features)
@@ -1071,7 +1085,7 @@ class LooCQuantizer(LatentNorm):
     def _observe(self, features: Tensor, indices: Tensor, loss: Tensor) -> None:
         """Take note of the features of a training call, and update unless that is deferred."""
         notes = self._notes or self._new_notes()
-        indices = finite_matches(features, indices, loss, self.num_embedding)
+        features, indices = finite_matches(features, indices, loss, self.num_embedding)
         notes.counts += count_indices(indices, self.num_embedding + 1)[:-1]
         if self.codebook_update == "ema":
             notes.sums += sums_by_index(features, indices, self.num_embedding + 1)[:-1]

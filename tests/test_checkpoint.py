@@ -182,6 +182,25 @@ def test_weights_are_checked(spoil: Callable[[torch.Tensor], torch.Tensor], tmp_
         load_model(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("usage", -1.0, "quantizer.usage is negative"),
+        ("latent_variance", -1.0, "quantizer.latent_variance is negative"),
+        ("pool_size", -1, "quantizer.pool_size is negative"),
+        ("pool_size", 10**6, "quantizer.pool_size is more than quantizer.pool holds"),
+    ],
+)
+def test_averages_are_checked(name: str, value: float, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    save_checkpoint(path, VQVAE(replace(SMALL, latent_norm="batch")), {})
+    content = torch.load(path, weights_only=True)
+    content["model"][f"quantizer.{name}"].fill_(value)
+    torch.save(content, path)
+    with pytest.raises(UserError, match=f"m.pt is damaged: {message}"):
+        load_model(path)
+
+
 def test_a_whole_number_may_stand_for_a_float(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "m.pt", VQVAE(replace(SMALL, commitment_cost=1)), {})
     assert load_model(tmp_path / "m.pt").config.commitment_cost == 1

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from modules import VQVAE, ModelConfig
+from modules import VQGAN, VQVAE, ModelConfig
 from tests.conftest import ROOT, Outcome, run_process
 from tests.test_cli import TINY, error_line, train
 from utils import codes
@@ -221,6 +221,14 @@ def test_the_fingerprint_is_of_what_decodes() -> None:
         assert codes.fingerprint(model) == own
         model.quantizer.codebook[3, 1] += 1e-3
         assert codes.fingerprint(model) != own
+
+
+def test_the_fingerprint_is_of_the_groups_too() -> None:
+    pytest.importorskip("diffusers")
+    config = ModelConfig(model="vqgan", hidden_size=8, channel_multipliers="1,2", norm_groups=2)
+    model, other = VQGAN(config), VQGAN(replace(config, norm_groups=4))
+    other.load_state_dict(model.state_dict())
+    assert codes.fingerprint(model) != codes.fingerprint(other)
 
 
 # ---------------------------------------------------------------------------------- whole or not

@@ -24,7 +24,7 @@ from modules import VQGAN, LooCQuantizer, ModelConfig, make_model
 from modules.quantizer import ANCHORS
 from tests.conftest import ROOT, Outcome, run_process
 from utils.devices import seed_everything
-from utils.distributed import seed_rank
+from utils.distributed import rank, seed_rank
 from utils.objectives import Adversarial, MeanSquaredError, ObjectiveConfig
 from utils.recipes import RECIPES
 from utils.trainer import TrainConfig, Trainer
@@ -107,6 +107,23 @@ def test_every_process_writes_the_same_codebook(anchor: str, tmp_path: Path) -> 
     torch.testing.assert_close(first[1], one[1])  # usage
     if anchor in ("closest", "none"):
         torch.testing.assert_close(first, one)
+
+
+def contrast(folder: Path) -> torch.Tensor:
+    """The gradient of the codebook where the last process has no image."""
+    del folder
+    torch.manual_seed(0)
+    quantizer = LooCQuantizer(4, 2, contras_loss=True)
+    z = torch.randn(2, 4, 3, 3)[: 2 - 2 * rank()]
+    quantizer(z).loss.backward()
+    assert quantizer.codebook.grad is not None
+    return quantizer.codebook.grad
+
+
+def test_a_process_without_images_has_no_contrast(tmp_path: Path) -> None:
+    first, second = together(2, contrast, tmp_path)
+    assert first.any()
+    assert not second.any()
 
 
 SWITCHES: tuple[dict[str, Any], ...] = (

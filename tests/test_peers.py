@@ -142,6 +142,18 @@ def test_output_is_exactly_the_decoding_of_its_own_indices(name: str) -> None:
     assert torch.equal(model.decode(model.encode(images)), model(images)[0])
 
 
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if QUANTIZERS[name].parts])
+def test_no_image_is_a_batch_too(name: str) -> None:
+    """As a process may have it, of several that share the last images of an epoch."""
+    model = make(name)
+    for mode in (True, False):
+        z = torch.zeros(0, model.config.channels, 5, 4, requires_grad=True)
+        latents, loss, indices = model.quantizer.train(mode)(z)
+        assert latents.shape == z.shape
+        assert indices.shape == (0, 5, 4, model.config.num_slots)
+        (latents.sum() + loss).backward()
+
+
 @every_setting
 def test_every_unit_decodes_to_its_codevector(name: str) -> None:
     quantizer, z = peer(name)

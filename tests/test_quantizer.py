@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import resource
+import signal
+import time
 from typing import Any
 
 import pytest
@@ -655,8 +658,10 @@ def test_running_norm_is_that_of_its_averages() -> None:
         z = (3 * latents(2, 8, 5, 4) + step).requires_grad_()
         ours = quantizer._join(quantizer._cut(z, training=True))
         rate = max(0.1, 1 / step)
+        # Of the mixture of what was there, to 1 − rate, and of this call, to rate.
+        squares = (1 - rate) * (variance + mean**2) + rate * z.detach().square().mean((0, 2, 3))
         mean = mean + rate * (z.detach().mean((0, 2, 3)) - mean)
-        variance = variance + rate * (z.detach().var((0, 2, 3), unbiased=False) - variance)
+        variance = squares - mean**2
         scale = (variance + 1e-5).rsqrt()[:, None, None]
         torch.testing.assert_close(ours, (z - mean[:, None, None]) * scale)
         (gradient,) = torch.autograd.grad(ours.sum(), z)
@@ -667,6 +672,62 @@ def test_running_norm_is_that_of_its_averages() -> None:
     quantizer._cut(torch.full((1, 8, 2, 2), float("nan")), training=True)
     for name in ("latent_mean", "latent_variance", "latent_steps"):
         assert torch.equal(dict(quantizer.named_buffers())[name], before[name])
+
+
+@pytest.mark.parametrize("parts", [1, 8])
+def test_running_norm_is_of_all_images_however_many_a_call_has(parts: int) -> None:
+    """Images that differ much from one another and little within themselves, one at a time too."""
+    quantizer = make({**RUNNING, "codebook_update": "ema"})
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        z = torch.randn(8, 8, 1, 1, generator=generator)
+        z = 5 + z + 0.1 * torch.randn(8, 8, 5, 4, generator=generator)
+        for part in z.chunk(parts):
+            quantizer(part)
+    assert (quantizer._cut(z).square().mean() - 1).abs() < 0.5
+    assert (quantizer.latent_variance - 1).abs().mean() < 0.6
+
+
+def test_a_batch_whose_squares_overflow_is_not_learnt_from() -> None:
+    for norm in (RUNNING, {"latent_norm": "batch", "latent_channels": 8}, {}):
+        quantizer = make({**norm, "codebook_update": "ema", "codebook_start": "features"})
+        quantizer(latents())
+        before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+        assert not quantizer(latents() * 1e25).loss.isfinite()
+        for name, value in quantizer.state_dict().items():
+            assert torch.equal(value, before[name]), (norm, name)
+
+
+def test_a_codebook_starts_from_normalised_features() -> None:
+    quantizer = make({**RUNNING, "codebook_update": "ema", "codebook_start": "features"})
+    spoilt = 100 + latents()
+    spoilt[0, 0, 0, 0] = torch.nan
+    quantizer(spoilt)
+    assert quantizer.started is not None
+    assert not quantizer.started
+    assert not quantizer.latent_mean.any()
+    quantizer(100 + latents())
+    assert quantizer.started
+    assert quantizer.codebook.abs().max() < 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_faiss_searches_in_a_forked_process() -> None:
+    pytest.importorskip("faiss")
+    quantizer = make({})
+    quantizer.search = "faiss"
+    expected = quantizer.encode(latents())
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(quantizer.encode(latents()), expected) else 1)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
 
 
 # ------------------------------------------------------------------------------ wrong arguments
@@ -688,6 +749,7 @@ def test_running_norm_is_that_of_its_averages() -> None:
         ({"latent_norm": "group"}, "latent_norm 'group'"),
         ({"latent_norm": "batch"}, "latent_norm 'batch' needs latent_channels"),
         ({"latent_norm": "running"}, "latent_norm 'running' needs latent_channels"),
+        ({"latent_channels": 0}, "latent_channels 0 is less than 1"),
         ({"latent_norm": "batch", "latent_channels": 6}, "does not divide the 6 channels"),
         ({"latent_norm": "unit", "embedding_dim": 1}, "units of embedding_dim 1"),
         ({"gradient": "none"}, "gradient 'none'"),

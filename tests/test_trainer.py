@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 import utils.trainer
 from datasets import BatchLoader, TensorImages
 from modules import VQVAE, ModelConfig
+from tests.conftest import refusal
 from utils.checkpoint import read_checkpoint
 from utils.devices import resolve_device, seed_everything
 from utils.errors import Stopped, UserError
@@ -43,6 +44,15 @@ def make(folder: Path, train: TrainConfig = TRAIN, model: ModelConfig = SMALL) -
         logs=folder / "logs",
         stored={},
     )
+
+
+def test_without_a_validation_image_there_is_no_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tmp_path)
+    monkeypatch.setattr(trainer.validation_loader, "epoch", lambda: iter(()))
+    message = refusal(trainer.validate)
+    assert message == "--skip_bad_images: no validation image can be decoded"
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:

@@ -30,7 +30,7 @@ from utils.errors import Stopped, UserError
 from utils.objectives import Adversarial, ObjectiveConfig, build_objective_config
 from utils.presets import PRESETS, with_preset
 from utils.recipes import with_recipe
-from utils.trainer import TrainConfig, Trainer
+from utils.trainer import TrainConfig, Trainer, contradictions
 
 pytest.importorskip("diffusers")
 
@@ -115,7 +115,9 @@ def test_normalisations_have_their_groups(
     assert groups == {expected}
 
 
-def test_older_checkpoints_have_the_groups_of_then(tmp_path: Path) -> None:
+def test_older_checkpoints_have_the_groups_of_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = VQGAN(replace(SMALL, norm_groups=8)).eval()
     save_checkpoint(tmp_path / "m.pt", model, {})
     content = torch.load(tmp_path / "m.pt", weights_only=True)
@@ -124,6 +126,16 @@ def test_older_checkpoints_have_the_groups_of_then(tmp_path: Path) -> None:
     images = torch.rand(1, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "m.pt")(images)[0], model(images)[0])
+    assert read_checkpoint(tmp_path / "m.pt").model_config.norm_groups == 8
+    # Where they are those of today, as of 128 channels, the command of then resumes.
+    monkeypatch.setattr("utils.checkpoint.default_groups", lambda _: 8)
+    assert read_checkpoint(tmp_path / "m.pt").model_config.norm_groups is None
+
+
+def test_a_flag_that_is_not_given_is_named_so() -> None:
+    now, then = ModelConfig(**TINY), replace(ModelConfig(**TINY), norm_groups=2)
+    assert list(contradictions(then, now)) == ["no --norm_groups (it has 2)"]
+    assert list(contradictions(now, then)) == ["--norm_groups 2 (it has None)"]
 
 
 def test_gradients_computed_again_are_the_same() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules import Autoencoder, ModelConfig, make_model
-from modules.config import implied_flags
+from modules.config import default_groups, implied_flags
 from modules.models import need_libraries
 from utils.arguments import value_problem
 from utils.errors import UserError, one_line
@@ -155,8 +155,9 @@ def with_groups(values: Any) -> Any:
     if not isinstance(values, Mapping) or values.get("model") != "vqgan":
         return values
     width = values.get("hidden_size")
-    groups = math.gcd(32, width) if isinstance(width, int) else None
-    return {"norm_groups": groups, **values}
+    if type(width) is not int or width < 1 or math.gcd(32, width) == default_groups(width):
+        return values
+    return {"norm_groups": math.gcd(32, width), **values}
 
 
 def from_reference(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -183,14 +184,16 @@ def shapes_tell(path: Path, state_dict: StateDict) -> dict[str, Any]:
         )
         num_embedding, dim = state_dict["quantizer.codebook"].shape
         channels = state_dict["pre_vq_conv.weight"].shape[0]
+        blocks = [
+            value.shape[0]
+            for key, value in state_dict.items()
+            if re.search(r"^encoder.*layers\.\d+\.block\.0\.weight", key)
+        ]
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
             f"checkpoint {path} is of another architecture: "
             f"{one_line(error)} is missing or misshapen"
         ) from error
-    blocks = [
-        key for key in state_dict if re.search(r"^encoder.*layers\.\d+\.block\.0\.weight", key)
-    ]
     told: dict[str, Any] = {
         "num_embedding": num_embedding,
         "embedding_dim": dim,
@@ -199,7 +202,7 @@ def shapes_tell(path: Path, state_dict: StateDict) -> dict[str, Any]:
         "num_residual_layers": len(blocks),
     }
     if blocks:
-        told["num_residual_hidden"] = state_dict[blocks[0]].shape[0]
+        told["num_residual_hidden"] = blocks[0]
     if channels != dim:
         told["quantizer"] = "looc"
     elif channels != hidden:
@@ -218,6 +221,7 @@ def check_shapes(checkpoint: Checkpoint) -> None:
         expected = make_model(checkpoint.model_config).state_dict()
     try:
         check_tensors(expected, checkpoint.state_dict)
+        check_averages(checkpoint.state_dict)
     except ValueError as error:
         raise UserError(f"checkpoint {checkpoint.path} is {error}") from error
 
@@ -235,6 +239,17 @@ def check_tensors(expected: StateDict, given: Any) -> None:
             )
         if value.device.type != "cpu" or not value.isfinite().all():
             raise ValueError(f"damaged: {key} is not finite")
+
+
+def check_averages(given: StateDict) -> None:
+    """Raise ValueError where what the quantiser counts and averages cannot have been."""
+    for name in ("usage", "ema_count", "latent_variance", "latent_steps", "pool_size"):
+        value = given.get(f"quantizer.{name}")
+        if value is not None and (value < 0).any():
+            raise ValueError(f"damaged: quantizer.{name} is negative")
+    pool = given.get("quantizer.pool")
+    if pool is not None and given["quantizer.pool_size"] > len(pool):
+        raise ValueError("damaged: quantizer.pool_size is more than quantizer.pool holds")
 
 
 def describe(value: Any) -> str:

@@ -162,6 +162,7 @@ def fingerprint(model: Autoencoder) -> str:
         weights = quantizer.state_dict()
     weights = {**weights, **model.decoder.state_dict()}
     if isinstance(model, VQGAN):
+        digest.update(f"{config.num_groups}".encode())
         weights |= model.post_vq_conv.state_dict(prefix="post_vq_conv.")
     for name, value in weights.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

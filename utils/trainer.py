@@ -473,6 +473,8 @@ class Trainer:
         stopped, *totals = sum_numbers(bool(self.stop.signal), *sums.tolist())
         if stopped:
             return None
+        if not statistics.num_images:
+            raise UserError("--skip_bad_images: no validation image can be decoded")
         means = {name: total / statistics.num_images for name, total in zip(names, totals)}
         scores = {**means, **use_of(statistics.counts)}
         self.write_scalars("validation", scores)
@@ -645,4 +647,5 @@ def contradictions(stored: Any, current: Any) -> Iterator[str]:
     for name, value in asdict(current).items():
         before = getattr(stored, name)
         if name not in FREE_TO_CHANGE and before != value:
-            yield f"--{name} {value} (it has {before})"
+            given = f"--{name} {value}" if value is not None else f"no --{name}"
+            yield f"{given} (it has {before})"
