@@ -187,6 +187,8 @@ failed_searches: set[str] = set()
 
 def choose_search(features: Tensor, keys: Tensor) -> str:
     """The fastest backend for these shapes, as measured (benchmarks/quantizer.py)."""
+    if torch.compiler.is_compiling():  # torch.export: nothing else can be part of a graph
+        return "torch"
     if features.device.type == "cpu" and faiss_installed():
         return "faiss"
     worth_compiling = len(features) * len(keys) >= 2**24
@@ -972,6 +974,8 @@ class LooCQuantizer(LatentNorm):
             f"interpolation_scale={self.interpolation_scale}"
         )
 
+    # Its state changes as it goes: torch.compile would fail, or compile it anew each time.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, C, H, W); in training mode also re-initialise unused codevectors.
 
@@ -998,6 +1002,7 @@ class LooCQuantizer(LatentNorm):
             latents = self._join(quantized.view(units.shape)).to(z.dtype)
         return Quantized(latents, loss, indices.view(units.shape[:-1]))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         """(B, C, H, W) → indices (B, H, W, m), int64. Writes nothing.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import modules.quantizer as module
 from modules import LooCQuantizer
@@ -363,6 +364,53 @@ def test_a_search_that_fails_is_replaced_once(
     assert [record.getMessage() for record in caplog.records] == [
         "search by compiled failed (no compiler); using torch instead"
     ]
+
+
+class Host(nn.Module):
+    """Someone's autoencoder around the quantiser."""
+
+    def __init__(self, **setting: Any) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 8, 4, 4)
+        self.quantizer = LooCQuantizer(16, 4, latent_channels=8, **setting)
+        self.decoder = nn.ConvTranspose2d(8, 3, 4, 4)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents, loss, _ = self.quantizer(self.encoder(images))
+        return self.decoder(latents), loss
+
+
+NORMALISED = {"latent_norm": "batch", "codebook_update": "ema", "codebook_start": "features"}
+
+
+@pytest.mark.parametrize("setting", [{}, NORMALISED], ids=["paper", "best"])
+def test_a_model_around_it_can_be_compiled(setting: dict[str, Any]) -> None:
+    """The same codebook, bit for bit; nothing is compiled again as the state goes on."""
+    codebooks, graphs = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        host = Host(**setting)
+        model = torch.compile(host) if compiled else host
+        for _ in range(6):
+            images = torch.randn(4, 3, 16, 16)
+            reconstruction, loss = model(images)
+            ((reconstruction - images).square().mean() + loss).backward()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        codebooks.append(host.quantizer.codebook.detach())
+    assert torch.equal(*codebooks)
+    assert graphs[:6] == [0] * 6
+    assert graphs[6:] == [2] * 6  # the encoder and the decoder
+
+
+@pytest.mark.parametrize("setting", [{}, NORMALISED], ids=["paper", "best"])
+def test_a_model_around_it_can_be_exported(setting: dict[str, Any]) -> None:
+    host, images = Host(**setting), torch.randn(4, 3, 16, 16)
+    host(images)
+    exported = torch.export.export(host.eval(), (images,), strict=False).module()
+    torch.testing.assert_close(exported(images), host(images), rtol=1e-6, atol=1e-6)
+    assert not module.failed_searches
 
 
 @pytest.mark.parametrize("groups", [1, 16])
