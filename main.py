@@ -30,7 +30,7 @@ from utils.distributed import (
     start_ranks,
     stop_ranks,
 )
-from utils.errors import UserError, memory_for, one_line, run
+from utils.errors import UserError, memory_for, one_line, out_of_memory, run
 from utils.files import check_unicode, inside, remove_left_overs, writable_folder
 from utils.logger import log, start_logging
 from utils.objectives import (
@@ -44,7 +44,7 @@ from utils.presets import with_preset
 from utils.pretrained import read_pretrained, start, with_pretrained
 from utils.recipes import with_recipe
 from utils.search import SearchConfig, apply_search
-from utils.trainer import PRECISIONS, TrainConfig, Trainer, contradictions
+from utils.trainer import PRECISIONS, TrainConfig, Trainer, contradictions, mixed_precision
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, ObjectiveConfig, SearchConfig)
 
@@ -154,10 +154,16 @@ def prepare(
         shape = (size, model.config.in_channels, image_size, image_size)
         try:  # there and back, without the quantiser, which would learn of it
             images = torch.zeros(shape, device=device)
-            there = model.pre_vq_conv(model.encoder(images))
-            torch.autograd.backward(model.reconstruct(there).sum())
+            if config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with mixed_precision(config, device):
+                there = model.pre_vq_conv(model.encoder(images))
+                back = model.reconstruct(there)
+            torch.autograd.backward(back.sum())
             model.zero_grad()
         except Exception as error:  # compilers fail in ways of their own
+            if out_of_memory(error):
+                raise
             raise UserError(f"--compile failed, go without: {one_line(error)[:200]}") from error
     return model
 

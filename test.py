@@ -88,6 +88,7 @@ def main() -> None:
     keep_freed_memory()
     device = start_ranks(config.device)
     torch.backends.cudnn.deterministic = True  # the same codes, the same pictures
+    torch.backends.cudnn.allow_tf32 = False  # those of a GPU near those of the CPU
     checkpoint = open_checkpoint(config, flags)
     if config.from_codes is None:
         with memory_for(f"--batch_size {config.batch_size}"):
@@ -241,17 +242,19 @@ def reconstruct(
                 spool.add(indices, output)
             numbers: list[int] = positions.tolist()
             pairs = torch.stack([images.cpu(), output], dim=1)  # (B, 2, C, h, w)
-            first.extend(list(zip(numbers, pairs))[: NUM_SHOWN - len(first)])
+            # Copies: to send a view to the other processes is to send the whole batch.
+            shown = [pair.clone() for pair in pairs[: NUM_SHOWN - len(first)]]
+            first.extend(zip(numbers, shown))
             for folder, pictures in ((original, pairs[:, 0]), (rec, output)):
                 write_pictures(pool, folder, numbers, pictures, config)
             bar.update(len(images))
     statistics.sum_over_ranks()
     if not statistics.num_images:
         raise UserError(f"none of the {loader.size:,} images of --data_folder can be decoded")
-    shown = dict(gather_items(first))
+    found = dict(gather_items(first))
     return Findings(
         statistics,
-        torch.stack([shown[position] for position in sorted(shown)[:NUM_SHOWN]]),
+        torch.stack([found[position] for position in sorted(found)[:NUM_SHOWN]]),
         sorted(gather_items(loader.bad_images)),
     )
 

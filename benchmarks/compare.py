@@ -95,7 +95,8 @@ def looc(**flags: Any) -> Iterator[Contender]:
     for size, m in ((32, 1), (64, 1), (256, 1), (256, 2), (256, 4), (256, 8)):
         narrow = {"num_embedding": size, "embedding_dim": 4, "latent_channels": 4 * m}
         yield contender("looc-narrow", f"K{size}-m{m}", **best, **narrow)
-    for size, dim in ((32, 2), (48, 2), (64, 2), (96, 3)):  # at the lowest rates fewer still
+    # At the lowest rates fewer channels still.
+    for size, dim in ((32, 2), (48, 2), (64, 2), (96, 2), (128, 2), (96, 3)):
         narrower = {"num_embedding": size, "embedding_dim": dim, "latent_channels": dim}
         yield contender("looc-narrow", f"K{size}-d{dim}-m1", **best, **narrower)
     for channels, dim in ((32, 128), (128, 128), (128, 32)):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CONTRASTIVE_TEMPERATURE = 0.07
+KMEANS_ROUNDS = 10
 USAGE_DECAY = 0.99
 BATCH_NORM_RATE = 0.1  # of the running averages
 
@@ -189,10 +190,16 @@ def choose_search(features: Tensor, keys: Tensor) -> str:
     """The fastest backend for these shapes, as measured (benchmarks/quantizer.py)."""
     if torch.compiler.is_compiling():  # torch.export: nothing else can be part of a graph
         return "torch"
-    if features.device.type == "cpu" and faiss_installed():
+    if for_faiss(features):
         return "faiss"
     worth_compiling = len(features) * len(keys) >= 2**24
     return "compiled" if worth_compiling and features.shape[1] <= 4 else "torch"
+
+
+def for_faiss(features: Tensor) -> bool:
+    """Whether faiss is installed and takes such features."""
+    on_cpu = features.device.type == "cpu" and features.dtype == torch.float32
+    return on_cpu and faiss_installed()
 
 
 @lru_cache(maxsize=1)
@@ -503,8 +510,6 @@ def clustered_features(quantizer: LooCQuantizer, features: Tensor) -> Tensor | N
     return centres
 
 
-KMEANS_ROUNDS = 10
-
 Start = Callable[["LooCQuantizer", Tensor], "Tensor | None"]
 STARTS: dict[str, Start | None] = {
     "uniform": None,
@@ -560,7 +565,7 @@ def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tens
     """The most similar feature of the batch: the same search, features and codevectors swapped."""
     distance, memory = quantizer.distance, quantizer.search_memory
     prepare, _, similarity_of_rows = DISTANCES[distance]
-    by_faiss = quantizer.search in ("auto", "faiss") and not features.is_cuda and faiss_installed()
+    by_faiss = quantizer.search in ("auto", "faiss") and for_faiss(features)
     backend = "faiss" if by_faiss else "torch"
     if len(features):
         closest = features[search(codevectors, features, distance, backend, memory)]
@@ -723,6 +728,8 @@ class Replace(torch.autograd.Function):
         ctx.commitment_cost, ctx.codebook_cost = commitment_cost, codebook_cost
         ctx.num_embedding = len(codebook)
         flat = residual.view(-1)
+        if flat.element_size() < 4:  # the sum would overflow float16
+            flat = flat.float()
         cost = codebook_cost + commitment_cost
         return quantized, cost * torch.dot(flat, flat) / max(1, flat.numel())
 

@@ -461,6 +461,17 @@ def test_other_types(dtype: torch.dtype) -> None:
         assert make({}).double()(z).loss.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_codebook(dtype: torch.dtype) -> None:
+    """Its loss does not overflow, and searches of others go on as they were."""
+    quantizer, z = make({}).eval(), 9 * latents(4, 8, 16, 16)
+    expected = quantizer(z).loss
+    narrow = quantizer.to(dtype)(z.to(dtype))
+    assert expected * z.numel() > 65504
+    torch.testing.assert_close(narrow.loss, expected, rtol=0.02, atol=0)
+    assert not module.failed_searches
+
+
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_autocast_changes_no_index(anchor: str) -> None:
     one, other = make({"anchor": anchor}), make({"anchor": anchor})

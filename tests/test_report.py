@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from modules import VQVAE, ModelConfig
@@ -194,6 +195,20 @@ def test_it_tells_the_figures(results: Path) -> None:
     ):
         assert words.lower() in text.lower(), words
     assert "cannot be" not in text
+
+
+def test_the_commands_are_safe_and_whole(results: Path) -> None:
+    """A word from a foreign file is quoted whatever it begins with; the objective is told."""
+    odd = "<x>; touch /tmp/y"
+    write_json(results / "metrics.json", lambda c: c.update(settings={"gt_path": odd}))
+    page = Page(write_report(results)).text
+    assert f"--gt_path '{odd}'" in page
+    path = results.parents[2] / "models" / "e" / "best.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "objective_config": {"disc_start": 5, "perceptual_weight": 1.0}}, path)
+    page = Page(write_report(results)).text
+    assert "--disc_start 5" in page
+    assert "--perceptual_weight" not in page
 
 
 def test_the_worst_come_first_and_infinite_is_best(results: Path) -> None:

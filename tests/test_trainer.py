@@ -388,13 +388,15 @@ def test_no_more_parts_than_images(tmp_path: Path) -> None:
 def test_the_meter_weighs_images() -> None:
     meter = Meter(4, CPU)
     indices = torch.tensor([0, 0, 1, 3])
-    names = ("loss", "reconstruction", "quantizer")
-    meter.add(dict(zip(names, torch.tensor([1.0, 4.0, 0.0]))), indices[:3, None])
-    meter.add(dict(zip(names, torch.tensor([5.0, 8.0, 4.0]))), indices[3:, None])
+    names = ("loss", "reconstruction", "quantizer", "psnr")
+    meter.add(dict(zip(names, torch.tensor([1.0, 4.0, 0.0, 20.0]))), indices[:3, None])
+    meter.add(dict(zip(names, torch.tensor([5.0, 8.0, 4.0, 28.0]))), indices[3:, None])
+    meter.add(dict(zip(names, torch.tensor([1.0, 4.0, torch.nan, 20.0]))), indices[:0, None])
     scores = meter.read()
     assert scores["loss"] == 2
     assert scores["reconstruction"] == 5
     assert scores["quantizer"] == 1
+    assert scores["psnr"] == 22
     assert scores["usage_percent"] == 75
     assert scores["perplexity"] == pytest.approx(2**1.5)
     assert scores["num_images"] == 4
@@ -411,6 +413,33 @@ def test_tensorboard_shows_curves_pictures_and_usage(tmp_path: Path) -> None:
     pictures = [f"codebook/{name}" for name in ("codebook", "slots", "usage")]
     assert sorted(tags["images"]) == [*pictures, "validation/reconstructions"]
     assert [event.step for event in events.Scalars("validation/psnr")] == [3, 6, 9]
+
+
+def test_a_resumed_run_keeps_its_curves(tmp_path: Path) -> None:
+    """Those of the step that it goes on from, too, and of training and validation one measure."""
+    make(tmp_path, replace(TRAIN, max_steps=6, log_every=3)).fit()
+    second = make(tmp_path, replace(TRAIN, log_every=3))
+    second.resume(read_checkpoint(tmp_path / "models" / "last.pt"))
+    second.fit()
+    board = EventAccumulator(str(tmp_path / "logs")).Reload()
+    for tag in ("train/psnr", "validation/psnr"):
+        assert [event.step for event in board.Scalars(tag)] == [3, 6, 9]
+
+
+def test_training_and_validation_have_one_psnr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over images of each one's, of what can be shown of it."""
+    trainer = make(tmp_path, model=ModelConfig(quantizer="none", anchor="none", hidden_size=8))
+    trainer.model.decoder.register_forward_hook(lambda *of: of[2] + 1)  # beyond 1 in part
+    images = next(iter(trainer.train_loader.epoch()))
+    trainer.backward(images, 1.0)
+    trained = trainer.meter.read()["psnr"]
+    monkeypatch.setattr(trainer.validation_loader, "epoch", lambda: iter([images]))
+    trainer.board = utils.trainer.NoBoard()
+    validated = trainer.validate()
+    assert validated is not None
+    assert validated["psnr"] == pytest.approx(trained, rel=1e-6)
 
 
 def test_contradictions_name_flag_and_both_values() -> None:

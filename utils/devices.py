@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 
 import numpy as np
@@ -33,6 +34,8 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices"
         )
+    if device.index is not None:  # where libraries allocate and draw without being told a device
+        torch.cuda.set_device(device)
     return device
 
 
@@ -53,5 +56,8 @@ def seed_everything(seed: int, device: torch.device) -> None:
     np.random.seed(seed)  # noqa: NPY002, libraries draw from the global generator
     torch.manual_seed(seed)
     if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else sums vary in order
         torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass does, too
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -66,6 +66,11 @@ def psnr(mean_squared_error: Tensor, peak: float) -> Tensor:
     return 10 * torch.log10(peak**2 / mean_squared_error)
 
 
+def signed_psnr(mean_squared_error: Tensor) -> Tensor:
+    """PSNR of values in [−1, 1], at most 126 dB; any shape."""
+    return psnr(mean_squared_error.clamp_min(1e-12), peak=2.0)
+
+
 # ---------------------------------------------------------------------------------------- reading
 
 

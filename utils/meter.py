@@ -9,9 +9,6 @@ from torch import Tensor, nn
 
 from modules.quantizer import count_indices, sum_over_ranks
 from utils.codebook import numbered, use_of
-from utils.images import psnr
-
-SIGNED_PEAK = 2.0  # the width of [−1, 1]
 
 
 class Meter:
@@ -25,16 +22,20 @@ class Meter:
         further: Sequence[str] = (),
     ) -> None:
         self.num_embedding, self.num_codebooks = num_embedding, num_codebooks
-        self.names = ("loss", "reconstruction", "quantizer", *further)
+        self.names = ("loss", "reconstruction", "quantizer", "psnr", *further)
         # The last: of images.
         self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)
         length = num_embedding * num_codebooks
         self.counts = torch.zeros(length, dtype=torch.int64, device=device)
 
     def add(self, terms: Mapping[str, Tensor], indices: Tensor) -> None:
-        """Take the losses by name, and the indices, of one batch, or of a part of it."""
+        """Take the means by name, and the indices, of one batch, or of a part of it.
+
+        Of images that have a mean which is not finite nothing but the indices counts.
+        """
         values = [terms[name] for name in self.names]
-        self.sums += torch.stack([*values, torch.ones_like(values[0])]).detach() * len(indices)
+        means = torch.stack([*values, torch.ones_like(values[0])]).detach()
+        self.sums += torch.where(means.isfinite().all(), means * len(indices), 0)
         numbers = numbered(indices, self.num_embedding, self.num_codebooks)
         self.counts += count_indices(numbers.flatten(), len(self.counts))
 
@@ -46,13 +47,8 @@ class Meter:
         self.counts.zero_()
         if not num_images:
             return {}
-        scores = {name: value / num_images for name, value in zip(self.names, sums)}
-        return {
-            **scores,
-            "psnr": float(psnr(torch.tensor(max(scores["reconstruction"], 1e-12)), SIGNED_PEAK)),
-            **use_of(counts),
-            "num_images": num_images,
-        }
+        means = {name: value / num_images for name, value in zip(self.names, sums)}
+        return {**means, **use_of(counts), "num_images": num_images}
 
 
 class BadSteps:

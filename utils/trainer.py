@@ -34,9 +34,9 @@ from utils.distributed import (
     sum_numbers,
 )
 from utils.errors import Stopped, UserError, one_line
-from utils.images import comparison, mean_squared_errors, psnr, to_bytes, to_signed
+from utils.images import comparison, mean_squared_errors, signed_psnr, to_bytes, to_signed
 from utils.logger import log
-from utils.meter import SIGNED_PEAK, BadSteps, Meter
+from utils.meter import BadSteps, Meter
 from utils.objectives import Objective
 from utils.optimizers import load_optimizer, make_adam
 from utils.plots import draw_all
@@ -169,6 +169,12 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]: ...
+
+
+def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """What the network computes in, in training."""
+    dtype = PRECISIONS[config.precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def check_parts(model: ModelConfig, accumulate: int) -> None:
@@ -312,8 +318,7 @@ class Trainer:
     def backward(self, images: Tensor, share: float) -> Tensor:
         """Add the gradients of one part, which is that share of the batch; returns its losses."""
         images = to_signed(images).contiguous(memory_format=self.memory_format)
-        dtype = PRECISIONS[self.config.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with mixed_precision(self.config, self.device):
             reconstruction, quantized = self.network(images)
         reconstruction = reconstruction.to(images.dtype)
         # The mean over no image is not a number.
@@ -326,7 +331,13 @@ class Trainer:
         # DistributedDataParallel takes the mean over processes, where the batch wants the sum.
         self.scaler.scale(loss * (finite * (share * num_ranks()))).backward()
         watched, more = self.objective.backward(images, reconstruction.detach(), *at)
-        known = {"loss": loss, "reconstruction": mse, "quantizer": quantized.loss}
+        errors = mean_squared_errors(images, reconstruction.detach().clamp(-1, 1))
+        known = {
+            "loss": loss,
+            "reconstruction": mse,
+            "quantizer": quantized.loss,
+            "psnr": signed_psnr(errors).mean(),
+        }
         self.meter.add({**known, **terms, **more}, quantized.indices)
         return torch.cat([torch.stack([mse, quantized.loss]).detach(), watched])
 
@@ -336,7 +347,8 @@ class Trainer:
         optimizers = [self.optimizer, *self.objective.optimizers()]
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        norms = torch.stack([p.grad.norm() for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
         if self.config.grad_clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norms.norm())
         if self.scaler.is_enabled():
@@ -461,7 +473,7 @@ class Trainer:
             clipped = reconstruction.clamp(-1, 1)
             errors = mean_squared_errors(signed, clipped).double()
             measured = {
-                "psnr": psnr(errors.clamp_min(1e-12), SIGNED_PEAK),
+                "psnr": signed_psnr(errors),
                 "reconstruction": errors,
                 **self.objective.distances(signed, clipped),
             }
@@ -479,7 +491,7 @@ class Trainer:
         scores = {**means, **use_of(statistics.counts)}
         self.write_scalars("validation", scores)
         regular = self.epoch % max(1, self.config.num_epochs // 50) == 0
-        if shown and (regular or self.step == self.total_steps):
+        if rank() == 0 and shown and (regular or self.step == self.total_steps):
             self.board.add_image("validation/reconstructions", comparison(*shown), self.step)
             self.write_figures(statistics)
             gc.collect()  # figures are cycles of megabytes that Python would leave for long
@@ -532,7 +544,7 @@ class Trainer:
             **({} if self.average is None else {"trained": self.model.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random_states": gather(random_state()),
+            "random_states": gather(random_state(self.device)),
             "train_config": asdict(self.config),
         }
         if rank() == 0:
@@ -557,7 +569,7 @@ class Trainer:
                 raise ValueError("best is no number")
             accumulate, states = state["train_config"]["accumulate"], state["random_states"]
             if len(states) == num_ranks():
-                restore_random_state(states[rank()])
+                restore_random_state(states[rank()], self.device)
             if (len(states), accumulate) != (num_ranks(), self.config.accumulate):
                 log.warning(
                     "%s was written by %d processes with --accumulate %d, not %d with %d: "
@@ -627,19 +639,21 @@ class NoBoard:
 
 def open_board(folder: Path, step: int) -> AbstractContextManager[SummaryWriter | NoBoard]:
     """TensorBoard's writer; what an interrupted run wrote after this step is hidden."""
-    return nullcontext(NoBoard()) if rank() > 0 else SummaryWriter(str(folder), purge_step=step)
+    if rank() > 0:
+        return nullcontext(NoBoard())
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
 
-def random_state() -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Any]:
     """The state of PyTorch's generators of this process, which anchors draw from."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def restore_random_state(state: Mapping[str, Any]) -> None:
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def contradictions(stored: Any, current: Any) -> Iterator[str]:

@@ -19,6 +19,8 @@ from utils.images import image_names
 from utils.report.markup import Missing, command, text
 from utils.report.svg import Point
 
+TO_BE_FILLED_IN = ("<output_folder>", "<experiment>/best.pt")  # where they are not known
+
 
 @dataclass(frozen=True)
 class Found:
@@ -181,7 +183,7 @@ def output_and_name(found: Found) -> tuple[str, str]:
     model, _ = belongings(found.results)
     name = experiment(found.results)
     if model is None:
-        return "<output_folder>", "<experiment>/best.pt"
+        return TO_BE_FILLED_IN
     return str(found.results.resolve())[: -len(f"/results/{name}")] or "/", name
 
 
@@ -208,4 +210,4 @@ def evaluation_command(found: Found) -> str:
 
 def joined(words: Sequence[str]) -> str:
     """A command line; what is still to be filled in stays readable."""
-    return " ".join(word if word.startswith("<") else shlex.quote(word) for word in words)
+    return " ".join(word if word in TO_BE_FILLED_IN else shlex.quote(word) for word in words)

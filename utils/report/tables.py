@@ -211,15 +211,17 @@ def configuration(found: Found) -> str:
         "Model": model_flags(found),
         "Test images": part(found.analysis, "data"),
         "Training": part(content, "train_config"),
+        "Objective": part(content, "objective_config"),
         "Training images": part(content, "data_config"),
         "Evaluation": part(found.metrics, "settings"),
         "Protocol": part(found.metrics, "protocol"),
         "Network weights": part(found.metrics, "weights"),
     }
+    of_flags = ("Model", "Test images", "Training", "Objective", "Training images")
     tables = [
-        table(name, ("flag" if i < 4 else "setting", "value"), {"": flattened(group)}, "flags")
-        for i, (name, group) in enumerate(groups.items())
-        if group
+        table(name, (heading, "value"), {"": flattened(group)}, "flags")
+        for name, group in groups.items()
+        if group and (heading := "flag" if name in of_flags else "setting")
     ]
     if not tables:
         raise Missing("Neither analysis.json nor metrics.json can be read.")
@@ -249,6 +251,7 @@ def commands(found: Found) -> str:
 
 def train_command(found: Found) -> str:
     """main.py with every flag that is not the default; empty where they are not known."""
+    from utils.objectives import ObjectiveConfig
     from utils.trainer import TrainConfig
 
     content = found.checkpoint.content if found.checkpoint else {}
@@ -261,6 +264,7 @@ def train_command(found: Found) -> str:
     for group, base in (
         (data, {}),
         (model, {**defaults(ModelConfig), **(kind.implies if kind else {})}),
+        (part(content, "objective_config"), defaults(ObjectiveConfig)),
         (train, defaults(TrainConfig)),
     ):
         for name, value in group.items():
