@@ -88,6 +88,14 @@ class EvaluationConfig:
         for name in ("gt_path", "g_path"):
             if not getattr(self, name) and not self.fetch_weights:
                 raise ValueError(f"--{name} is missing: a folder of images")
+        for name, needed, users in (
+            ("lpips_net", "lpips" in self.metrics, "lpips"),
+            ("lpips_weights", "lpips" in self.metrics, "lpips"),
+            ("inception_weights", self.inception, "fid, kid or precision_recall"),
+        ):
+            value = getattr(self, name)
+            if not (needed or self.fetch_weights or value == getattr(EvaluationConfig, name)):
+                raise ValueError(f"--{name} {value} has no effect without --metrics {users}")
 
     @property
     def output_folder(self) -> Path:

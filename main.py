@@ -80,6 +80,7 @@ def main() -> None:
 
     trainer = make_trainer(model, objective, training, validation, data, config)
     resume(trainer, data, len(training))
+    from_first(lambda: writable_folder(trainer.models, "--exp_name"))
     log_to_file(trainer)
     log.info(
         "%d training and %d validation images of %s, %d×%d; steps %d to %d on %s%s",
@@ -175,43 +176,58 @@ def complete(
     network = "" if model.model == ModelConfig.model else f"{model.model}_"
     size = f"{model.num_embedding}x{model.embedding_dim}"
     name = f"{data.dataset}_{network}{model.quantizer}_{size}"
-    folder = None if data.data_folder is None else str(Path(data.data_folder).absolute())
+    name = name if config.exp_name is None else config.exp_name
+    folder, pretrained = absolute(data.data_folder), absolute(config.pretrained)
     return (
         replace(data, image_size=images.image_size, data_folder=folder),
-        replace(config, exp_name=name if config.exp_name is None else config.exp_name),
+        replace(config, exp_name=name, pretrained=pretrained),
     )
+
+
+def absolute(path: str | None) -> str | None:
+    """One name for one place, wherever the command is given."""
+    return None if path is None else str(Path(path).absolute())
 
 
 def resume(trainer: Trainer, data: DataConfig, num_images: int) -> None:
     """Continue from the checkpoint that --resume names, where it fits flags and images."""
     checkpoint, has_best = from_first(lambda: checkpoint_to_resume(trainer, data, num_images))
-    if checkpoint is None:
-        return
-    trainer.resume(checkpoint)
-    if not has_best:
-        trainer.best = -math.inf  # the best of another experiment is not ours
-    log.info("resumed %s at step %d", checkpoint.path, trainer.step)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        if not has_best:
+            trainer.best = -math.inf  # the best of another experiment is not ours
+        log.info("resumed %s at step %d", checkpoint.path, trainer.step)
+    if trainer.config.overwrite and rank() == 0:  # not before all was found to be in order
+        for name in ("last.pt", "previous.pt", "best.pt"):
+            (trainer.models / name).unlink(missing_ok=True)
 
 
 def checkpoint_to_resume(
     trainer: Trainer, data: DataConfig, num_images: int
 ) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint, if there is one to continue, and whether its best.pt lies beside it."""
+    """The checkpoint, if there is one to continue, and whether its best.pt lies beside it.
+
+    --resume PATH is where an experiment begins; its own last.pt is where it goes on.
+    """
     config, models = trainer.config, trainer.models
     remove_left_overs(models)
+    own = [models / name for name in ("last.pt", "previous.pt") if (models / name).exists()]
     if config.overwrite:
-        for name in ("last.pt", "previous.pt", "best.pt"):
-            (models / name).unlink(missing_ok=True)
-    written = [models / name for name in ("last.pt", "previous.pt") if (models / name).exists()]
-    if config.resume == "none" and written:
-        raise UserError(f"--resume none: {written[0]} exists; give --overwrite to replace it")
-    if config.resume == "none" or (config.resume == "auto" and not written):
+        own = []
+    if config.resume == "none" and own:
+        raise UserError(f"--resume none: {own[0]} exists; give --overwrite to replace it")
+    if own and config.resume not in ("auto", str(own[0])):
+        log.warning(
+            "%s goes on, not --resume %s: --overwrite begins there anew", own[0], config.resume
+        )
+    if not own and config.resume in ("auto", "none"):
         return None, False
-    checkpoint = read_first(written if config.resume == "auto" else [Path(config.resume)])
+    checkpoint = read_first(own or [Path(config.resume)])
     path = checkpoint.path
+    stored_data = checkpoint.group("data_config", DataConfig)
     differing = [
         *contradictions(checkpoint.model_config, trainer.model.config),
-        *contradictions(checkpoint.group("data_config", DataConfig), data),
+        *contradictions(stored_data, data),
         *contradictions(checkpoint.group("train_config", TrainConfig), config),
     ]
     if isinstance(trainer.objective, Adversarial) and checkpoint.model_config.model == "vqgan":
@@ -225,7 +241,12 @@ def checkpoint_to_resume(
     before = checkpoint.count("num_images")
     if before != num_images:
         raise UserError(f"{path} was trained on {before} images, --data_folder gives {num_images}")
-    return checkpoint, (models / "best.pt").exists()
+    if stored_data.data_folder != data.data_folder:
+        log.warning(
+            "%s was trained on the images of %s and goes on with those of %s",
+            *(path, *(folder or "data/" for folder in (stored_data.data_folder, data.data_folder))),
+        )
+    return checkpoint, bool(own) and (models / "best.pt").exists()
 
 
 def read_first(paths: list[Path]) -> Checkpoint:

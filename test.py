@@ -10,6 +10,7 @@ pictures of rec/ from such a file and the checkpoint, without the data set.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,7 @@ from utils.search import SearchConfig, apply_search
 
 NUM_SHOWN = 32
 CODES = "codes.looc"
+PICTURES = ("reconstructions.png", "usage.png", "slots.png", "codebook.png")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class TestConfig:
     from_codes: str | None = option(None, "reconstruct from this code file instead of images")
 
     def __post_init__(self) -> None:
+        if self.image_format == "png" and self.jpeg_quality != TestConfig.jpeg_quality:
+            raise ValueError(f"--jpeg_quality {self.jpeg_quality} needs --image_format jpg")
         if self.save_codes and self.from_codes is not None:
             raise ValueError("--save_codes contradicts --from_codes, which reads codes")
 
@@ -160,6 +164,9 @@ def test_from_codes(
     need_coder("--from_codes")
     codes = CodeFile(Path(str(config.from_codes)))
     codes.check_flags(flags)
+    for name in ("data_folder", "num_workers", "skip_bad_images", "image_cache"):
+        if name in flags:
+            raise UserError(f"--{name} {flags[name]} has no effect with --from_codes")
     model = checkpoint.model().to(device)
     codes.check_model(model, checkpoint.path)
     results = results_folder(config)
@@ -167,14 +174,43 @@ def test_from_codes(
         same = decode(model, codes, config, rec)
     if rank() == 0:
         remove_results(results)
+        if not of_these_codes(results, codes.path):
+            remove_test(results)
+        if (results / "report.html").exists():
+            write_report(results)
         show_codes(codes, same, results)
+
+
+def of_these_codes(results: Path, codes: Path) -> bool:
+    """Whether the last test that is there is the one whose codes these are."""
+    own, analysis = results / CODES, results / "analysis.json"
+    if not (own.is_file() and analysis.is_file() and "coded_bytes" in analysis.read_text()):
+        return False
+    return own.samefile(codes) or own.read_bytes() == codes.read_bytes()
+
+
+def remove_test(results: Path) -> None:
+    """Remove what an earlier test has left of other images."""
+    left = [name for name in ("original", "analysis.json", *PICTURES) if (results / name).exists()]
+    if left:
+        log.warning("removed %s, of other images than these codes", ", ".join(left))
+    for name in left:
+        path = results / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def open_checkpoint(config: TestConfig, flags: dict[str, Any]) -> Checkpoint:
     if config.model_name is None:
         raise UserError("--model_name is missing: a checkpoint under <output_folder>/models")
-    models = Path(config.output_folder) / "models"
-    return read_checkpoint(inside(models, config.model_name, "--model_name"), flags)
+    models, name = Path(config.output_folder) / "models", config.model_name
+    whole = Path(name).resolve()
+    if whole.is_relative_to(models.resolve()) and whole.is_file():
+        meant = whole.relative_to(models.resolve())
+        raise UserError(f"--model_name {name} is to be relative to {models}: give {meant}")
+    path = inside(models, name, "--model_name")
+    if (path / "best.pt").is_file():
+        raise UserError(f"--model_name {name} is a folder: give {Path(name) / 'best.pt'}")
+    return read_checkpoint(path, flags)
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
@@ -182,12 +218,15 @@ def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
 
     A cache is taken where it is given: it would cost more than it brings for images read once.
     """
+    untouched = {"flip": False, "crop": "centre"}
+    for name in untouched:
+        if name in flags:
+            raise UserError(f"--{name} {flags[name]} has no effect on test images")
     if not checkpoint.content and "dataset" not in flags:
         raise UserError(f"--dataset is missing: {checkpoint.path} does not say which it saw")
     stored = asdict(checkpoint.group("data_config", DataConfig)) if checkpoint.content else {}
     if flags.get("dataset", stored.get("dataset")) != stored.get("dataset"):
         stored = {}
-    untouched = {"flip": False, "crop": "centre"}
     return build(DataConfig, {**stored, "image_cache": None, **flags, **untouched})
 
 
@@ -321,8 +360,7 @@ def show(analysis: Mapping[str, Any], paths: Sequence[Path]) -> None:
         **({"images left out": f"{skipped}"} if skipped else {}),
         **(rows_of_codes(rate, codebook) if rate else {"rate": "not quantised"}),
     }
-    pictures = ["reconstructions.png", "usage.png", "slots.png", "codebook.png"]
-    written = ["original", "rec", *(name for name in pictures if (results / name).exists())]
+    written = ["original", "rec", *(name for name in PICTURES if (results / name).exists())]
     if "coded_bytes" in rate:
         rows["bits per pixel, coded"] = coded(rate)
         written.append(CODES)

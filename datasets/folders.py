@@ -6,11 +6,13 @@ from pathlib import Path
 
 from datasets.images import FileImages, ImageSet, Split, hold_out
 from datasets.staging import fetch
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.images import SUFFIXES, image_names
+from utils.logger import log
 
 FFHQ_TRAIN = 60_000
 FFHQ_TEST = 10_000
+SPLIT_NAMES = ("train", "test", "val")  # beginnings of what may be meant as a split
 IMAGENET_FOLDERS: dict[Split, str] = {"train": "train", "test": "val"}
 
 
@@ -25,11 +27,21 @@ def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
         part = folder / (held_out if split == "test" else "train")
         return FileImages(part, list_images(part), image_size)
     names = list_images(folder)
+    unlike = [name for name in subfolders(folder) if name.lower().startswith(SPLIT_NAMES)]
+    if unlike:
+        log.warning(
+            "%s has %s, but not train/ with test/ or val/: a tenth of all %d images is for testing",
+            *(folder, ", ".join(f"{name}/" for name in unlike), len(names)),
+        )
     if len(names) == 1:
         raise UserError(f"--data_folder {folder} holds 1 image: training and testing need 2")
     train, test = hold_out(len(names), "test")
     chosen = (test if split == "test" else train).tolist()
     return FileImages(folder, [names[i] for i in chosen], image_size)
+
+
+def subfolders(folder: Path) -> list[str]:
+    return sorted(printable(path.name) for path in folder.iterdir() if path.is_dir())
 
 
 def open_ffhq(folder: Path, split: Split, image_size: int) -> ImageSet:

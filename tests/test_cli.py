@@ -215,6 +215,50 @@ def test_the_same_command_continues(script: Script, mnist: Path, tmp_path: Path)
     assert read_checkpoint(last).content["step"] == 3
 
 
+def test_a_checkpoint_of_elsewhere_is_where_a_run_begins(
+    script: Script, mnist: Path, tmp_path: Path
+) -> None:
+    """And its own last.pt where it goes on, by the same command."""
+    train(script, mnist)
+    last = tmp_path / "out/models/e/last.pt"
+    words = ("--resume", str(last), "--max_steps")
+    outcome = train(script, mnist, *words, "4", name="f")
+    assert f"resumed {last} at step 3" in outcome.err
+    outcome = train(script, mnist, *words, "5", name="f")
+    assert f"out/models/f/last.pt goes on, not --resume {last}" in outcome.err
+    assert "resumed out/models/f/last.pt at step 4" in outcome.err
+    outcome = train(script, mnist, *words, "4", "--overwrite", name="f")
+    assert f"resumed {last} at step 3" in outcome.err
+    assert read_checkpoint(tmp_path / "out/models/f/last.pt").content["step"] == 4
+
+
+def test_a_refused_run_overwrites_nothing(script: Script, mnist: Path, tmp_path: Path) -> None:
+    train(script, mnist)
+    folder = tmp_path / "out/models/e"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for words in (("--resume", "absent.pt"), ("--resume", str(folder / "last.pt"), "--lr", "1")):
+        error_line(train(script, mnist, *words, "--overwrite"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_told_at_once(
+    script: Script, mnist: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out/models").mkdir(parents=True)
+    (tmp_path / "out/models/e").touch()
+    message = error_line(train(script, mnist))
+    assert message == "main.py: error: --exp_name out/models/e cannot be created: File exists"
+
+
+def test_other_images_of_the_same_number_are_told(
+    script: Script, mnist: Path, tmp_path: Path
+) -> None:
+    train(script, mnist)
+    outcome = train(script, mnist.rename(tmp_path / "moved"), "--max_steps", "4")
+    assert outcome.code == 0, outcome.err
+    assert f"was trained on the images of {mnist} and goes on with those of" in outcome.err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 @pytest.mark.parametrize("name", ["main.py", "test.py"])
 def test_cuda_where_there_is_none(name: str, script: Script, mnist: Path) -> None:
@@ -268,6 +312,10 @@ def test_main_refuses_in_one_line(words: str, message: str, script: Script, tmp_
         ("--model_name looc.pt --dataset fashion-mnist-sample --embedding_dim 8", "which has 4"),
         ("--model_name looc.pt --image_format bmp", "argument --image_format"),
         ("--model_name looc.pt --jpeg_quality 101", "--jpeg_quality: 101 is greater than 100"),
+        ("--model_name looc.pt --jpeg_quality 90", "--jpeg_quality 90 needs --image_format jpg"),
+        ("--model_name looc.pt --flip", "--flip True has no effect on test images"),
+        ("--model_name output/models/looc.pt", "relative to output/models: give looc.pt"),
+        ("--model_name e", "--model_name e is a folder: give e/best.pt"),
     ],
 )
 def test_test_refuses_in_one_line(words: str, message: str, script: Script, tmp_path: Path) -> None:
@@ -276,6 +324,8 @@ def test_test_refuses_in_one_line(words: str, message: str, script: Script, tmp_
         folder.mkdir(parents=True)
     Image.new("RGB", (256, 256)).save(tmp_path / "rgb/test/a.png")
     os.link(GOLDEN / "checkpoint_looc.pt", models / "looc.pt")
+    (models / "e").mkdir()
+    os.link(GOLDEN / "checkpoint_looc.pt", models / "e/best.pt")
     (models / "broken.pt").write_bytes((models / "looc.pt").read_bytes()[:5000])
     torch.save({"weight": torch.zeros(3)}, models / "other.pt")
     assert message in error_line(script("test.py", *words.split()))

@@ -132,6 +132,25 @@ def test_the_same_pictures_from_codes(
     assert "bit for bit" in outcome.out
 
 
+def test_pictures_from_codes_lie_beside_their_own_originals_alone(
+    script: Script, mnist: Path, tmp_path: Path
+) -> None:
+    train(script, mnist)
+    results = tmp_path / RESULTS
+    assert script("test.py", *TESTED, "--save_codes").code == 0
+    shutil.copy(results / "codes.looc", tmp_path / "x.looc")
+    originals = pictures(results / "original")
+    outcome = script("test.py", *TESTED, "--from_codes", "x.looc")
+    assert (outcome.code, pictures(results / "original")) == (0, originals), outcome.err
+    outcome = script("test.py", *TESTED, "--from_codes", "x.looc", "--skip_bad_images")
+    assert "--skip_bad_images True has no effect with --from_codes" in outcome.err
+    assert script("test.py", *TESTED).code == 0  # of what images is not in the codes any more
+    outcome = script("test.py", *TESTED, "--from_codes", "x.looc")
+    assert "removed original, analysis.json, reconstructions.png, " in outcome.err
+    assert not (results / "original").exists()
+    assert "analysis.json is not there" in (results / "report.html").read_text()
+
+
 def test_images_left_out(script: Script, tmp_path: Path) -> None:
     """A batch without its damaged image, and a batch of damaged images alone."""
     random = np.random.default_rng(0)

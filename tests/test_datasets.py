@@ -41,6 +41,7 @@ from datasets import (
     split_validation,
 )
 from datasets.config import DataConfig
+from datasets.folders import open_folder
 from datasets.loader import DecodedBatches
 from tests.conftest import refusal, run_process
 from utils.arguments import build
@@ -744,6 +745,18 @@ def test_split_validation(kind: str, request: pytest.FixtureRequest) -> None:
     if isinstance(image_set, TensorImages):
         assert isinstance(train, TensorImages)
         assert isinstance(validation, TensorImages)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("train", "validation"), ("cats", "dogs")])
+def test_folders_that_are_no_splits_are_told(
+    names: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "a.png")
+    assert len(open_folder(tmp_path, "test", 8)) == 1
+    told = f"{tmp_path} has {', '.join(f'{name}/' for name in sorted(names))}, but not train/"
+    assert (told in caplog.text) == ("cats" not in names)
 
 
 @pytest.mark.parametrize(("n", "held_out"), [(2, 1), (14, 1), (15, 2), (6000, 600)])

@@ -677,6 +677,11 @@ def nothing(results: Path) -> None:
         (nothing, ["--g_path", "{results}/file"], ["--g_path", "/file", "Not a directory"]),
         (nothing, ["--gt_path", "x" * 300], ["--gt_path xxx", "File name too long"]),
         (nothing, ["--gt_path", ""], ["--gt_path is missing"]),
+        (
+            nothing,
+            ["--metrics", "l1", "--lpips_net", "alex"],
+            ["--lpips_net alex has no effect without --metrics lpips"],
+        ),
         (nothing, ["--output", "{results}/file"], ["--output", "/file"]),
         (rename_partner, [], ["--gt_path lacks 1 of 5 (one); --g_path lacks 1 of 5 (00000001)"]),
         (shrink, [], ["2 of 4 pairs differ in size", "00000001 (16×16 and 12×14)", "00000003"]),
@@ -791,6 +796,7 @@ def test_a_failed_run_keeps_the_previous_results_but_not_as_current(
         assert evaluate()[0] == 2
         assert contents(results) == {}
         assert contents(results / "previous_metrics") == before
+        assert not (results / "report.html").exists()  # which told of them
     (results / "worst_l1.png").touch()  # as if killed while writing: belongs to no record
     assert evaluate()[0] == 2
     assert contents(results) == {}

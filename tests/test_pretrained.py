@@ -169,6 +169,12 @@ def rewrite(folder: Path, change: Change) -> None:
     safetensors.save_file(change(safetensors.load_file(path)), path)
 
 
+def test_the_file_of_a_folder_of_diffusers(tmp_path: Path) -> None:
+    of_diffusers("VQModel", **ATTENTIVE).save_pretrained(tmp_path)
+    message = refused(weights_file(tmp_path))
+    assert message == f"holds the weights of diffusers alone: give its folder, {tmp_path}"
+
+
 def test_attention_as_older_files_name_it(tmp_path: Path) -> None:
     of_diffusers("VQModel", **ATTENTIVE).save_pretrained(tmp_path)
     expected = read_pretrained(tmp_path).state_dict
@@ -372,7 +378,7 @@ def test_main_starts_from_weights_and_trains_on(script: Script, tmp_path: Path) 
     assert outcome.code == 0, outcome.err
     outcome = script("main.py", *words, "--exp_name", "g")
     assert outcome.code == 2
-    assert "--pretrained vq (it has None)" in outcome.err
+    assert f"--pretrained {tmp_path / 'vq'} (it has None)" in outcome.err
     grey = ("--dataset", "fashion-mnist-sample", "--image_size", "28", "--disc_layers", "2")
     outcome = script("main.py", *words, *grey)
     assert outcome.code == 2

@@ -79,7 +79,8 @@ def save_checkpoint(
         try:
             torch.save(whole, temporary)
         except RuntimeError as error:  # how torch reports a full disk
-            raise UserError(f"cannot write {path}: {one_line(error)[:100]}") from error
+            reason = one_line(error)[:100]
+            raise UserError(f"cannot write {path}: is the disk full? ({reason})") from error
 
 
 def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.images import SUFFIXES, image_names, more_than_8_bits, open_image, viewed, viewed_size
 from utils.metrics import Pixels, Values
 from utils.protocols import Protocol
@@ -119,7 +119,7 @@ def check_partners(names: list[str], files: dict[str, dict[str, Path]]) -> None:
 
 
 def first_few(names: Sequence[str]) -> str:
-    return ", ".join(names[:MAX_NAMED]) + (", …" if len(names) > MAX_NAMED else "")
+    return ", ".join(map(printable, names[:MAX_NAMED])) + (", …" if len(names) > MAX_NAMED else "")
 
 
 # ---------------------------------------------------------------------------------------- reading

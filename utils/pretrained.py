@@ -177,6 +177,8 @@ def check_config(config: Mapping[str, Any]) -> None:
 def from_taming(path: Path) -> Source:
     """A checkpoint of PyTorch Lightning, or its state dict alone."""
     content = read_tensors(path)
+    if any(str(name).startswith("encoder.down_blocks.") for name in content):
+        raise ValueError(f"holds the weights of diffusers alone: give its folder, {path.parent}")
     if content.get("format") == FORMAT:
         raise ValueError("is a checkpoint of our own, which --resume continues")
     state_dict = mirrored(renamed(content.get("state_dict", content), TAMING))

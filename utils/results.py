@@ -41,6 +41,9 @@ def set_aside(output: Path) -> None:
             path.rename(previous / path.name)
         else:
             path.unlink()
+    report = output / "report.html"
+    if whole and report.exists():  # which tells of them
+        report.rename(previous / report.name)
 
 
 def own_files(output: Path) -> list[Path]:

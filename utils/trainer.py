@@ -33,7 +33,7 @@ from utils.distributed import (
     share_gradients,
     sum_numbers,
 )
-from utils.errors import Stopped, UserError, one_line
+from utils.errors import Stopped, UserError, one_line, printable
 from utils.images import comparison, mean_squared_errors, signed_psnr, to_bytes, to_signed
 from utils.logger import log
 from utils.meter import BadSteps, Meter
@@ -115,7 +115,7 @@ class TrainConfig:
         maximum=1 - 1e-9,
     )
     grad_clip: float | None = option(
-        None, "largest norm of the gradient, the discriminator's left out", above=0
+        None, "largest norm of the gradient, the discriminator's left out (0: any)", minimum=0
     )
     max_bad_steps: int = option(
         0,
@@ -349,7 +349,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
-        if self.config.grad_clip is not None:
+        if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norms.norm())
         if self.scaler.is_enabled():
             # Gradients too large for fp16 are the scaler's business: it skips the step by itself.
@@ -450,7 +450,7 @@ class Trainer:
         bad = [*self.train_loader.bad_images.values(), *self.validation_loader.bad_images.values()]
         for message in sorted(set(gather_items(bad)) - self.left_out):
             self.left_out.add(message)
-            log.warning("left out (%d so far): %s", len(self.left_out), message)
+            log.warning("left out (%d so far): %s", len(self.left_out), printable(message))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
