@@ -92,7 +92,10 @@ def looc(**flags: Any) -> Iterator[Contender]:
         yield contender(
             "looc", f"K256-m{m}", **best, num_embedding=256, embedding_dim=CHANNELS // m
         )
-    for size, m in ((32, 1), (64, 1), (256, 1), (256, 2), (256, 4), (256, 8)):
+    for size, m in (
+        *((32, 1), (64, 1), (1024, 1), (4096, 1)),
+        *((256, 1), (256, 2), (256, 4), (256, 8), (1024, 2)),
+    ):
         narrow = {"num_embedding": size, "embedding_dim": 4, "latent_channels": 4 * m}
         yield contender("looc-narrow", f"K{size}-m{m}", **best, **narrow)
     # At the lowest rates fewer channels still.
