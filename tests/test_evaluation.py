@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from utils import extremes, metrics, networks, protocols
+from utils.images import fitted
 from utils.metrics import METRICS
 from utils.networks import Network
 
@@ -623,7 +624,7 @@ def test_extremes_are_sorted(lower_is_better: bool) -> None:
 
 @pytest.mark.parametrize("size", [(28, 28), (300, 20), (1, 200), (256, 256)])
 def test_tiles_fit(size: tuple[int, int]) -> None:
-    tile = extremes.fitted(picture(0, size))
+    tile = fitted(picture(0, size), extremes.TILE, extremes.TILE)
     assert max(tile.size) <= extremes.TILE
     assert max(tile.size) > extremes.TILE // 2
 

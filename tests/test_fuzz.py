@@ -359,7 +359,7 @@ def test_images(number: int, folder: Path, capfd: pytest.CaptureFixture[str]) ->
         try:
             size, mode = read_header(path)
             pair = Pair("a", path, path, size, mode)
-            pixels = read_image(path, pair)
+            pixels, _ = read_image(path, pair)
             assert pixels.shape == (1 if mode == "L" else 3, size[1], size[0])
             assert pixels.dtype == np.uint8
         except UserError as error:

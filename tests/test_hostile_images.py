@@ -201,7 +201,7 @@ def decode_file(path: Path, size: int = 32) -> Tensor:
 def evaluation_reads(path: Path) -> np.ndarray:
     """As evaluation.py reads one image, in colour: (3, H, W)."""
     size, mode = read_header(path)
-    pixels = read_image(path, Pair(path.stem, path, path, size, mode))
+    pixels, _ = read_image(path, Pair(path.stem, path, path, size, mode))
     return np.broadcast_to(pixels, (3, *pixels.shape[1:]))
 
 

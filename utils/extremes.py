@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import whole_file
+from utils.images import fitted
 from utils.logger import log
 from utils.metrics import METRICS, Pixels
 from utils.pairs import Pair, read_pair
@@ -117,17 +118,8 @@ def error_of(shown: Shown) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
 def tiles(shown: Shown, peak: float) -> list[Image.Image]:
     """Original, reconstruction and error map, each fitted into a square of TILE pixels."""
     error = (255 * error_of(shown) / peak).round().astype(np.uint8)[None]
-    return [fitted(to_picture(image)) for image in (shown.original, shown.reconstruction, error)]
-
-
-def fitted(image: Image.Image) -> Image.Image:
-    """Small images enlarged by a whole number without smoothing, large ones reduced."""
-    factor = TILE / max(image.size)
-    if factor >= 1:
-        size = image.width * int(factor), image.height * int(factor)
-        return image.resize(size, Image.Resampling.NEAREST)
-    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    return image.resize(size, Image.Resampling.LANCZOS)
+    images = (shown.original, shown.reconstruction, error)
+    return [fitted(to_picture(image), TILE, TILE) for image in images]
 
 
 def caption(name: str) -> str:

@@ -56,6 +56,11 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def in_colour(images: Tensor) -> Tensor:
+    """Greyscale as three equal channels: (B, 1 or 3, H, W) → (B, 3, H, W)."""
+    return images.expand(-1, 3, -1, -1)
+
+
 def mean_squared_errors(images: Tensor, others: Tensor) -> Tensor:
     """Mean squared error of each pair, in the range given: (B, C, H, W) twice → (B,)."""
     return (images - others).square().flatten(1).mean(1)
@@ -258,6 +263,21 @@ def save_picture(path: Path, image: Tensor, jpeg_quality: int = 75) -> None:
         picture.save(path, compress_level=1)  # the level changes size and time, never a pixel
     else:
         picture.save(path, quality=jpeg_quality)
+
+
+def fitted(picture: Image.Image, side: int, largest: int) -> Image.Image:
+    """A picture whose longer side is at most largest: shrunk to it, or enlarged to at most side.
+
+    Small ones by a whole factor, without smoothing.
+    """
+    longest = max(picture.size)
+    if longest > largest:
+        share = largest / longest
+        size = max(1, round(picture.width * share)), max(1, round(picture.height * share))
+        return picture.resize(size, Image.Resampling.LANCZOS)
+    factor = max(1, side // longest)
+    size = picture.width * factor, picture.height * factor
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def comparison(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> Tensor:

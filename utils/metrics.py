@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from utils.images import to_signed
+from utils.images import in_colour, to_signed
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]  # (B, C, H, W), C = 1 or 3
 Values: TypeAlias = npt.NDArray[np.float64]  # (B,)
@@ -69,7 +69,7 @@ def lpips(x: Tensor, y: Tensor, network: nn.Module) -> Values:
     pixels = 2**22 if x.is_cuda else 2**16
     size = max(1, pixels // (x.shape[2] * x.shape[3]))
     distances = [
-        network(to_signed(rgb(a)), to_signed(rgb(b))).flatten()  # (b, 1, 1, 1) → (b,)
+        network(to_signed(in_colour(a)), to_signed(in_colour(b))).flatten()  # (b, 1, 1, 1) → (b,)
         for a, b in zip(torch.split(x, size), torch.split(y, size))
     ]
     return np.asarray(torch.cat(distances).double().cpu())
@@ -78,12 +78,7 @@ def lpips(x: Tensor, y: Tensor, network: nn.Module) -> Values:
 @torch.inference_mode()
 def features(x: Tensor, network: nn.Module) -> Tensor:
     """The feature vectors (B, d) of uint8 images; the network is a torch-fidelity extractor."""
-    return network(rgb(x))[0]  # type: ignore[no-any-return]
-
-
-def rgb(x: Tensor) -> Tensor:
-    """Greyscale as three equal channels: (B, 1 or 3, H, W) to (B, 3, H, W)."""
-    return x.expand(-1, 3, -1, -1)
+    return network(in_colour(x))[0]  # type: ignore[no-any-return]
 
 
 class FeatureStatistics:

@@ -18,6 +18,7 @@ from utils.arguments import build
 from utils.checkpoint import check_tensors
 from utils.distributed import first_goes_ahead
 from utils.errors import UserError
+from utils.images import in_colour
 from utils.networks import LPIPS_BACKBONES, lpips_network
 from utils.optimizers import load_optimizer, make_adam
 
@@ -313,8 +314,3 @@ class Adversarial(Objective):
 def mean(values: Tensor) -> Tensor:
     """The mean, or 0 where there are none, with a gradient: any shape → scalar."""
     return values.sum() / max(1, values.numel())
-
-
-def in_colour(images: Tensor) -> Tensor:
-    """(b, 1 or 3, h, w) → (b, 3, h, w)."""
-    return images.expand(-1, 3, -1, -1)

@@ -133,13 +133,11 @@ def read_header(path: Path) -> tuple[tuple[int, int], Literal["L", "RGB"]]:
         return viewed_size(image), "L" if image.mode in GREY_MODES else "RGB"
 
 
-def read_image(path: Path, pair: Pair) -> Pixels:
-    """The pixels of one image of the pair as (C, H, W). Raises UserError where it is damaged."""
-    return read_with_format(path, pair)[0]
+def read_image(path: Path, pair: Pair) -> tuple[Pixels, str | None]:
+    """The pixels of one image of the pair as (C, H, W), and the format of its file.
 
-
-def read_with_format(path: Path, pair: Pair) -> tuple[Pixels, str | None]:
-    """The pixels of one image of the pair and the format of its file."""
+    Raises UserError where it is damaged.
+    """
     with open_image(path, str(path)) as image:
         picture = viewed(image, pair.mode)
         if picture.size != pair.size:
@@ -150,8 +148,8 @@ def read_with_format(path: Path, pair: Pair) -> tuple[Pixels, str | None]:
 
 def read_pair(pair: Pair, protocol: Protocol) -> tuple[Pixels, Pixels]:
     """Original and reconstruction as they are measured, (C, H, W)."""
-    original, original_format = read_with_format(pair.original, pair)
-    reconstruction, format_ = read_with_format(pair.reconstruction, pair)
+    original, original_format = read_image(pair.original, pair)
+    reconstruction, format_ = read_image(pair.reconstruction, pair)
     return (
         protocol.prepare(original, "original", original_format),
         protocol.prepare(reconstruction, "reconstruction", format_),

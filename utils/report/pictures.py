@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import open_image, viewed
+from utils.images import fitted, open_image, viewed
 from utils.metrics import METRICS
 from utils.report.files import Found, evaluation_command, test_command
 from utils.report.markup import Missing, command, figure, shown, spread, table, text
@@ -39,18 +39,6 @@ def uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def fitted(picture: Image.Image, side: int) -> Image.Image:
-    """Small pictures enlarged by a whole factor, without smoothing; large ones shrunk to side."""
-    longest = max(picture.size)
-    if longest > side:
-        share = side / longest
-        size = max(1, round(picture.width * share)), max(1, round(picture.height * share))
-        return picture.resize(size, Image.Resampling.LANCZOS)
-    factor = max(1, ENLARGED // longest)
-    size = picture.width * factor, picture.height * factor
-    return picture.resize(size, Image.Resampling.NEAREST)
-
-
 def triplet(original: Path, reconstruction: Path, side: int) -> Image.Image:
     """Original, reconstruction and error side by side, with a transparent gap."""
     pictures = []
@@ -61,7 +49,7 @@ def triplet(original: Path, reconstruction: Path, side: int) -> Image.Image:
         raise UserError(f"{original.name} and its reconstruction differ in size")
     x, y = (np.asarray(picture, dtype=np.int16) for picture in pictures)  # (H, W, 3)
     error = np.abs(x - y).mean(-1) / ERROR_RANGE  # (H, W)
-    tiles = [fitted(tile, side) for tile in (*pictures, Image.fromarray(colours(error)))]
+    tiles = [fitted(tile, ENLARGED, side) for tile in (*pictures, Image.fromarray(colours(error)))]
     width, height = tiles[0].size
     whole = Image.new("RGBA", (3 * width + 12, height))
     for position, tile in enumerate(tiles):
