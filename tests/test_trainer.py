@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -413,6 +415,17 @@ def test_tensorboard_shows_curves_pictures_and_usage(tmp_path: Path) -> None:
     pictures = [f"codebook/{name}" for name in ("codebook", "slots", "usage")]
     assert sorted(tags["images"]) == [*pictures, "validation/reconstructions"]
     assert [event.step for event in events.Scalars("validation/psnr")] == [3, 6, 9]
+
+
+def test_a_full_disk_is_told_with_tensorboards_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    message = refusal(make(tmp_path).fit)
+    assert message == f"cannot write {tmp_path / 'logs'}: No space left on device"
 
 
 def test_a_resumed_run_keeps_its_curves(tmp_path: Path) -> None:

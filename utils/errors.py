@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -65,10 +66,17 @@ def memory_for(flags: str) -> Iterator[None]:
         raise
 
 
+def told_elsewhere(arguments: threading.ExceptHookArgs) -> None:
+    """Print no traceback of a full disk that TensorBoard's thread met: its next call raises it."""
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold what no encoding has
         sys.stdout.reconfigure(errors="backslashreplace")
+    threading.excepthook = told_elsewhere
     try:
         main()
     except UserError as error:

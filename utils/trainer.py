@@ -8,7 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -637,11 +637,22 @@ class NoBoard:
     def add_figure(self, *arguments: Any) -> None: ...
 
 
-def open_board(folder: Path, step: int) -> AbstractContextManager[SummaryWriter | NoBoard]:
-    """TensorBoard's writer; what an interrupted run wrote after this step is hidden."""
+@contextmanager
+def open_board(folder: Path, step: int) -> Iterator[SummaryWriter | NoBoard]:
+    """TensorBoard's writer; what an interrupted run wrote after this step is hidden.
+
+    Raises UserError naming the folder where it cannot be written.
+    """
     if rank() > 0:
-        return nullcontext(NoBoard())
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        yield NoBoard()
+        return
+    try:
+        with SummaryWriter(str(folder), purge_step=step + 1 if step else 0) as board:
+            yield board
+    except OSError as error:
+        if error.filename is not None:  # of something else
+            raise
+        raise UserError(f"cannot write {folder}: {error.strerror or one_line(error)}") from error
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
