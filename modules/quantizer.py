@@ -664,15 +664,35 @@ def finite_matches(
 
 def sums_by_index(features: Tensor, indices: Tensor, length: int) -> Tensor:
     """For each index the sum of its features: (N, d), (N,) → (length, d)."""
-    return features.new_zeros(length, features.shape[1]).index_add_(0, indices, features)
+    keys, shares = spread(indices, length)
+    sums = features.new_zeros(shares * length, features.shape[1]).index_add_(0, keys, features)
+    return sums.view(shares, length, -1).sum(0) if shares > 1 else sums
 
 
 def count_indices(indices: Tensor, length: int) -> Tensor:
     """How often each of 0 … length − 1 occurs: (N,) → (length,), int64."""
     if indices.is_cuda:  # where bincount would make the host wait
+        keys, shares = spread(indices, length)
         ones = torch.ones((), dtype=torch.int64, device=indices.device).expand(len(indices))
-        return indices.new_zeros(length).scatter_add_(0, indices, ones)
+        counts = indices.new_zeros(shares * length).scatter_add_(0, keys, ones)
+        return counts.view(shares, length).sum(0)
     return torch.bincount(indices, minlength=length)
+
+
+def spread(indices: Tensor, length: int) -> tuple[Tensor, int]:
+    """Keys in which an index is another number in each share of the features: (N,) → (N,), shares.
+
+    Deterministic CUDA adds what belongs to one key one by one, all features where they collapse
+    onto one codevector: that row shall be short.
+    """
+    shares = num_shares(indices, length)
+    if shares == 1:
+        return indices, 1
+    return indices + length * (torch.arange(len(indices), device=indices.device) % shares), shares
+
+
+def num_shares(indices: Tensor, length: int) -> int:
+    return min(256, max(1, len(indices) // (16 * length))) if indices.is_cuda else 1
 
 
 # -------------------------------------------------------------------------- gradient and loss

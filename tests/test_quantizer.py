@@ -413,6 +413,20 @@ def test_a_model_around_it_can_be_exported(setting: dict[str, Any]) -> None:
     assert not module.failed_searches
 
 
+@pytest.mark.parametrize("shares", [2, 5, 7])
+def test_sums_in_shares(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where rows that are long take long."""
+    features, indices = torch.randn(33, 3, dtype=torch.float64), torch.randint(4, (33,))
+    expected = module.sums_by_index(features, indices, 5)
+    monkeypatch.setattr(module, "num_shares", lambda *_: shares)
+    torch.testing.assert_close(module.sums_by_index(features, indices, 5), expected)
+    keys, _ = module.spread(indices, 5)
+    assert torch.equal(keys % 5, indices)
+    assert torch.bincount(keys, minlength=5 * shares).view(shares, 5).sum(1).max() <= -(
+        -33 // shares
+    )
+
+
 @pytest.mark.parametrize("groups", [1, 16])
 def test_row_argmax(groups: int) -> None:
     scores = torch.randn(40, 3 * groups)
