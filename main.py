@@ -82,6 +82,8 @@ def main() -> None:
     resume(trainer, data, len(training))
     from_first(lambda: writable_folder(trainer.models, "--exp_name"))
     log_to_file(trainer)
+    if config.overwrite and rank() == 0:  # all is in order: not before
+        remove_checkpoints(trainer.models)
     log.info(
         "%d training and %d validation images of %s, %d×%d; steps %d to %d on %s%s",
         *(len(training), len(validation), data.dataset, data.image_size, data.image_size),
@@ -144,27 +146,27 @@ def prepare(
     model: Autoencoder, config: TrainConfig, image_size: int, device: torch.device
 ) -> Autoencoder:
     """The model on its device, in the layout and form that the flags ask for."""
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device)
     if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=memory_format)
     if isinstance(model, VQGAN) and config.checkpoint_gradients:
         model.checkpoint_gradients()
     if config.compile:
         model.compile_parts()
         size = -(-config.batch_size // (num_ranks() * config.accumulate))
         shape = (size, model.config.in_channels, image_size, image_size)
+        images = torch.zeros(shape, device=device).contiguous(memory_format=memory_format)
         try:  # there and back, without the quantiser, which would learn of it
-            images = torch.zeros(shape, device=device)
-            if config.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
             with mixed_precision(config, device):
                 there = model.pre_vq_conv(model.encoder(images))
                 back = model.reconstruct(there)
             torch.autograd.backward(back.sum())
             model.zero_grad()
         except Exception as error:  # compilers fail in ways of their own
-            if out_of_memory(error):
-                raise
+            with memory_for(f"--batch_size {config.batch_size}"):
+                if out_of_memory(error):
+                    raise
             raise UserError(f"--compile failed, go without: {one_line(error)[:200]}") from error
     return model
 
@@ -176,17 +178,11 @@ def complete(
     network = "" if model.model == ModelConfig.model else f"{model.model}_"
     size = f"{model.num_embedding}x{model.embedding_dim}"
     name = f"{data.dataset}_{network}{model.quantizer}_{size}"
-    name = name if config.exp_name is None else config.exp_name
-    folder, pretrained = absolute(data.data_folder), absolute(config.pretrained)
+    folder = None if data.data_folder is None else str(Path(data.data_folder).absolute())
     return (
         replace(data, image_size=images.image_size, data_folder=folder),
-        replace(config, exp_name=name, pretrained=pretrained),
+        replace(config, exp_name=name if config.exp_name is None else config.exp_name),
     )
-
-
-def absolute(path: str | None) -> str | None:
-    """One name for one place, wherever the command is given."""
-    return None if path is None else str(Path(path).absolute())
 
 
 def resume(trainer: Trainer, data: DataConfig, num_images: int) -> None:
@@ -194,12 +190,19 @@ def resume(trainer: Trainer, data: DataConfig, num_images: int) -> None:
     checkpoint, has_best = from_first(lambda: checkpoint_to_resume(trainer, data, num_images))
     if checkpoint is not None:
         trainer.resume(checkpoint)
+        if trainer.config.overwrite and trainer.step >= trainer.total_steps:
+            raise UserError(
+                f"--overwrite: --resume {checkpoint.path} is at step {trainer.step} of "
+                f"{trainer.total_steps}, nothing is left to train"
+            )
         if not has_best:
             trainer.best = -math.inf  # the best of another experiment is not ours
         log.info("resumed %s at step %d", checkpoint.path, trainer.step)
-    if trainer.config.overwrite and rank() == 0:  # not before all was found to be in order
-        for name in ("last.pt", "previous.pt", "best.pt"):
-            (trainer.models / name).unlink(missing_ok=True)
+
+
+def remove_checkpoints(models: Path) -> None:
+    for name in ("last.pt", "previous.pt", "best.pt"):
+        (models / name).unlink(missing_ok=True)
 
 
 def checkpoint_to_resume(
@@ -212,15 +215,16 @@ def checkpoint_to_resume(
     config, models = trainer.config, trainer.models
     remove_left_overs(models)
     own = [models / name for name in ("last.pt", "previous.pt") if (models / name).exists()]
+    given = None if config.resume in ("auto", "none") else Path(config.resume)
+    if given is not None and given.resolve().parent == models.resolve():
+        check_own(given, own, config)
     if config.overwrite:
         own = []
     if config.resume == "none" and own:
         raise UserError(f"--resume none: {own[0]} exists; give --overwrite to replace it")
-    if own and config.resume not in ("auto", str(own[0])):
-        log.warning(
-            "%s goes on, not --resume %s: --overwrite begins there anew", own[0], config.resume
-        )
-    if not own and config.resume in ("auto", "none"):
+    if own and given is not None and given.resolve() != own[0].resolve():
+        log.info("going on from %s; --resume %s is where it began", own[0], given)
+    if not own and given is None:
         return None, False
     checkpoint = read_first(own or [Path(config.resume)])
     path = checkpoint.path
@@ -241,12 +245,23 @@ def checkpoint_to_resume(
     before = checkpoint.count("num_images")
     if before != num_images:
         raise UserError(f"{path} was trained on {before} images, --data_folder gives {num_images}")
-    if stored_data.data_folder != data.data_folder:
+    there, here = stored_data.data_folder, data.data_folder
+    if there and here and Path(there).resolve() != Path(here).resolve():
         log.warning(
-            "%s was trained on the images of %s and goes on with those of %s",
-            *(path, *(folder or "data/" for folder in (stored_data.data_folder, data.data_folder))),
+            "%s was trained on the images of %s and goes on with those of %s", path, there, here
         )
     return checkpoint, bool(own) and (models / "best.pt").exists()
+
+
+def check_own(given: Path, own: list[Path], config: TrainConfig) -> None:
+    """Raise UserError where --resume names a checkpoint of this experiment that it would lose."""
+    if config.overwrite:
+        raise UserError(f"--overwrite would remove --resume {given}; choose another --exp_name")
+    if own and given.resolve() != own[0].resolve():
+        raise UserError(
+            f"--resume {given}: {own[0]} is where this experiment goes on; "
+            "to begin at another of its checkpoints choose another --exp_name"
+        )
 
 
 def read_first(paths: list[Path]) -> Checkpoint:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ from utils.images import save_comparison, save_picture, to_bytes, to_signed
 from utils.logger import log, start_logging
 from utils.plots import draw_all, save_figure
 from utils.report import write_report
-from utils.results import remove_results
+from utils.results import rate_of, remove_results
 from utils.search import SearchConfig, apply_search
 
 NUM_SHOWN = 32
@@ -164,9 +164,9 @@ def test_from_codes(
     need_coder("--from_codes")
     codes = CodeFile(Path(str(config.from_codes)))
     codes.check_flags(flags)
-    for name in ("data_folder", "num_workers", "skip_bad_images", "image_cache"):
-        if name in flags:
-            raise UserError(f"--{name} {flags[name]} has no effect with --from_codes")
+    for item in (*fields(DataConfig), *fields(SearchConfig)):
+        if item.name in flags and item.name not in ("dataset", "image_size"):
+            raise UserError(f"--{item.name} has no effect with --from_codes")
     model = checkpoint.model().to(device)
     codes.check_model(model, checkpoint.path)
     results = results_folder(config)
@@ -183,17 +183,17 @@ def test_from_codes(
 
 def of_these_codes(results: Path, codes: Path) -> bool:
     """Whether the last test that is there is the one whose codes these are."""
-    own, analysis = results / CODES, results / "analysis.json"
-    if not (own.is_file() and analysis.is_file() and "coded_bytes" in analysis.read_text()):
+    own, rate = results / CODES, rate_of(results / "rec") or {}
+    if not (own.is_file() and "coded_bits_per_pixel" in rate):
         return False
     return own.samefile(codes) or own.read_bytes() == codes.read_bytes()
 
 
 def remove_test(results: Path) -> None:
-    """Remove what an earlier test has left of other images."""
+    """Remove what an earlier test has left, which may be of other images."""
     left = [name for name in ("original", "analysis.json", *PICTURES) if (results / name).exists()]
     if left:
-        log.warning("removed %s, of other images than these codes", ", ".join(left))
+        log.warning("removed %s: their test did not save these codes", ", ".join(left))
     for name in left:
         path = results / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -204,7 +204,7 @@ def open_checkpoint(config: TestConfig, flags: dict[str, Any]) -> Checkpoint:
         raise UserError("--model_name is missing: a checkpoint under <output_folder>/models")
     models, name = Path(config.output_folder) / "models", config.model_name
     whole = Path(name).resolve()
-    if whole.is_relative_to(models.resolve()) and whole.is_file():
+    if not (models / name).is_file() and whole.is_file() and models.resolve() in whole.parents:
         meant = whole.relative_to(models.resolve())
         raise UserError(f"--model_name {name} is to be relative to {models}: give {meant}")
     path = inside(models, name, "--model_name")
@@ -219,9 +219,9 @@ def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
     A cache is taken where it is given: it would cost more than it brings for images read once.
     """
     untouched = {"flip": False, "crop": "centre"}
-    for name in untouched:
-        if name in flags:
-            raise UserError(f"--{name} {flags[name]} has no effect on test images")
+    for name, value in untouched.items():
+        if flags.get(name, value) != value:
+            raise UserError(f"--{name} has no effect on test images")
     if not checkpoint.content and "dataset" not in flags:
         raise UserError(f"--dataset is missing: {checkpoint.path} does not say which it saw")
     stored = asdict(checkpoint.group("data_config", DataConfig)) if checkpoint.content else {}

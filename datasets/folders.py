@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from datasets.images import FileImages, ImageSet, Split, hold_out
 from datasets.staging import fetch
-from utils.errors import UserError, printable
+from utils.errors import UserError
 from utils.images import SUFFIXES, image_names
 from utils.logger import log
 
 FFHQ_TRAIN = 60_000
 FFHQ_TEST = 10_000
-SPLIT_NAMES = ("train", "test", "val")  # beginnings of what may be meant as a split
+SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
 IMAGENET_FOLDERS: dict[Split, str] = {"train": "train", "test": "val"}
 
 
@@ -27,7 +28,8 @@ def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
         part = folder / (held_out if split == "test" else "train")
         return FileImages(part, list_images(part), image_size)
     names = list_images(folder)
-    unlike = [name for name in subfolders(folder) if name.lower().startswith(SPLIT_NAMES)]
+    with os.scandir(folder) as entries:
+        unlike = sorted(e.name for e in entries if e.name.lower() in SPLIT_NAMES and e.is_dir())
     if unlike:
         log.warning(
             "%s has %s, but not train/ with test/ or val/: a tenth of all %d images is for testing",
@@ -38,10 +40,6 @@ def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
     train, test = hold_out(len(names), "test")
     chosen = (test if split == "test" else train).tolist()
     return FileImages(folder, [names[i] for i in chosen], image_size)
-
-
-def subfolders(folder: Path) -> list[str]:
-    return sorted(printable(path.name) for path in folder.iterdir() if path.is_dir())
 
 
 def open_ffhq(folder: Path, split: Split, image_size: int) -> ImageSet:

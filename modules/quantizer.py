@@ -18,8 +18,8 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ USAGE_DECAY = 0.99
 BATCH_NORM_RATE = 0.1  # of the running averages
 
 log = logging.getLogger("looc.quantizer")
+Result = TypeVar("Result")
 
 
 class Quantized(NamedTuple):
@@ -682,8 +683,8 @@ def count_indices(indices: Tensor, length: int) -> Tensor:
 def spread(indices: Tensor, length: int) -> tuple[Tensor, int]:
     """Keys in which an index is another number in each share of the features: (N,) → (N,), shares.
 
-    Deterministic CUDA adds what belongs to one key one by one, all features where they collapse
-    onto one codevector: that row shall be short.
+    Deterministic CUDA adds what belongs to one key one by one: where there are many features to a
+    codevector, or all collapse onto one, that row shall be shorter.
     """
     shares = num_shares(indices, length)
     if shares == 1:
@@ -855,6 +856,21 @@ def contrastive_terms(similarity: Tensor, num_positives: int) -> Tensor:
 # -------------------------------------------------------------------------------------- quantiser
 
 
+def untraced(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Have torch.compile leave a method of a module as it is, and compile what is around it.
+
+    Its state changes as it goes: to trace it would fail, or have it compiled anew each time.
+    torch.compiler.disable does that, but would import the compiler here, which takes seconds.
+    """
+    apart: Callable[..., Result] = torch._disable_dynamo(method)
+
+    @wraps(method)
+    def call(module: nn.Module, z: Tensor) -> Result:
+        return (apart if torch.compiler.is_compiling() else method)(module, z)
+
+    return call
+
+
 class LooCQuantizer(LatentNorm):
     """Compositional vector quantisation with one small shared codebook.
 
@@ -1001,8 +1017,7 @@ class LooCQuantizer(LatentNorm):
             f"interpolation_scale={self.interpolation_scale}"
         )
 
-    # Its state changes as it goes: torch.compile would fail, or compile it anew each time.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, C, H, W); in training mode also re-initialise unused codevectors.
 
@@ -1029,7 +1044,7 @@ class LooCQuantizer(LatentNorm):
             latents = self._join(quantized.view(units.shape)).to(z.dtype)
         return Quantized(latents, loss, indices.view(units.shape[:-1]))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         """(B, C, H, W) → indices (B, H, W, m), int64. Writes nothing.

@@ -225,7 +225,7 @@ def test_a_checkpoint_of_elsewhere_is_where_a_run_begins(
     outcome = train(script, mnist, *words, "4", name="f")
     assert f"resumed {last} at step 3" in outcome.err
     outcome = train(script, mnist, *words, "5", name="f")
-    assert f"out/models/f/last.pt goes on, not --resume {last}" in outcome.err
+    assert f"going on from out/models/f/last.pt; --resume {last} is where it began" in outcome.err
     assert "resumed out/models/f/last.pt at step 4" in outcome.err
     outcome = train(script, mnist, *words, "4", "--overwrite", name="f")
     assert f"resumed {last} at step 3" in outcome.err
@@ -236,8 +236,22 @@ def test_a_refused_run_overwrites_nothing(script: Script, mnist: Path, tmp_path:
     train(script, mnist)
     folder = tmp_path / "out/models/e"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for words in (("--resume", "absent.pt"), ("--resume", str(folder / "last.pt"), "--lr", "1")):
-        error_line(train(script, mnist, *words, "--overwrite"))
+    train(script, mnist, name="f")
+    other = str(tmp_path / "out/models/f/last.pt")
+    for words, message in (
+        ("absent.pt", "does not exist"),
+        (f"{other} --lr 1", "--lr 1.0 (it has 0.0003)"),
+        (other, "is at step 3 of 3, nothing is left to train"),
+        (str(folder / "last.pt"), "--overwrite would remove --resume"),
+    ):
+        outcome = train(script, mnist, "--resume", *words.split(), "--overwrite")
+        assert message in error_line(outcome)
+    (tmp_path / "out/logs/e").rename(tmp_path / "logs")
+    (tmp_path / "out/logs/e").touch()
+    assert "out/logs/e" in error_line(train(script, mnist, "--overwrite"))
+    for name in ("best.pt", "previous.pt"):
+        message = error_line(train(script, mnist, "--resume", f"out/models/e/{name}"))
+        assert "out/models/e/last.pt is where this experiment goes on" in message
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -313,7 +327,7 @@ def test_main_refuses_in_one_line(words: str, message: str, script: Script, tmp_
         ("--model_name looc.pt --image_format bmp", "argument --image_format"),
         ("--model_name looc.pt --jpeg_quality 101", "--jpeg_quality: 101 is greater than 100"),
         ("--model_name looc.pt --jpeg_quality 90", "--jpeg_quality 90 needs --image_format jpg"),
-        ("--model_name looc.pt --flip", "--flip True has no effect on test images"),
+        ("--model_name looc.pt --flip", "--flip has no effect on test images"),
         ("--model_name output/models/looc.pt", "relative to output/models: give looc.pt"),
         ("--model_name e", "--model_name e is a folder: give e/best.pt"),
     ],

@@ -143,8 +143,8 @@ def test_pictures_from_codes_lie_beside_their_own_originals_alone(
     outcome = script("test.py", *TESTED, "--from_codes", "x.looc")
     assert (outcome.code, pictures(results / "original")) == (0, originals), outcome.err
     outcome = script("test.py", *TESTED, "--from_codes", "x.looc", "--skip_bad_images")
-    assert "--skip_bad_images True has no effect with --from_codes" in outcome.err
-    assert script("test.py", *TESTED).code == 0  # of what images is not in the codes any more
+    assert "--skip_bad_images has no effect with --from_codes" in outcome.err
+    assert script("test.py", *TESTED).code == 0  # whose codes are not known
     outcome = script("test.py", *TESTED, "--from_codes", "x.looc")
     assert "removed original, analysis.json, reconstructions.png, " in outcome.err
     assert not (results / "original").exists()

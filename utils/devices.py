@@ -15,7 +15,8 @@ from utils.errors import UserError
 def resolve_device(name: str) -> torch.device:
     """The device of --device: "auto" is CUDA where there is one, else the CPU.
 
-    Raises UserError for a name that is no device, or a device this machine does not have.
+    One of several GPUs that is named becomes the current one. Raises UserError for a name that is
+    no device, or a device this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -68,7 +68,8 @@ def memory_for(flags: str) -> Iterator[None]:
 
 def told_elsewhere(arguments: threading.ExceptHookArgs) -> None:
     """Print no traceback of a full disk that TensorBoard's thread met: its next call raises it."""
-    if not isinstance(arguments.exc_value, OSError):
+    of_tensorboard = type(arguments.thread).__name__ == "_AsyncWriterThread"
+    if not (of_tensorboard and isinstance(arguments.exc_value, OSError)):
         threading.__excepthook__(arguments)
 
 

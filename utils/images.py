@@ -265,17 +265,17 @@ def save_picture(path: Path, image: Tensor, jpeg_quality: int = 75) -> None:
         picture.save(path, quality=jpeg_quality)
 
 
-def fitted(picture: Image.Image, side: int, largest: int) -> Image.Image:
-    """A picture whose longer side is at most largest: shrunk to it, or enlarged to at most side.
+def fitted(picture: Image.Image, enlarged: int, largest: int) -> Image.Image:
+    """A picture whose longer side is at most largest, and small ones enlarged to at most enlarged.
 
-    Small ones by a whole factor, without smoothing.
+    By a whole factor, without smoothing.
     """
     longest = max(picture.size)
     if longest > largest:
         share = largest / longest
         size = max(1, round(picture.width * share)), max(1, round(picture.height * share))
         return picture.resize(size, Image.Resampling.LANCZOS)
-    factor = max(1, side // longest)
+    factor = max(1, enlarged // longest)
     size = picture.width * factor, picture.height * factor
     return picture.resize(size, Image.Resampling.NEAREST)
 

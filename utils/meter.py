@@ -23,8 +23,8 @@ class Meter:
     ) -> None:
         self.num_embedding, self.num_codebooks = num_embedding, num_codebooks
         self.names = ("loss", "reconstruction", "quantizer", "psnr", *further)
-        # The last: of images.
-        self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)
+        # The last two: of images that have means, and of all.
+        self.sums = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=device)
         length = num_embedding * num_codebooks
         self.counts = torch.zeros(length, dtype=torch.int64, device=device)
 
@@ -35,19 +35,20 @@ class Meter:
         """
         values = [terms[name] for name in self.names]
         means = torch.stack([*values, torch.ones_like(values[0])]).detach()
-        self.sums += torch.where(means.isfinite().all(), means * len(indices), 0)
+        self.sums[:-1] += torch.where(means.isfinite().all(), means * len(indices), 0)
+        self.sums[-1] += len(indices)
         numbers = numbered(indices, self.num_embedding, self.num_codebooks)
         self.counts += count_indices(numbers.flatten(), len(self.counts))
 
     def read(self) -> dict[str, float]:
         """The averages over all processes, which start anew; empty where there was no image."""
-        *sums, num_images = sum_over_ranks(self.sums).tolist()
+        *sums, measured, num_images = sum_over_ranks(self.sums).tolist()
         counts = sum_over_ranks(self.counts).clone()
         self.sums.zero_()
         self.counts.zero_()
-        if not num_images:
+        if not measured:
             return {}
-        means = {name: value / num_images for name, value in zip(self.names, sums)}
+        means = {name: value / measured for name, value in zip(self.names, sums)}
         return {**means, **use_of(counts), "num_images": num_images}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import math
 import re
@@ -51,6 +52,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done â†
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "wsd": lambda done: min(1.0, 5 * (1 - done)),  # warm-up, stable, decay over the last fifth
 }
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 NUM_SHOWN = 16  # validation images in TensorBoard
 
 
@@ -115,7 +117,7 @@ class TrainConfig:
         maximum=1 - 1e-9,
     )
     grad_clip: float | None = option(
-        None, "largest norm of the gradient, the discriminator's left out (0: any)", minimum=0
+        None, "largest norm of the gradient, the discriminator's left out (0: none)", minimum=0
     )
     max_bad_steps: int = option(
         0,
@@ -127,7 +129,11 @@ class TrainConfig:
     save_every: str = option(
         "10m", "write last.pt after so many steps (500) or minutes (10m), besides every epoch"
     )
-    resume: str = option("auto", "auto (continue last.pt where there is one), none, or a path")
+    resume: str = option(
+        "auto",
+        "auto (continue last.pt where there is one), none, or the path of another experiment's "
+        "checkpoint to begin at",
+    )
     overwrite: bool = option(False, "replace an experiment of the same name")
 
     def __post_init__(self) -> None:
@@ -137,6 +143,8 @@ class TrainConfig:
             )
         if not re.fullmatch(r"0(\.\d{1,9})?,0(\.\d{1,9})?", self.betas):
             raise ValueError(f"--betas {self.betas} is no pair of numbers below 1, like 0.5,0.9")
+        if self.grad_clip == 0:
+            object.__setattr__(self, "grad_clip", None)
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"--accumulate {self.accumulate} is more than --batch_size {self.batch_size}"
@@ -261,7 +269,7 @@ class Trainer:
             log.info("nothing is left to train: %d steps are done", self.step)
             return
         with (
-            open_board(self.logs, self.step) as self.board,
+            open_board(self.logs, 0 if self.config.overwrite else self.step) as self.board,
             tqdm(
                 total=self.total_steps, initial=self.step, unit="step", smoothing=0.1,
                 disable=rank() > 0,
@@ -349,7 +357,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
-        if self.config.grad_clip:
+        if self.config.grad_clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norms.norm())
         if self.scaler.is_enabled():
             # Gradients too large for fp16 are the scaler's business: it skips the step by itself.
@@ -386,11 +394,11 @@ class Trainer:
         """
         self.check_steps()
         scores = self.meter.read()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
         if not scores:
             return
-        now = time.perf_counter()
-        scores["images_per_second"] = scores.pop("num_images") / (now - self.clock)
-        self.clock = now
+        scores["images_per_second"] = scores.pop("num_images") / seconds
         self.bar.set_postfix_str(
             f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB, "
             f"{in_words(scores)}, {scores['images_per_second']:.0f} images/s"
@@ -650,7 +658,7 @@ def open_board(folder: Path, step: int) -> Iterator[SummaryWriter | NoBoard]:
         with SummaryWriter(str(folder), purge_step=step + 1 if step else 0) as board:
             yield board
     except OSError as error:
-        if error.filename is not None:  # of something else
+        if error.filename is not None or error.errno not in OF_DISKS:
             raise
         raise UserError(f"cannot write {folder}: {error.strerror or one_line(error)}") from error
 
@@ -671,6 +679,8 @@ def contradictions(stored: Any, current: Any) -> Iterator[str]:
     """Flags of one dataclass that differ between a checkpoint and the command line."""
     for name, value in asdict(current).items():
         before = getattr(stored, name)
+        if name == "pretrained" and None not in (before, value):
+            continue  # wherever they lie, the weights are now those of the checkpoint
         if name not in FREE_TO_CHANGE and before != value:
             given = f"--{name} {value}" if value is not None else f"no --{name}"
             yield f"{given} (it has {before})"

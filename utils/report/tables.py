@@ -217,11 +217,14 @@ def configuration(found: Found) -> str:
         "Protocol": part(found.metrics, "protocol"),
         "Network weights": part(found.metrics, "weights"),
     }
-    of_flags = ("Model", "Test images", "Training", "Objective", "Training images")
+    settings = {"Evaluation", "Protocol", "Network weights"}
     tables = [
-        table(name, (heading, "value"), {"": flattened(group)}, "flags")
+        table(
+            *(name, ("setting" if name in settings else "flag", "value")),
+            *({"": flattened(group)}, "flags"),
+        )
         for name, group in groups.items()
-        if group and (heading := "flag" if name in of_flags else "setting")
+        if group
     ]
     if not tables:
         raise Missing("Neither analysis.json nor metrics.json can be read.")
