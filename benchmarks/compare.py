@@ -94,7 +94,7 @@ def looc(**flags: Any) -> Iterator[Contender]:
         )
     for size, m in (
         *((32, 1), (64, 1), (1024, 1), (4096, 1)),
-        *((256, 1), (256, 2), (256, 4), (256, 8), (1024, 2)),
+        *((256, 1), (256, 2), (256, 4), (256, 8), (1024, 2), (1024, 4), (1024, 8)),
     ):
         narrow = {"num_embedding": size, "embedding_dim": 4, "latent_channels": 4 * m}
         yield contender("looc-narrow", f"K{size}-m{m}", **best, **narrow)
