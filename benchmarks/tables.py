@@ -168,11 +168,13 @@ def merged(old: Mapping[str, Any], contender: Contender, row: Row | None) -> Row
 def merged_validation(old: Mapping[str, Any], row: Row | None) -> dict[str, float]:
     """Mean validation PSNR by learning rate, over the seeds kept and those of the row."""
     found: dict[str, float] = dict(old["validation"])
-    if row is not None:
-        kept, new = len(set(old["seeds"]) - set(row.seeds)), len(row.seeds)
-        for lr, value in row.validation.items():
-            before = found.get(lr, value)
-            found[lr] = (kept * before + new * value) / (kept + new)
+    if row is None:
+        return found
+    if set(old["seeds"]) <= set(row.seeds):
+        return {**found, **row.validation}
+    kept, new = len(old["seeds"]), len(set(row.seeds) - set(old["seeds"]))
+    for lr, value in row.validation.items():
+        found[lr] = (kept * found.get(lr, value) + new * value) / (kept + new)
     return found
 
 

@@ -360,5 +360,8 @@ def test_testing_neither_flips_nor_crops_and_caches_when_told_to() -> None:
     plain = DataConfig(dataset="folder")
     assert tested({"flip": True, "crop": "random"}) == plain
     assert tested({"flip": True, "image_cache": "a"}) == plain
-    assert tested({"crop": "random"}, image_cache="b", flip=True).image_cache == "b"
-    assert tested({}, crop="random", dataset="mnist") == DataConfig(dataset="mnist")
+    assert tested({"crop": "random"}, image_cache="b", flip=False).image_cache == "b"
+    assert tested({"crop": "random"}, dataset="mnist") == DataConfig(dataset="mnist")
+    for name, value in (("flip", True), ("crop", "random")):
+        message = refusal(lambda: tested({}, **{name: value}))  # noqa: B023
+        assert message == f"--{name} has no effect on test images"

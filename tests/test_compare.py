@@ -41,6 +41,7 @@ from benchmarks.tables import (
     collect,
     earlier_page,
     figures_table,
+    merged_validation,
     spread,
     with_kept,
 )
@@ -582,3 +583,14 @@ def test_a_signal_ends_the_children_and_the_same_command_goes_on(tmp_path: Path)
     assert parent.returncode == 143
     assert errors.strip().endswith("compare.py: interrupted; the same command goes on")
     assert len(list(tmp_path.glob("output/compare/smoke/models/*/last.pt"))) == 1
+
+
+def test_a_seed_counts_once_in_the_validation_of_a_merged_row() -> None:
+    def row(seeds: list[int], mean: float) -> Row:
+        return Row("a", "f", {}, 1.0, seeds, {}, {"1": mean}, [])
+
+    old = {"seeds": [1, 2], "validation": {"1": 10.0}}
+    assert merged_validation(old, None) == {"1": 10.0}
+    assert merged_validation(old, row([1], 12.0)) == {"1": 10.0}
+    assert merged_validation(old, row([1, 2, 3], 12.0)) == {"1": 12.0}
+    assert merged_validation(old, row([3, 4], 12.0)) == {"1": 11.0}
