@@ -76,9 +76,27 @@ def interleaved(
 
 
 def timed(run: Callable[[], object]) -> float:
+    finish_kernels()
     start = time.perf_counter()
     run()
+    finish_kernels()
     return time.perf_counter() - start
+
+
+def finish_kernels() -> None:
+    """Wait for what the GPU still has to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_megabytes(run: Callable[[], object]) -> float:
+    """What a call allocates on the GPU at a time, above what is there before it."""
+    finish_kernels()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    finish_kernels()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def machine() -> dict[str, Any]:

@@ -22,7 +22,7 @@ LIBRARY_LIMIT = 1024  # codevectors up to which the library is timed
 
 def well_used(num_embedding: int, dim: int, features: Tensor) -> LooCQuantizer:
     """A quantiser in the midst of training: its codevectors are features, all of them in use."""
-    quantizer = LooCQuantizer(num_embedding, dim)
+    quantizer = LooCQuantizer(num_embedding, dim).to(features.device)
     with torch.no_grad():
         quantizer.codebook.copy_(features[torch.randperm(len(features))[:num_embedding]])
         quantizer.usage.fill_(1 / num_embedding)
@@ -49,12 +49,12 @@ def dense_step(z: Tensor, codebook: Tensor, usage: Tensor) -> Tensor:
     return latents.view(batch, height, width, channels).permute(0, 3, 1, 2).sum() + loss
 
 
-def contenders(num_embedding: int, dim: int) -> dict[str, Callable[[], object]]:
+def contenders(
+    num_embedding: int, dim: int, device: torch.device
+) -> dict[str, Callable[[], object]]:
     """What is timed at one size."""
-    import faiss
-
     seeded()
-    z = torch.randn(SHAPE)
+    z = torch.randn(SHAPE).to(device)
     features = z.permute(0, 2, 3, 1).reshape(-1, dim)
 
     def ours(search: str) -> Callable[[], object]:
@@ -67,22 +67,42 @@ def contenders(num_embedding: int, dim: int) -> dict[str, Callable[[], object]]:
 
         return run
 
-    index = faiss.IndexFlatL2(dim)
-    index.add(F.normalize(features[:num_embedding]).numpy())
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    runs: dict[str, Callable[[], object]] = {
-        "bare search": lambda: index.search(features.numpy(), 1),
-        "ours": ours("faiss"),
-        "ours, no faiss": ours("compiled" if dim <= 4 else "torch"),
-    }
+    no_faiss = ours("compiled" if dim <= 4 else "torch")
+    runs: dict[str, Callable[[], object]]
+    if device.type == "cpu":
+        search = bare_search(features, num_embedding)
+        runs = {"bare search": search, "ours": ours("faiss"), "ours, no faiss": no_faiss}
+    else:
+        runs = {"ours": no_faiss, "ours, deterministic": deterministic(no_faiss)}
     if 4 * len(features) * num_embedding <= DENSE_LIMIT:
         codebook = features[:num_embedding].clone().requires_grad_()
-        usage, dense_input = torch.full((num_embedding,), 1 / num_embedding), z.clone()
-        dense_input.requires_grad_()
+        usage = torch.full((num_embedding,), 1 / num_embedding, device=device)
+        dense_input = z.clone().requires_grad_()
         runs["dense"] = lambda: torch.autograd.backward((dense_step(dense_input, codebook, usage),))
     if num_embedding <= LIBRARY_LIMIT:
         runs["library"] = library(num_embedding, dim, z)
     return runs
+
+
+def bare_search(features: Tensor, num_embedding: int) -> Callable[[], object]:
+    """faiss alone, by as many threads as torch has."""
+    import faiss
+
+    index = faiss.IndexFlatL2(features.shape[1])
+    index.add(F.normalize(features[:num_embedding]).numpy())
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return lambda: index.search(features.numpy(), 1)
+
+
+def deterministic(run: Callable[[], object]) -> Callable[[], object]:
+    """The same by algorithms whose sums have one order, as main.py has them chosen."""
+
+    def chosen() -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        run()
+        torch.use_deterministic_algorithms(False)
+
+    return chosen
 
 
 def library(num_embedding: int, dim: int, z: Tensor) -> Callable[[], object]:
@@ -92,7 +112,7 @@ def library(num_embedding: int, dim: int, z: Tensor) -> Callable[[], object]:
     quantizer = VectorQuantize(
         dim=z.shape[1], codebook_size=num_embedding, codebook_dim=dim, heads=z.shape[1] // dim,
         separate_codebook_per_head=False, use_cosine_sim=True,
-    )  # fmt: skip
+    ).to(z.device)  # fmt: skip
     input = z.flatten(2).transpose(1, 2).contiguous().requires_grad_()  # (B, H·W, C)
 
     def run() -> None:
@@ -111,7 +131,7 @@ def step_table(threads: int, settings: list[tuple[int, int]]) -> Table:
     torch.set_num_threads(threads)
     for num_embedding, dim in settings:
         torch.compiler.reset()  # PyTorch compiles one function for eight shapes at most
-        times = interleaved(contenders(num_embedding, dim))
+        times = interleaved(contenders(num_embedding, dim, torch.device("cpu")))
         ratio = {name: value.median / times["ours"].median for name, value in times.items()}
         table.rows.append(
             [

@@ -38,7 +38,7 @@ def step(
     model: Autoencoder, images: Tensor, optimizer: torch.optim.Optimizer, dtype: torch.dtype
 ) -> None:
     """One step of Adam."""
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         reconstruction, quantized = model(images)
     loss = F.mse_loss(reconstruction.float(), images) / 0.1 + quantized.loss
     optimizer.zero_grad()
@@ -52,7 +52,7 @@ def make(
 ) -> Callable[[], None]:  # fmt: skip
     """A step that is ready to run, its model warmed up on these images."""
     seeded()
-    model = VQVAE(config)
+    model = VQVAE(config).to(images.device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -71,11 +71,9 @@ def some_images(count: int) -> Tensor:
     return to_signed(torch.stack([images[index] for index in range(count)]))
 
 
-def step_table(threads: int) -> Table:
+def ways(images: Tensor) -> dict[str, Callable[[], object]]:
     """The step with and without quantiser, and in the other ways to run it."""
-    torch.set_num_threads(threads)
-    images = some_images(256)
-    runs: dict[str, Callable[[], object]] = {
+    return {
         "no quantiser": make(UNQUANTISED, images),
         "LooC": make(LOOC, images),
         "LooC, --recipe best": make(BEST, images),
@@ -85,28 +83,32 @@ def step_table(threads: int) -> Table:
         "LooC, --precision bf16": make(LOOC, images, dtype=torch.bfloat16),
         "LooC, --compile": make(LOOC, images, compiled=True),
     }
+
+
+def step_table(threads: int) -> Table:
+    torch.set_num_threads(threads)
     table = Table(
         f"Training step, 256 images of 28×28, K = 256, d = 4, {threads} thread(s)",
         ["", "seconds", "ratio to no quantiser"],
     )
-    times = interleaved(runs, rounds=9)
+    times = interleaved(ways(some_images(256)), rounds=9)
     for name, value in times.items():
         table.rows.append([name, value, value.median / times["no quantiser"].median])
     return table
 
 
-def epoch_table() -> Table:
+def epoch_table(device: torch.device) -> Table:
     """What main.py's loop costs over bare steps: loading, meter, bar, TensorBoard."""
     torch.set_num_threads(both_thread_counts()[-1])
     training, validation = split_validation(open_dataset("fashion-mnist-sample", None, "train"))
-    loader = partial(BatchLoader, batch_size=256, device=torch.device("cpu"))
+    loader = partial(BatchLoader, batch_size=256, device=device)
     with (
         tempfile.TemporaryDirectory() as folder,
         SummaryWriter(folder) as board,
         tqdm(total=10**6, file=io.StringIO()) as bar,
     ):
         trainer = Trainer(
-            VQVAE(ModelConfig()),
+            VQVAE(ModelConfig()).to(device),
             loader(training, shuffle=True),
             loader(validation),
             TrainConfig(batch_size=256),
@@ -162,7 +164,7 @@ def peak_in_process(what: str) -> float:
 def tables(quick: bool) -> Iterator[Table]:
     for threads in both_thread_counts()[-1:] if quick else both_thread_counts():
         yield step_table(threads)
-    yield epoch_table()
+    yield epoch_table(torch.device("cpu"))
     yield memory_table()
 
 

@@ -89,6 +89,10 @@ def check_own(config: ModelConfig) -> None:
             f"--contras_loss has no effect with --codebook_update {config.codebook_update}, "
             "only with gradient"
         )
+    if config.rate_weight and config.distance != "l2":
+        raise ValueError(
+            f"--rate_weight {config.rate_weight:g} needs --distance l2, not {config.distance}"
+        )
 
 
 def even_levels(product: int, count: int, largest: int = LARGEST_LEVEL) -> tuple[int, ...] | None:
@@ -179,6 +183,7 @@ COMMON = frozenset({"num_embedding", "embedding_dim", "latent_norm"})
 OWN = COMMON | {
     *("distance", "anchor", "split", "interpolation_scale", "first_batch", "contras_loss"),
     *("commitment_cost", "codebook_update", "ema_decay", "codebook_start", "gradient"),
+    "rate_weight",
 }
 BY_EMA = COMMON | {
     *("commitment_cost", "ema_decay", "codebook_start", "gradient", "dead_code_threshold")
@@ -432,6 +437,12 @@ class ModelConfig:
     )
     gradient: str = option(
         "straight_through", "gradient through the match", choices=tuple(GRADIENTS)
+    )
+    rate_weight: float = option(
+        0.0,
+        "squared distance that a bit of a code is worth in the match; needs --distance l2",
+        minimum=0,
+        maximum=1e6,
     )
     levels: str | None = option(
         None, "levels of --quantizer fsq, like 8,5,5,5 (default: d of them, as K asks for)"

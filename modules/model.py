@@ -33,6 +33,7 @@ def make_looc(config: ModelConfig) -> Quantizer:
         latent_norm=config.latent_norm,
         latent_channels=config.channels,
         gradient=config.gradient,
+        rate_weight=config.rate_weight,
     )
 
 

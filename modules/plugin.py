@@ -38,7 +38,7 @@ class LooCPlugin(nn.Module):
         distance: "cos" or "l2", the similarity of the match.
         anchor: "closest", "random", "probrandom" or "none", the re-initialisation rule.
         settings: further keywords of LooCQuantizer: split, first_batch, contras_loss,
-            codebook_update, ema_decay, codebook_start, latent_norm and gradient.
+            codebook_update, ema_decay, codebook_start, latent_norm, gradient and rate_weight.
 
     Attributes: the arguments up to legacy; `vq_embed_dim`, which is e_dim; `re_embed`, how many
     indices there are outside; `embedding`; `units`, the m indices of a position; and `quantizer`,

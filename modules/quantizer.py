@@ -31,6 +31,7 @@ CONTRASTIVE_TEMPERATURE = 0.07
 KMEANS_ROUNDS = 10
 USAGE_DECAY = 0.99
 BATCH_NORM_RATE = 0.1  # of the running averages
+EVEN_SHARE = 0.01  # of the matches that `code_bits` takes to be spread over all codevectors
 
 log = logging.getLogger("looc.quantizer")
 Result = TypeVar("Result")
@@ -624,6 +625,16 @@ def reinit_rate(usage: Tensor) -> Tensor:
     return torch.exp(-10 * len(usage) * usage / (1 - USAGE_DECAY) - 1e-3)
 
 
+def code_bits(usage: Tensor) -> Tensor:
+    """Bits of each code by how often it was used, −log₂ p_k: (K,) → (K,).
+
+    They are finite for a codevector that was never used, and all equal where none was yet.
+    """
+    even = EVEN_SHARE / len(usage)
+    share = (usage / usage.sum().clamp_min(1e-9) + even) / (1 + EVEN_SHARE)
+    return -share.log2()
+
+
 def steps_settled(usage: Tensor) -> int:
     """For how many steps no rate can exceed NEGLIGIBLE_RATE, p_k shrinking by γ a step at most.
 
@@ -895,6 +906,9 @@ class LooCQuantizer(LatentNorm):
             "running" (each channel by its running mean and variance, in training too).
         latent_channels: channels C of the latents, which the last two have to know.
         gradient: "straight_through" or "rotation", how the latents' gradient reaches z.
+        rate_weight: squared distance that a bit is worth in the match, which then takes the least
+            ‖z − e_k‖² + rate_weight·(−log₂ p_k); needs distance "l2". Entropy-constrained vector
+            quantisation: Chou, Lookabaugh and Gray, IEEE Trans. ASSP 37 (1989).
 
     Attributes `search` (a backend of `search`, or "auto") and `search_memory` (MiB of similarities
     held at a time, None for a default) change speed and memory, not results. While the attribute
@@ -943,6 +957,7 @@ class LooCQuantizer(LatentNorm):
         latent_norm: str = "none",
         latent_channels: int | None = None,
         gradient: str = "straight_through",
+        rate_weight: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value, registry in (
@@ -961,6 +976,7 @@ class LooCQuantizer(LatentNorm):
             ("embedding_dim", embedding_dim, 1),
             ("commitment_cost", commitment_cost, 0),
             ("interpolation_scale", interpolation_scale, 0),
+            ("rate_weight", rate_weight, 0),
         ):
             if not number >= least:
                 raise ValueError(f"{name} {number} is less than {least}")
@@ -970,6 +986,8 @@ class LooCQuantizer(LatentNorm):
             raise ValueError("latent_norm 'unit' makes ±1 of all units of embedding_dim 1")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay {ema_decay} is not in [0, 1)")
+        if rate_weight and distance != "l2":
+            raise ValueError(f"rate_weight {rate_weight} needs distance 'l2', not {distance!r}")
         if contras_loss and codebook_update != "gradient":
             raise ValueError(f"contras_loss has no effect with codebook_update {codebook_update!r}")
         self.num_embedding = num_embedding
@@ -986,6 +1004,7 @@ class LooCQuantizer(LatentNorm):
         self.codebook_start = codebook_start
         self.latent_norm = latent_norm
         self.gradient = gradient
+        self.rate_weight = rate_weight
         self.search = "auto"
         self.search_memory: int | None = None
 
@@ -1071,6 +1090,10 @@ class LooCQuantizer(LatentNorm):
 
     def _search(self, features: Tensor) -> Tensor:
         codebook = self.codebook.detach()
+        if self.rate_weight:  # what the bits add is a squared distance in one dimension more
+            beside = (self.rate_weight * code_bits(self.usage)).sqrt().to(codebook.dtype)
+            codebook = torch.cat((codebook, beside[:, None]), 1)
+            features = F.pad(features, (0, 1))
         return search(features, codebook, self.distance, self.search, self.search_memory)
 
     def _cut(self, z: Tensor, training: bool = False) -> Tensor:

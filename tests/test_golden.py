@@ -20,25 +20,29 @@ def assert_equal(ours: Tensor, reference: np.ndarray) -> None:
     """To 1e-5 relative of the reference's largest value."""
     reference = np.asarray(reference)
     atol = 1e-5 * np.abs(reference).max()
-    np.testing.assert_allclose(ours.detach().numpy(), reference, rtol=1e-5, atol=atol)
+    np.testing.assert_allclose(ours.detach().cpu().numpy(), reference, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("path", QUANTIZER_FILES, ids=lambda path: path.stem)
 def test_three_training_calls(path: Path) -> None:
+    three_training_calls(path, torch.device("cpu"))
+
+
+def three_training_calls(path: Path, device: torch.device) -> None:
     data = np.load(path)
     # The reference does not put interval units back, so its output and loss are not comparable.
     interval = path.stem == "looc_interval"
-    quantizer = LooCQuantizer(**json.loads(str(data["config"])))
+    quantizer = LooCQuantizer(**json.loads(str(data["config"]))).to(device)
     with torch.no_grad():
         quantizer.codebook.copy_(torch.from_numpy(data["codebook_before"]))
     for call in range(3):
-        z = torch.from_numpy(data[f"z_{call}"]).requires_grad_()
+        z = torch.from_numpy(data[f"z_{call}"]).to(device).requires_grad_()
         quantizer.zero_grad()
         latents, loss, indices = quantizer(z)
-        direction = torch.linspace(-1, 1, latents.numel()).view(latents.shape)
+        direction = torch.linspace(-1, 1, latents.numel()).view(latents.shape).to(device)
         (loss + (latents * direction).sum()).backward()
 
-        assert np.array_equal(indices.flatten(), data[f"indices_{call}"])
+        assert np.array_equal(indices.cpu().flatten(), data[f"indices_{call}"])
         assert_equal(quantizer.codebook, data[f"codebook_after_{call}"])
         assert_equal(quantizer.usage, data[f"usage_ema_after_{call}"])
         if interval:
@@ -51,6 +55,6 @@ def test_three_training_calls(path: Path) -> None:
         assert_equal(quantizer.codebook.grad, data[f"grad_codebook_{call}"])
     if not interval:
         quantizer.eval()
-        latents, loss, _ = quantizer(torch.from_numpy(data["z_0"]))
+        latents, loss, _ = quantizer(torch.from_numpy(data["z_0"]).to(device))
         assert_equal(latents, data["eval_z_q"])
         assert_equal(loss, data["eval_loss"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import resource
 import signal
@@ -622,6 +623,42 @@ def test_ema_is_the_running_mean_of_what_matched() -> None:
     torch.testing.assert_close(quantised.loss, 0.25 * error)
 
 
+@pytest.mark.parametrize("backend", SEARCHES)
+def test_the_match_weighs_distance_against_bits(backend: str) -> None:
+    if backend == "faiss":
+        pytest.importorskip("faiss")
+    quantizer = make({"distance": "l2", "rate_weight": 0.7}).eval()
+    quantizer.search = backend
+    quantizer.usage.copy_(torch.tensor([0.5, 0.2, 0.1, 0.1, 0.05, 0.03, 0.02, 0.0]))
+    z = latents()
+    features = z.permute(0, 2, 3, 1).reshape(-1, 4).double()
+    share = (quantizer.usage.double() + 0.01 / 8) / 1.01
+    squared = torch.cdist(features, quantizer.codebook.detach().double()).square()
+    cost = squared - 0.7 * share.log2()
+    found = quantizer.encode(z).flatten()
+    assert not torch.equal(found, squared.argmin(1))
+    torch.testing.assert_close(cost.gather(1, found[:, None])[:, 0], cost.amin(1))
+
+
+def test_bits_are_equal_before_any_use_and_always_finite() -> None:
+    assert len(set(module.code_bits(torch.zeros(16)).tolist())) == 1
+    assert module.code_bits(torch.tensor([0.0, 0.5])).isfinite().all()
+
+
+def test_a_rate_weight_lowers_the_entropy_of_the_codes() -> None:
+    entropies = []
+    for rate_weight in (0.0, 0.3, 1.0):
+        torch.manual_seed(0)
+        settings = {**EMA, "distance": "l2", "codebook_start": "features"}
+        quantizer = make({**settings, "rate_weight": rate_weight}, num_embedding=32)
+        for _ in range(100):
+            quantizer(torch.randn(8, 8, 5, 5))
+        share = torch.bincount(quantizer.eval().encode(torch.randn(64, 8, 5, 5)).flatten()) / 3200
+        entropies.append(-float(torch.special.xlogy(share, share).sum()) / math.log(2))
+    assert entropies[0] > entropies[1] + 0.1
+    assert entropies[1] > entropies[2] + 0.1
+
+
 def test_a_codevector_that_ema_left_dead_is_pulled() -> None:
     quantizer, z = make(EMA), latents().abs()
     quantizer.usage.fill_(1.0)
@@ -828,6 +865,8 @@ def test_faiss_searches_in_a_forked_process() -> None:
         ({"latent_norm": "unit", "embedding_dim": 1}, "units of embedding_dim 1"),
         ({"gradient": "none"}, "gradient 'none'"),
         ({"contras_loss": True, "codebook_update": "ema"}, "contras_loss has no effect"),
+        ({"rate_weight": -1.0}, "rate_weight -1.0 is less than 0"),
+        ({"rate_weight": 0.5}, "rate_weight 0.5 needs distance 'l2', not 'cos'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:

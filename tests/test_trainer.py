@@ -97,7 +97,13 @@ def test_resumed_equals_uninterrupted(anchor: str, stop: int, tmp_path: Path) ->
 BEST = replace(SMALL, codebook_update="ema", codebook_start="kmeans", latent_norm="batch")
 
 
-@pytest.mark.parametrize("model", [BEST, replace(BEST, anchor="random", gradient="rotation")])
+@pytest.mark.parametrize(
+    "model",
+    [
+        replace(BEST, distance="l2", rate_weight=0.1),
+        replace(BEST, anchor="random", gradient="rotation"),
+    ],
+)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_switches_and_schedules_resume(model: ModelConfig, schedule: str, tmp_path: Path) -> None:
     """Stopped by a signal after 5 of 9 steps."""
