@@ -52,6 +52,7 @@ FSQ = (("8,4", 1), ("8,6,5", 1), *(("8,5,5,5", m) for m in UNITS[1:]))  # levels
 STYLES = {
     "looc": Style("LooC, d = 128/m", RED, "o", main=True),
     "looc-narrow": Style("LooC, d = 2 to 4, d·m channels", RED, "s", "--", main=True),
+    "looc-rate": Style("LooC, d = 4, a bit weighed in the match", ORANGE, "*", main=True),
     "looc-scaled": Style("LooC, interpolated (scale 2)", BLUE, "D", main=True),
     "looc-size": Style("LooC, d = 16, K varied", RED, "^", ":", main=True),
     "looc-paper": Style("LooC, --recipe paper", BLACK, "o", "--", main=True),
@@ -102,6 +103,14 @@ def looc(**flags: Any) -> Iterator[Contender]:
     for size, dim in ((32, 2), (48, 2), (64, 2), (96, 2), (128, 2), (96, 3)):
         narrower = {"num_embedding": size, "embedding_dim": dim, "latent_channels": dim}
         yield contender("looc-narrow", f"K{size}-d{dim}-m1", **best, **narrower)
+    # More codevectors than bits: the match weighs what a bit costs.
+    for size, m, weight in (
+        *((256, 1, 0.2), (256, 1, 0.1), (256, 1, 0.06), (256, 1, 0.03), (1024, 1, 0.03)),
+        *((256, 2, 0.1), (256, 4, 0.1)),
+    ):
+        weighed = {"num_embedding": size, "embedding_dim": 4, "latent_channels": 4 * m}
+        point = f"K{size}-m{m}-{weight}"
+        yield contender("looc-rate", point, **best, **weighed, rate_weight=weight)
     for channels, dim in ((32, 128), (128, 128), (128, 32)):
         scaled = {"num_embedding": 256, "embedding_dim": dim, "latent_channels": channels}
         point = f"K256-m{4 * channels // dim}"

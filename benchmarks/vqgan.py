@@ -20,13 +20,14 @@ from unittest.mock import Mock
 
 import torch
 
-from benchmarks.common import Table, machine, seeded
+from benchmarks.common import SEED, Table, machine
 from benchmarks.training import peak_memory
 from datasets import BatchLoader, TensorImages
 from datasets.config import DataConfig
+from main import prepare
 from modules import ModelConfig, make_model
 from utils.arguments import Parser, build, build_model_config, parse_flags
-from utils.devices import keep_freed_memory, resolve_device
+from utils.devices import keep_freed_memory, resolve_device, seed_everything
 from utils.errors import run
 from utils.files import whole_file, writable_folder
 from utils.images import to_signed
@@ -87,7 +88,6 @@ def measure(steps: int, words: list[str]) -> dict[str, Any]:
     """Median seconds of a step of main.py's loop after a first one, and of its parts; the peak."""
     flags = with_preset(parse_flags(None, *GROUPS, argv=words), *GROUPS)
     keep_freed_memory()
-    seeded()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(flags, Path(folder))
         images = next(iter(trainer.train_loader.epoch()))
@@ -130,9 +130,8 @@ def make_trainer(flags: Mapping[str, Any], folder: Path) -> Trainer:
     """The trainer of these flags, on one batch of random images."""
     config, size = build(TrainConfig, flags), flags["image_size"]
     device, model_config = resolve_device(config.device), build_model_config(flags, 3)
-    model = make_model(model_config).to(device)
-    if config.checkpoint_gradients:
-        model.checkpoint_gradients()  # type: ignore[operator]
+    seed_everything(SEED, device)
+    model = prepare(make_model(model_config), config, size, device)
     objective = make_objective(
         model,
         build_objective_config(flags, model_config, size),

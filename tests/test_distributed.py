@@ -332,7 +332,8 @@ def test_torchrun_trains_and_tests_as_one_process_does(mnist: Path, tmp_path: Pa
 
 
 def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
-    outcome = torchrun(tmp_path, "main.py", "--dataset", "folder", "--data_folder", "nowhere")
+    words = ("--dataset", "folder", "--data_folder", "nowhere", "--device", "cpu")
+    outcome = torchrun(tmp_path, "main.py", *words)
     assert outcome.code == 1
     assert outcome.err.count("main.py: error: --data_folder nowhere does not exist") == 1
     evaluation = torchrun(tmp_path, "evaluation.py", "--gt_path", "a", "--g_path", "b")

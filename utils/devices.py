@@ -59,6 +59,11 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else sums vary in order
         torch.backends.cudnn.benchmark = False
-        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass does, too
+        for choose in (  # attention whose backward passes do, too, where that is but warned of
+            torch.backends.cuda.enable_mem_efficient_sdp,
+            torch.backends.cuda.enable_flash_sdp,
+            torch.backends.cuda.enable_cudnn_sdp,
+        ):
+            choose(False)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
