@@ -167,7 +167,9 @@ def prepare(
             with memory_for(f"--batch_size {config.batch_size}"):
                 if out_of_memory(error):
                     raise
-            raise UserError(f"--compile failed, go without: {one_line(error)[:200]}") from error
+            raise UserError(
+                f"--compile failed, go without or add --channels_last: {one_line(error)[:200]}"
+            ) from error
     return model
 
 

@@ -85,7 +85,7 @@ def timed(run: Callable[[], object]) -> float:
 
 def finish_kernels() -> None:
     """Wait for what the GPU still has to do."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 

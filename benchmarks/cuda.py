@@ -31,8 +31,10 @@ def main() -> None:
     device = resolve_device(arguments.device)
     if device.type != "cuda":
         raise UserError(f"--device {device}: python -m benchmarks measures what runs on the CPU")
-    tables = [quantizer_table(device), step_table(device), epoch_table(device)]
-    write(writable_folder(arguments.docs, "--docs"), tables)
+    docs, tables = writable_folder(arguments.docs, "--docs"), []
+    for measure in (quantizer_table, step_table, epoch_table):
+        tables.append(measure(device))
+        write(docs, tables)
 
 
 def quantizer_table(device: torch.device) -> Table:

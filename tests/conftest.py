@@ -52,10 +52,11 @@ def script(
 
 def run_process(words: Sequence[str], folder: Path) -> Outcome:
     """Run `python words…` in a folder as a process of its own."""
+    packages = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
     result = subprocess.run(
         [sys.executable, *words],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": packages},
         capture_output=True,
         text=True,
         timeout=300,

@@ -40,7 +40,8 @@ def deterministic() -> Iterator[None]:
     seed_everything(0, CUDA)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    for attention in ("mem_efficient", "flash", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{attention}_sdp")(True)
 
 
 def latents(*shape: int) -> Tensor:
@@ -211,14 +212,13 @@ def test_too_large_a_batch_is_told(script: Script) -> None:
     assert message.startswith("main.py: error: --batch_size 4096 (--accumulate takes it in parts)")
 
 
-def test_torchrun_trains_by_nccl(script: Script, tmp_path: Path) -> None:
-    words = ("--recipe", "best", "--device", "cuda", "--output_folder", "out", "--num_workers", "0")
-    words += ("--batch_size", "64", "--max_steps", "6", "--lr", "1e-3")
+def test_one_process_of_torchrun_is_as_none(script: Script, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    words = "--recipe best --output_folder out --exp_name together --num_workers 0 --batch_size 64"
     main = str(Path(__file__).parent.parent / "main.py")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")
-    outcome = run_process([*launcher, main, *words, "--exp_name", "together"], tmp_path)
+    steps = ["--device", "cuda", "--max_steps", "6", "--lr", "1e-3"]
+    outcome = run_process([*launcher, main, *words.split(), *steps], tmp_path)
     assert outcome.code == 0, outcome.err
     together = weights(tmp_path / "out/models/together/last.pt")
-    alone = train(script, "alone", "--recipe", "best")
-    for key, value in alone.items():
+    for key, value in train(script, "alone", "--recipe", "best").items():
         torch.testing.assert_close(value.cpu(), together[key].cpu(), rtol=1e-4, atol=1e-5)

@@ -279,7 +279,9 @@ class FakeInception(nn.Module):
     """Quarter means: four features."""
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        pooled = nn.functional.adaptive_avg_pool2d(x[:, :1].float(), 2)
+        # Of one channel whose stride is 0 CUDA's kernel reads the wrong places: hence the copy.
+        grey = x[:, :1].float().clone(memory_format=torch.contiguous_format)
+        pooled = nn.functional.adaptive_avg_pool2d(grey, 2)
         return (pooled.flatten(1),)
 
 
