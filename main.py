@@ -167,9 +167,10 @@ def prepare(
             with memory_for(f"--batch_size {config.batch_size}"):
                 if out_of_memory(error):
                     raise
-            raise UserError(
-                f"--compile failed, go without or add --channels_last: {one_line(error)[:200]}"
-            ) from error
+            # On a GPU compiled backward passes have failed in the other layout.
+            other = device.type == "cuda" and not config.channels_last
+            advice = "go without or add --channels_last" if other else "go without"
+            raise UserError(f"--compile failed, {advice}: {one_line(error)[:200]}") from error
     return model
 
 

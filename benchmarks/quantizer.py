@@ -99,8 +99,11 @@ def deterministic(run: Callable[[], object]) -> Callable[[], object]:
 
     def chosen() -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        run()
-        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        try:
+            run()
+        finally:
+            torch.use_deterministic_algorithms(False)
 
     return chosen
 

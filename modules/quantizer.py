@@ -31,7 +31,7 @@ CONTRASTIVE_TEMPERATURE = 0.07
 KMEANS_ROUNDS = 10
 USAGE_DECAY = 0.99
 BATCH_NORM_RATE = 0.1  # of the running averages
-EVEN_SHARE = 0.01  # of the matches that `code_bits` takes to be spread over all codevectors
+EVEN_SHARE = 0.01  # matches, as a share of all, that `code_bits` adds and spreads evenly
 
 log = logging.getLogger("looc.quantizer")
 Result = TypeVar("Result")
@@ -154,6 +154,7 @@ def search(
     distance: str,
     backend: str = "auto",
     memory: int | None = None,
+    penalty: Tensor | None = None,
 ) -> Tensor:
     """The most similar codevector of each feature, exactly: (N, d), (K, d) → (N,), int64.
 
@@ -165,14 +166,21 @@ def search(
             CPU, the compiled form for low dimensions, else torch. One that fails is replaced by
             torch, with a line in the log.
         memory: MiB of similarities that torch holds at a time.
+        penalty: what a codevector has to be nearer by, (K,), 0 or more, in the units of ‖z − e‖²;
+            for "l2" alone.
     """
     if not len(features):
         return torch.empty(0, dtype=torch.int64, device=features.device)
     keys = DISTANCES[distance].prepare(codebook)
-    # What is the same for all codevectors, like the feature's norm, cannot change the argmax.
-    offset = codebook.new_zeros(len(codebook)) if distance == "cos" else -keys.square().sum(1) / 2
     if backend == "auto":
         backend = choose_search(features, keys)
+    if penalty is not None and backend == "faiss":  # to it that is a distance in one dimension more
+        features, keys = F.pad(features, (0, 1)), torch.cat((keys, penalty.sqrt()[:, None]), 1)
+        penalty = None
+    # What is the same for all codevectors, like the feature's norm, cannot change the argmax.
+    offset = codebook.new_zeros(len(codebook)) if distance == "cos" else -keys.square().sum(1) / 2
+    if penalty is not None:
+        offset = offset - penalty / 2
     if backend not in failed_searches:
         try:
             return SEARCHES[backend](features, keys, offset, memory)
@@ -249,36 +257,49 @@ def search_compiled(features: Tensor, keys: Tensor, offset: Tensor, memory: int 
     """By one kernel that torch.compile makes of the unrolled dot product and its argmax.
 
     Features go in runs of one of two lengths, the last one padded, so that shapes never change.
-    Raises RuntimeError where the kernel of a shape is found to be wrong when it is first used.
+    Raises RuntimeError where a kernel is found to be wrong by the first features it is used for.
     """
-    del memory  # the kernel holds no similarities
     indices = torch.empty(len(features), dtype=torch.int64, device=features.device)
     size = 2**16 if len(features) > 2**13 else 2**13
     for start in range(0, len(features), size):
         part = features[start : start + size]
         padded = F.pad(part, (0, 0, 0, size - len(part)))
         indices[start : start + len(part)] = compiled_argmax()(padded.T, keys, offset)[: len(part)]
-        shape = (size, *keys.shape, keys.device)
-        if shape not in proven_shapes:
-            prove(part, keys, offset, indices[start : start + len(part)])
-            proven_shapes.add(shape)
+        kernel = (size, keys.shape, keys.dtype, keys.device)
+        if kernel not in proven_kernels and proves(
+            part[:PROOF], keys, offset, indices[start : start + len(part)][:PROOF], memory
+        ):
+            proven_kernels.add(kernel)
     return indices
 
 
-proven_shapes: set[tuple[object, ...]] = set()
+proven_kernels: set[tuple[object, ...]] = set()
+PROOF = 2**12  # features that a kernel is proven by
 
 
-def prove(features: Tensor, keys: Tensor, offset: Tensor, indices: Tensor) -> None:
-    """Raise RuntimeError where a feature has a codevector of a higher score than its own.
+def proves(
+    features: Tensor, keys: Tensor, offset: Tensor, indices: Tensor, memory: int | None
+) -> bool:
+    """Whether no codevector has a higher score than the one found, beyond rounding.
 
-    PyTorch 2.11 makes one for some processors that finds wrong ones at d = 3.
+    False where a score is not finite, which proves nothing. Raises RuntimeError where one has:
+    PyTorch 2.11 makes a kernel for some processors that finds wrong ones at d = 3.
     """
-    for start, block in blocks(features[: 2**12], len(keys), None):
+    right = bool(((indices >= 0) & (indices < len(keys))).all())
+    lengths = keys.norm(dim=1)
+    for start, block in blocks(features if right else features[:0], len(keys), memory):
         scores = torch.addmm(offset, block, keys.T)  # (n, K)
-        found = scores.gather(1, indices[start : start + len(block), None])[:, 0]
-        rounding = 1e-2 * scores.abs().amax(1).clamp_min(1e-30)
-        if (scores.amax(1) - found > rounding).any():
-            raise RuntimeError(f"the compiled kernel is wrong for {tuple(keys.shape)} codevectors")
+        if not scores.isfinite().all():
+            return False
+        rows = indices[start : start + len(block)]
+        best, place = scores.max(1)
+        short = best - scores.gather(1, rows[:, None])[:, 0]
+        # What the sums are of, which may be far more than they are.
+        length, height = (torch.maximum(of[rows], of[place]) for of in (lengths, offset.abs()))
+        right = right and bool((short <= 1e-3 * (block.norm(dim=1) * length + height)).all())
+    if not right:
+        raise RuntimeError(f"the compiled kernel is wrong for {tuple(keys.shape)} codevectors")
+    return True
 
 
 @lru_cache(maxsize=1)
@@ -647,13 +668,14 @@ def reinit_rate(usage: Tensor) -> Tensor:
 
 
 def code_bits(usage: Tensor) -> Tensor:
-    """Bits of each code by how often it was used, −log₂ p_k: (K,) → (K,).
+    """Bits of each code by how often it was used, −log₂ p_k: (K,) → (K,), float32 or wider.
 
-    They are finite for a codevector that was never used, and all equal where none was yet.
+    What the running average of young codebooks lacks to 1, and EVEN_SHARE besides, is spread over
+    all codevectors: bits are equal before any use, and finite for one that was never used.
     """
-    even = EVEN_SHARE / len(usage)
-    share = (usage / usage.sum().clamp_min(1e-9) + even) / (1 + EVEN_SHARE)
-    return -share.log2()
+    usage = usage.to(torch.promote_types(usage.dtype, torch.float32))
+    even = (1 - usage.sum()).clamp_min(0) + EVEN_SHARE
+    return -((usage + even / len(usage)) / (1 + EVEN_SHARE)).log2()
 
 
 def steps_settled(usage: Tensor) -> int:
@@ -928,8 +950,9 @@ class LooCQuantizer(LatentNorm):
         latent_channels: channels C of the latents, which the last two have to know.
         gradient: "straight_through" or "rotation", how the latents' gradient reaches z.
         rate_weight: squared distance that a bit is worth in the match, which then takes the least
-            ‖z − e_k‖² + rate_weight·(−log₂ p_k); needs distance "l2". Entropy-constrained vector
-            quantisation: Chou, Lookabaugh and Gray, IEEE Trans. ASSP 37 (1989).
+            ‖z − e_k‖² + rate_weight·(−log₂ p_k); needs distance "l2". An anchor has no hold on a
+            codevector that its bits keep from use. Entropy-constrained vector quantisation: Chou,
+            Lookabaugh and Gray, IEEE Trans. ASSP 37 (1989).
 
     Attributes `search` (a backend of `search`, or "auto") and `search_memory` (MiB of similarities
     held at a time, None for a default) change speed and memory, not results. While the attribute
@@ -1007,6 +1030,8 @@ class LooCQuantizer(LatentNorm):
             raise ValueError("latent_norm 'unit' makes ±1 of all units of embedding_dim 1")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay {ema_decay} is not in [0, 1)")
+        if rate_weight == math.inf:
+            raise ValueError("rate_weight inf is not finite")
         if rate_weight and distance != "l2":
             raise ValueError(f"rate_weight {rate_weight} needs distance 'l2', not {distance!r}")
         if contras_loss and codebook_update != "gradient":
@@ -1110,12 +1135,12 @@ class LooCQuantizer(LatentNorm):
         return self._join(F.embedding(indices, self.codebook))
 
     def _search(self, features: Tensor) -> Tensor:
-        codebook = self.codebook.detach()
-        if self.rate_weight:  # what the bits add is a squared distance in one dimension more
-            beside = (self.rate_weight * code_bits(self.usage)).sqrt().to(codebook.dtype)
-            codebook = torch.cat((codebook, beside[:, None]), 1)
-            features = F.pad(features, (0, 1))
-        return search(features, codebook, self.distance, self.search, self.search_memory)
+        codebook, penalty = self.codebook.detach(), None
+        if self.rate_weight:
+            bits = code_bits(self.usage)
+            # Only differences count, and small numbers are more exact.
+            penalty = (self.rate_weight * (bits - bits.amin())).to(codebook.dtype)
+        return search(features, codebook, self.distance, self.search, self.search_memory, penalty)
 
     def _cut(self, z: Tensor, training: bool = False) -> Tensor:
         """(B, C, H, W) of any float type → units (B, H, W, m, d), in the codebook's type."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modules import LooCQuantizer, make_model
 from modules.config import QUANTIZERS
-from modules.quantizer import search
+from modules.quantizer import failed_searches, search
 from tests.conftest import Outcome, run_process
 from tests.test_golden import QUANTIZER_FILES, three_training_calls
 from utils.arguments import build_model_config
@@ -61,6 +61,7 @@ def test_the_search_is_exact(backend: str, distance: str, size: int, dim: int) -
     found = search(features.to(CUDA), codebook.to(CUDA), distance, backend).cpu()
     expected = search(features, codebook, distance, "torch")
     assert (found == expected).float().mean() > 0.9999  # sums of another order part equals
+    assert not failed_searches
 
 
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -72,6 +73,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "running, rotation": {"latent_norm": "running", "gradient": "rotation"},
     "interpolated": {"interpolation_scale": 2, "split": "interval"},
     "contrastive": {"contras_loss": True},
+    "rate weighed": {"distance": "l2", "rate_weight": 0.1},
 }
 
 
@@ -81,7 +83,7 @@ def test_gpu_and_cpu_agree(switches: dict[str, Any]) -> None:
     quantizer = LooCQuantizer(32, 4, latent_channels=8, **switches)
     with torch.no_grad():
         quantizer.codebook.copy_(latents(32, 4))
-        quantizer.usage.fill_(1 / 32)
+        quantizer.usage.copy_(torch.linspace(0.01, 0.05, 32))
     results = []
     for device in (CPU, CUDA):
         torch.manual_seed(0)
@@ -125,6 +127,7 @@ def test_no_matrix_of_all_similarities_exists(backend: str, dim: int) -> None:
     quantized, loss, _ = quantizer(z)
     (loss + quantized.sum()).backward()
     assert torch.cuda.max_memory_allocated() < 2e9
+    assert not failed_searches
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

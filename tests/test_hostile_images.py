@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -137,9 +138,7 @@ SHOWN: dict[str, tuple[bytes, list[tuple[int, ...]]]] = {
         [RED, GREEN, BLUE, WHITE],
     ),
 }
-try:
-    Image.open(io.BytesIO(SHOWN["ycbcr.tif"][0])).load()
-except OSError:  # Pillow 12.3 does not read what it wrote
+if PIL.__version__.startswith("12.3"):  # which does not read what it wrote
     del SHOWN["ycbcr.tif"]
 # As Pillow and cameras name the eight ways to hold a camera.
 TURNED = {
