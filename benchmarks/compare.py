@@ -52,7 +52,7 @@ FSQ = (("8,4", 1), ("8,6,5", 1), *(("8,5,5,5", m) for m in UNITS[1:]))  # levels
 STYLES = {
     "looc": Style("LooC, d = 128/m", RED, "o", main=True),
     "looc-narrow": Style("LooC, d = 2 to 4, d·m channels", RED, "s", "--", main=True),
-    "looc-rate": Style("LooC, d = 4, a bit weighed in the match", ORANGE, "*", main=True),
+    "looc-rate": Style("LooC, d = 4, bits weighed in the match", RED, "*", "-.", main=True),
     "looc-scaled": Style("LooC, interpolated (scale 2)", BLUE, "D", main=True),
     "looc-size": Style("LooC, d = 16, K varied", RED, "^", ":", main=True),
     "looc-paper": Style("LooC, --recipe paper", BLACK, "o", "--", main=True),
