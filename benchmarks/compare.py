@@ -105,8 +105,8 @@ def looc(**flags: Any) -> Iterator[Contender]:
         yield contender("looc-narrow", f"K{size}-d{dim}-m1", **best, **narrower)
     # More codevectors than bits: the match weighs what a bit costs.
     for size, m, weight in (
-        *((256, 1, 0.2), (256, 1, 0.1), (256, 1, 0.06), (256, 1, 0.03), (1024, 1, 0.03)),
-        *((256, 2, 0.1), (256, 4, 0.1)),
+        *((256, 1, 0.2), (256, 1, 0.15), (256, 1, 0.1), (256, 1, 0.06), (256, 1, 0.03)),
+        *((1024, 1, 0.03), (256, 2, 0.1), (256, 4, 0.1)),
     ):
         weighed = {"num_embedding": size, "embedding_dim": 4, "latent_channels": 4 * m}
         point = f"K{size}-m{m}-{weight}"
