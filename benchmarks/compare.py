@@ -100,7 +100,7 @@ def looc(**flags: Any) -> Iterator[Contender]:
         narrow = {"num_embedding": size, "embedding_dim": 4, "latent_channels": 4 * m}
         yield contender("looc-narrow", f"K{size}-m{m}", **best, **narrow)
     # At the lowest rates fewer channels still.
-    for size, dim in ((32, 2), (48, 2), (64, 2), (96, 2), (128, 2), (96, 3)):
+    for size, dim in ((32, 2), (48, 2), (64, 2), (96, 2), (128, 2), (32, 3), (96, 3)):
         narrower = {"num_embedding": size, "embedding_dim": dim, "latent_channels": dim}
         yield contender("looc-narrow", f"K{size}-d{dim}-m1", **best, **narrower)
     # More codevectors than bits: the match weighs what a bit costs.
