@@ -285,20 +285,21 @@ def proves(
     False where a score is not finite, which proves nothing. Raises RuntimeError where one has:
     PyTorch 2.11 makes a kernel for some processors that finds wrong ones at d = 3.
     """
-    right = bool(((indices >= 0) & (indices < len(keys))).all())
+    wrong = RuntimeError(f"the compiled kernel is wrong for {tuple(keys.shape)} codevectors")
+    if ((indices < 0) | (indices >= len(keys))).any():
+        raise wrong
     lengths = keys.norm(dim=1)
-    for start, block in blocks(features if right else features[:0], len(keys), memory):
+    for start, block in blocks(features, len(keys), memory):
         scores = torch.addmm(offset, block, keys.T)  # (n, K)
         if not scores.isfinite().all():
             return False
-        rows = indices[start : start + len(block)]
+        found = indices[start : start + len(block)]
         best, place = scores.max(1)
-        short = best - scores.gather(1, rows[:, None])[:, 0]
+        short = best - scores.gather(1, found[:, None])[:, 0]
         # What the sums are of, which may be far more than they are.
-        length, height = (torch.maximum(of[rows], of[place]) for of in (lengths, offset.abs()))
-        right = right and bool((short <= 1e-3 * (block.norm(dim=1) * length + height)).all())
-    if not right:
-        raise RuntimeError(f"the compiled kernel is wrong for {tuple(keys.shape)} codevectors")
+        length, height = (torch.maximum(of[found], of[place]) for of in (lengths, offset.abs()))
+        if (short > 1e-3 * (block.norm(dim=1) * length + height)).any():
+            raise wrong
     return True
 
 
