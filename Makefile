@@ -29,7 +29,7 @@ help:
 	@echo "make vqgan     --preset photos-64: trains, tests and evaluates a small VQGAN, about an hour on 2 cores"
 	@echo "make photos    real photographs, cut for compare.py --suite photos"
 	@echo "make fuzz      1,000 damaged images, checkpoints and command lines each"
-	@echo "make soak      20,000 steps, 200,000 images, 20,000 pairs; writes docs/soak.md"
+	@echo "make soak      20,000 steps, 200,000 images, 20,000 pairs; writes docs/results/soak.md"
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -60,36 +60,36 @@ bench: $(VENV)/.installed-bench
 	$(PY) -m benchmarks.loader
 
 compare: $(VENV)/.installed-bench
-	$(PY) benchmarks/compare.py --suite fashion-mnist $(RUN_FLAGS) $(WEIGHTS_FLAG)
+	$(PY) experiments/compare.py --suite fashion-mnist $(RUN_FLAGS) $(WEIGHTS_FLAG)
 
 ablations: $(VENV)/.installed-bench
 	for table in $(TABLES); do \
-	  $(PY) benchmarks/ablations.py --table $$table $(RUN_FLAGS) $(WEIGHTS_FLAG) || exit 1; done
+	  $(PY) experiments/ablations.py --table $$table $(RUN_FLAGS) $(WEIGHTS_FLAG) || exit 1; done
 
 photos: data/photos
 
 data/photos: | $(VENV)/.installed
-	$(PY) benchmarks/photos.py
+	$(PY) experiments/photos.py
 
 vqgan: $(VENV)/.installed-vqgan weights data/photos
 	$(PY) main.py --preset photos-64 --output_folder $(OUTPUT) --exp_name photos-64 $(VQGAN_FLAGS) $(WEIGHTS_FLAG)
 	$(PY) test.py --output_folder $(OUTPUT) --model_name photos-64/best.pt --save_codes
 	$(PY) evaluation.py --metrics l1 ssim psnr lpips kid $(WEIGHTS_FLAG) \
 	  --gt_path $(OUTPUT)/results/photos-64/best.pt/original/ -g_path $(OUTPUT)/results/photos-64/best.pt/rec
-	@$(PY) -m utils.summary $(OUTPUT) photos-64/best.pt
+	@$(PY) -m utils.report.summary $(OUTPUT) photos-64/best.pt
 
 fuzz: $(VENV)/.installed-dev
-	LOOC_FUZZ=1000 $(PY) -m pytest tests/test_fuzz.py
+	LOOC_FUZZ=1000 $(PY) -m pytest tests/robustness/test_fuzz.py
 
 soak: $(VENV)/.installed
-	$(PY) -m benchmarks.soak --output docs/soak.md
+	$(PY) -m benchmarks.soak --output docs/results/soak.md
 
 demo: $(VENV)/.installed
 	$(PY) main.py --output_folder $(OUTPUT) --exp_name $(EXP) --overwrite $(DEMO_FLAGS)
 	$(PY) test.py --output_folder $(OUTPUT) --model_name $(EXP)/best.pt --save_codes
 	$(PY) evaluation.py --metrics l1 ssim psnr $$($(PY) -m utils.weights lpips $(WEIGHTS_DIR)) $(WEIGHTS_FLAG) \
 	  --gt_path $(OUTPUT)/results/$(EXP)/best.pt/original/ -g_path $(OUTPUT)/results/$(EXP)/best.pt/rec
-	@$(PY) -m utils.summary $(OUTPUT) $(EXP)/best.pt
+	@$(PY) -m utils.report.summary $(OUTPUT) $(EXP)/best.pt
 
 weights: $(VENV)/.installed
 	$(PY) evaluation.py --fetch_weights $(WEIGHTS_FLAG)

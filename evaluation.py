@@ -18,29 +18,29 @@ from typing import Any
 
 import torch
 
-from modules.config import option
-from utils import metrics
-from utils.arguments import build, parse_flags
+from modules.options import option
 from utils.devices import keep_freed_memory, resolve_device
 from utils.distributed import launched
 from utils.errors import UserError, memory_for, run
-from utils.extremes import write_extremes
-from utils.feature_cache import FeatureCache, cache_folder, content_key
-from utils.files import writable_folder, write_json
-from utils.logger import log, start_logging
-from utils.metrics import CHOICES, DEFAULT_METRICS, METRICS, NEED_VECTORS, Summary
-from utils.networks import (
+from utils.evaluation import metrics
+from utils.evaluation.extremes import write_extremes
+from utils.evaluation.feature_cache import FeatureCache, cache_folder, content_key
+from utils.evaluation.metrics import CHOICES, DEFAULT_METRICS, METRICS, NEED_VECTORS, Summary
+from utils.evaluation.networks import (
     LPIPS_BACKBONES,
     Network,
     fetch_weights,
     inception_network,
     lpips_network,
 )
-from utils.pairs import Pair, batches, open_pairs
-from utils.protocols import PROTOCOLS
+from utils.evaluation.pairs import Pair, batches, open_pairs
+from utils.evaluation.protocols import PROTOCOLS
+from utils.evaluation.results import rate_of, remove_previous, set_aside, show, write_csv
+from utils.evaluation.scores import Scores, check_number, check_sides, measure, summarise
+from utils.files import writable_folder, write_json
+from utils.flags.arguments import build, parse_flags
+from utils.logger import log, start_logging
 from utils.report import write_report
-from utils.results import rate_of, remove_previous, set_aside, show, write_csv
-from utils.scores import Scores, check_number, check_sides, measure, summarise
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "lpips", "torch-fidelity")
 

@@ -18,8 +18,8 @@ import torch
 from datasets import DATASETS, BatchLoader, ImageSet, open_dataset, pixel_variance, split_validation
 from datasets.config import DataConfig
 from modules import VQGAN, Autoencoder, ModelConfig
-from utils.arguments import build, build_model_config, parse_flags
-from utils.checkpoint import Checkpoint, read_checkpoint
+from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from utils.checkpoints.pretrained import read_pretrained, start, with_pretrained
 from utils.devices import keep_freed_memory, seed_everything
 from utils.distributed import (
     first_goes_ahead,
@@ -32,19 +32,19 @@ from utils.distributed import (
 )
 from utils.errors import UserError, memory_for, one_line, out_of_memory, run
 from utils.files import check_unicode, inside, remove_left_overs, writable_folder
+from utils.flags.arguments import build, build_model_config, parse_flags
+from utils.flags.presets import with_preset
+from utils.flags.recipes import with_recipe
+from utils.flags.search import SearchConfig, apply_search
 from utils.logger import log, start_logging
-from utils.objectives import (
+from utils.training.objectives import (
     Adversarial,
     Objective,
     ObjectiveConfig,
     build_objective_config,
     make_objective,
 )
-from utils.presets import with_preset
-from utils.pretrained import read_pretrained, start, with_pretrained
-from utils.recipes import with_recipe
-from utils.search import SearchConfig, apply_search
-from utils.trainer import PRECISIONS, TrainConfig, Trainer, contradictions, mixed_precision
+from utils.training.trainer import PRECISIONS, TrainConfig, Trainer, contradictions, mixed_precision
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, ObjectiveConfig, SearchConfig)
 

@@ -26,11 +26,9 @@ from tqdm import tqdm
 from datasets import BatchLoader, ImageSet, open_dataset
 from datasets.config import DataConfig
 from modules import Autoencoder, ModelConfig
-from modules.config import option
-from utils.arguments import build, parse_flags
-from utils.checkpoint import Checkpoint, read_checkpoint
-from utils.codebook import CodebookStatistics
-from utils.codes import (
+from modules.options import option
+from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from utils.codebook.codes import (
     CodeFile,
     Spool,
     codes_info,
@@ -40,6 +38,8 @@ from utils.codes import (
     save_codes,
     spooled,
 )
+from utils.codebook.plots import draw_all, save_figure
+from utils.codebook.statistics import CodebookStatistics
 from utils.devices import keep_freed_memory
 from utils.distributed import (
     first_goes_ahead,
@@ -52,13 +52,13 @@ from utils.distributed import (
     stop_ranks,
 )
 from utils.errors import UserError, memory_for, run
+from utils.evaluation.results import rate_of, remove_results
 from utils.files import inside, writable_folder, write_json
+from utils.flags.arguments import build, parse_flags
+from utils.flags.search import SearchConfig, apply_search
 from utils.images import save_comparison, save_picture, to_bytes, to_signed
 from utils.logger import log, start_logging
-from utils.plots import draw_all, save_figure
 from utils.report import write_report
-from utils.results import rate_of, remove_results
-from utils.search import SearchConfig, apply_search
 
 NUM_SHOWN = 32
 CODES = "codes.looc"

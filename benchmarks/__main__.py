@@ -1,4 +1,4 @@
-"""Measure everything; write docs/benchmarks.md, .json and .png: python -m benchmarks."""
+"""Measure everything; write docs/results/benchmarks.md, .json and .png: python -m benchmarks."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ import torch
 from benchmarks.common import SEED, Table, Times, interleaved, machine, peak_megabytes
 from benchmarks.quantizer import SETTINGS, SHAPE, contenders
 from benchmarks.training import epoch_table, some_images, ways
-from utils.arguments import Parser
 from utils.devices import resolve_device, seed_everything
 from utils.errors import UserError, run
 from utils.files import whole_file, writable_folder
+from utils.flags.arguments import Parser
 
 ROUNDS = 30
 BATCH = 1024

@@ -18,8 +18,8 @@ from PIL import Image
 
 from benchmarks.common import SEED, Table, interleaved
 from datasets import BatchLoader, FileImages, ImageSet, open_dataset
-from utils import metrics
-from utils.networks import lpips_network
+from utils.evaluation import metrics
+from utils.evaluation.networks import lpips_network
 
 NAMES = ["l1", "ssim", "psnr", "lpips"]
 SCRIPT = Path(__file__).parent.parent / "evaluation.py"

@@ -1,4 +1,4 @@
-"""The loading of images alone: python -m benchmarks.loader writes docs/loader.md and .json.
+"""The loading of images alone: python -m benchmarks.loader writes docs/results/loader.md and .json.
 
 The files are made at run time of photographs that come with scikit-image, in the sizes, formats and
 qualities of the real data sets. --need N tells how many workers feed a network that takes N

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.common import Table, both_thread_counts, interleaved, seeded
 from modules import LooCQuantizer
-from modules.quantizer import USAGE_DECAY, reinit_rate
-from utils.plots import new_figure, save_figure
+from modules.quantizers.looc.quantizer import USAGE_DECAY, reinit_rate
+from utils.codebook.plots import new_figure, save_figure
 
 SHAPE = (256, 128, 7, 7)  # z of a batch of 256 at 28 × 28
 SETTINGS = [(k, 4) for k in (64, 256, 1024, 4096, 16384)] + [(512, d) for d in (2, 4, 8, 16, 64)]

@@ -348,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the sizes")
-    parser.add_argument("--output", type=Path, help="write the tables there too (docs/soak.md)")
+    parser.add_argument("--output", type=Path, help="write the tables there too")
     arguments = parser.parse_args()
     tables: list[Table] = []
     for part in arguments.parts or PARTS:

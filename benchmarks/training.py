@@ -20,12 +20,12 @@ from tqdm import tqdm
 from benchmarks.common import Table, both_thread_counts, interleaved, seeded
 from datasets import BatchLoader, open_dataset, pixel_variance, split_validation
 from modules import VQVAE, Autoencoder, ModelConfig
-from utils.arguments import build_model_config
 from utils.devices import keep_freed_memory
+from utils.flags.arguments import build_model_config
+from utils.flags.recipes import with_recipe
 from utils.images import to_signed
-from utils.objectives import MeanSquaredError
-from utils.recipes import with_recipe
-from utils.trainer import TrainConfig, Trainer
+from utils.training.objectives import MeanSquaredError
+from utils.training.trainer import TrainConfig, Trainer
 
 WARM_UP = 20  # steps
 LOOC = ModelConfig()

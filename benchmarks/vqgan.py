@@ -26,14 +26,14 @@ from datasets import BatchLoader, TensorImages
 from datasets.config import DataConfig
 from main import prepare
 from modules import ModelConfig, make_model
-from utils.arguments import Parser, build, build_model_config, parse_flags
 from utils.devices import keep_freed_memory, resolve_device, seed_everything
 from utils.errors import run
 from utils.files import whole_file, writable_folder
+from utils.flags.arguments import Parser, build, build_model_config, parse_flags
+from utils.flags.presets import PRESETS, with_preset
 from utils.images import to_signed
-from utils.objectives import ObjectiveConfig, build_objective_config, make_objective
-from utils.presets import PRESETS, with_preset
-from utils.trainer import PRECISIONS, TrainConfig, Trainer
+from utils.training.objectives import ObjectiveConfig, build_objective_config, make_objective
+from utils.training.trainer import PRECISIONS, TrainConfig, Trainer
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, ObjectiveConfig)
 VARIANTS = {  # what is added to the preset's flags

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from datasets.images import CROPS
 from datasets.registry import DATASETS
-from modules.config import option
+from modules.options import option
 
 
 @dataclass(frozen=True)

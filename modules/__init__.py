@@ -4,13 +4,13 @@ Needs torch alone; VQGAN needs diffusers besides, peers vector-quantize-pytorch,
 files numpy.
 """
 
+from modules.autoencoder import Autoencoder
 from modules.config import ModelConfig
 from modules.discriminator import PatchDiscriminator
-from modules.model import Autoencoder
-from modules.models import make_model
-from modules.peers import NoQuantizer, PeerQuantizer
-from modules.plugin import LooCPlugin
-from modules.quantizer import LooCQuantizer, Quantized
+from modules.quantizers.library import NoQuantizer, PeerQuantizer
+from modules.quantizers.looc.plugin import LooCPlugin
+from modules.quantizers.looc.quantizer import LooCQuantizer, Quantized
+from modules.registry import make_model
 from modules.vqgan import VQGAN
 from modules.vqvae import VQVAE
 

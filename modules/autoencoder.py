@@ -1,82 +1,134 @@
-"""The convolutional encoder and decoder of the VQ-VAE, a factor 4 down and up again."""
+"""What all models share: an encoder, a quantiser made as the configuration says, a decoder."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
 from torch import Tensor, nn
 
+from modules.config import ModelConfig, parse_levels
+from modules.quantizers.library import PEERS, NoQuantizer, PeerQuantizer
+from modules.quantizers.looc.quantizer import LooCQuantizer, Quantized
 
-class ResidualBlock(nn.Module):
-    """ReLU, then conv 3×3, ReLU, conv 1×1 added to it: (B, C, H, W) → (B, C, H, W).
+Quantizer: TypeAlias = LooCQuantizer | PeerQuantizer | NoQuantizer
 
-    The shortcut carries the rectified input: the reference's first ReLU works in place.
+
+def make_looc(config: ModelConfig) -> Quantizer:
+    return LooCQuantizer(
+        config.num_embedding,
+        config.embedding_dim,
+        commitment_cost=config.commitment_cost,
+        distance=config.distance,
+        anchor=config.anchor,
+        split=config.split,
+        interpolation_scale=config.interpolation_scale,
+        first_batch=config.first_batch,
+        contras_loss=config.contras_loss,
+        codebook_update=config.codebook_update,
+        ema_decay=config.ema_decay,
+        codebook_start=config.codebook_start,
+        latent_norm=config.latent_norm,
+        latent_channels=config.channels,
+        gradient=config.gradient,
+        rate_weight=config.rate_weight,
+    )
+
+
+def make_peer(config: ModelConfig) -> Quantizer:
+    return PeerQuantizer(
+        config.quantizer,
+        config.num_embedding,
+        config.embedding_dim,
+        channels=config.channels,
+        distance=config.distance,
+        commitment_cost=config.commitment_cost,
+        ema_decay=config.ema_decay,
+        codebook_start=config.codebook_start,
+        gradient=config.gradient,
+        levels=parse_levels(config.levels or ""),
+        num_quantizers=config.num_quantizers,
+        dead_code_threshold=config.dead_code_threshold,
+        latent_norm=config.latent_norm,
+    )
+
+
+def make_none(config: ModelConfig) -> Quantizer:
+    return NoQuantizer(config.channels, latent_norm=config.latent_norm)
+
+
+MAKERS: dict[str, Callable[[ModelConfig], Quantizer]] = {
+    **dict.fromkeys(("looc", "cvq", "vq"), make_looc),
+    **dict.fromkeys(PEERS, make_peer),
+    "none": make_none,
+}
+
+
+class Autoencoder(nn.Module, ABC):
+    """An image autoencoder with quantised latents.
+
+    Images are (B, in_channels, height, width) in [−1, 1], height and width multiples of the
+    configuration's `downsampling` f; anything else raises ValueError, as does a quantiser or a
+    network whose library is not installed.
     """
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    encoder: Any  # a module, images → (B, ·, H, W), H and W being an f-th of height and width
+    pre_vq_conv: nn.Conv2d  # 1×1, → (B, C, H, W)
+    quantizer: Quantizer
+    decoder: Any  # a module, → images
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.block = nn.Sequential(
-            nn.Conv2d(channels, hidden, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(hidden, channels, 1),
-        )
+        self.config = config
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x)
-        out: Tensor = x + self.block(x)
-        return out
+    @abstractmethod
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Quantised latents (B, C, H, W) → images (B, in_channels, f·H, f·W)."""
 
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """Images → (reconstruction of the same shape, Quantized)."""
+        quantized: Quantized = self.quantizer(self._latents(images))
+        return self.reconstruct(quantized.latents), quantized
 
-class ResidualStack(nn.Module):
-    """Residual blocks, then a ReLU."""
+    def compile_parts(self) -> None:
+        """Have torch.compile make kernels of encoder and decoder when they are first called."""
+        self.encoder.compile()
+        self.decoder.compile()
 
-    def __init__(self, channels: int, hidden: int, num_layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(ResidualBlock(channels, hidden) for _ in range(num_layers))
+    def encode(self, images: Tensor) -> Tensor:
+        """Images → indices (B, H, W, m), int64."""
+        return self.quantizer.encode(self._latents(images))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return F.relu(x)
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices (B, H, W, m) → images (B, in_channels, f·H, f·W)."""
+        return self.reconstruct(self.quantizer.decode(indices))
 
-
-class Encoder(nn.Module):
-    """Images (B, in_channels, 4H, 4W) → features (B, hidden, H, W)."""
-
-    def __init__(
-        self, in_channels: int, hidden: int, num_residual_layers: int, num_residual_hidden: int
-    ) -> None:
-        super().__init__()
-        self.conv_1 = nn.Conv2d(in_channels, hidden // 2, 4, stride=2, padding=1)
-        self.conv_2 = nn.Conv2d(hidden // 2, hidden, 4, stride=2, padding=1)
-        self.conv_3 = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.residual_stack = ResidualStack(hidden, num_residual_hidden, num_residual_layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.conv_1(images))
-        x = F.relu(self.conv_2(x))
-        out: Tensor = self.residual_stack(self.conv_3(x))
-        return out
+    def _latents(self, images: Tensor) -> Tensor:
+        """Images → latents before quantisation, (B, C, H, W)."""
+        if images.dim() != 4 or images.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} are not "
+                f"(B, {self.config.in_channels}, height, width)"
+            )
+        factor = self.config.downsampling
+        if images.shape[2] % factor or images.shape[3] % factor:
+            raise ValueError(
+                f"images of {images.shape[2]}×{images.shape[3]}: height and width must be "
+                f"multiples of {factor}"
+            )
+        latents: Tensor = self.pre_vq_conv(of_any_number(self.encoder, images))
+        return latents
 
 
-class Decoder(nn.Module):
-    """Latents (B, C, H, W) → images (B, out_channels, 4H, 4W)."""
+def of_any_number(network: nn.Module, x: Tensor) -> Tensor:
+    """network(x), also of no image, which attention cannot be given: (b, …) → (b, …).
 
-    def __init__(
-        self,
-        latent_channels: int,
-        out_channels: int,
-        hidden: int,
-        num_residual_layers: int,
-        num_residual_hidden: int,
-    ) -> None:
-        super().__init__()
-        self.conv_1 = nn.Conv2d(latent_channels, hidden, 3, padding=1)
-        self.residual_stack = ResidualStack(hidden, num_residual_hidden, num_residual_layers)
-        self.conv_trans_1 = nn.ConvTranspose2d(hidden, hidden // 2, 4, stride=2, padding=1)
-        self.conv_trans_2 = nn.ConvTranspose2d(hidden // 2, out_channels, 4, stride=2, padding=1)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        x = self.residual_stack(self.conv_1(latents))
-        x = F.relu(self.conv_trans_1(x))
-        out: Tensor = self.conv_trans_2(x)
-        return out
+    Among several processes one may have none, and its backward pass has to reach all weights still.
+    """
+    if len(x):
+        result: Tensor = network(x)
+        return result
+    one = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return network(one)[:0]  # type: ignore[no-any-return]

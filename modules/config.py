@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from modules.quantizer import (
+from modules.options import option
+from modules.quantizers.looc.quantizer import (
     ANCHORS,
     CODEBOOK_UPDATES,
     DISTANCES,
@@ -373,34 +374,6 @@ def implied_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------- flags
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    aliases: Sequence[str] = (),
-    flag: bool = True,
-) -> Any:
-    """A dataclass field that is also a command-line flag.
-
-    minimum and maximum are inclusive bounds, above an exclusive lower one. A field with flag=False
-    is stored in checkpoints but not offered on the command line.
-    """
-    metadata = {
-        "help": help,
-        "choices": None if choices is None else tuple(choices),
-        "minimum": minimum,
-        "above": above,
-        "maximum": maximum,
-        "aliases": tuple(aliases),
-        "flag": flag,
-    }
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modules.autoencoder import MAKERS, Autoencoder, of_any_number
 from modules.config import ModelConfig, parse_multipliers
-from modules.model import MAKERS, Autoencoder, of_any_number
 
 
 class VQGAN(Autoencoder):

@@ -1,12 +1,88 @@
-"""The VQ-VAE: encode, quantise, decode."""
+"""The VQ-VAE: a convolutional encoder and decoder, a factor 4 down and up again."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.autoencoder import Decoder, Encoder
+from modules.autoencoder import MAKERS, Autoencoder
 from modules.config import ModelConfig
-from modules.model import MAKERS, Autoencoder
+
+
+class ResidualBlock(nn.Module):
+    """ReLU, then conv 3×3, ReLU, conv 1×1 added to it: (B, C, H, W) → (B, C, H, W).
+
+    The shortcut carries the rectified input: the reference's first ReLU works in place.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv2d(channels, hidden, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        out: Tensor = x + self.block(x)
+        return out
+
+
+class ResidualStack(nn.Module):
+    """Residual blocks, then a ReLU."""
+
+    def __init__(self, channels: int, hidden: int, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ResidualBlock(channels, hidden) for _ in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return F.relu(x)
+
+
+class Encoder(nn.Module):
+    """Images (B, in_channels, 4H, 4W) → features (B, hidden, H, W)."""
+
+    def __init__(
+        self, in_channels: int, hidden: int, num_residual_layers: int, num_residual_hidden: int
+    ) -> None:
+        super().__init__()
+        self.conv_1 = nn.Conv2d(in_channels, hidden // 2, 4, stride=2, padding=1)
+        self.conv_2 = nn.Conv2d(hidden // 2, hidden, 4, stride=2, padding=1)
+        self.conv_3 = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.residual_stack = ResidualStack(hidden, num_residual_hidden, num_residual_layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.conv_1(images))
+        x = F.relu(self.conv_2(x))
+        out: Tensor = self.residual_stack(self.conv_3(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Latents (B, C, H, W) → images (B, out_channels, 4H, 4W)."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        out_channels: int,
+        hidden: int,
+        num_residual_layers: int,
+        num_residual_hidden: int,
+    ) -> None:
+        super().__init__()
+        self.conv_1 = nn.Conv2d(latent_channels, hidden, 3, padding=1)
+        self.residual_stack = ResidualStack(hidden, num_residual_hidden, num_residual_layers)
+        self.conv_trans_1 = nn.ConvTranspose2d(hidden, hidden // 2, 4, stride=2, padding=1)
+        self.conv_trans_2 = nn.ConvTranspose2d(hidden // 2, out_channels, 4, stride=2, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.residual_stack(self.conv_1(latents))
+        x = F.relu(self.conv_trans_1(x))
+        out: Tensor = self.conv_trans_2(x)
+        return out
 
 
 class VQVAE(Autoencoder):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils.codebook.plots import principal_components
 from utils.images import open_image, viewed
-from utils.plots import principal_components
 from utils.report.files import Found, numbers, part, stale, test_command
 from utils.report.markup import Missing, command, details, figure, shown, spread, table, text
 from utils.report.pictures import colours, uri

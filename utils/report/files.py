@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from utils.checkpoint import Checkpoint, read_checkpoint
+from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import one_line
 from utils.images import image_names
 from utils.report.markup import Missing, command, text

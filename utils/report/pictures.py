@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.evaluation.metrics import METRICS
 from utils.images import fitted, open_image, viewed
-from utils.metrics import METRICS
 from utils.report.files import Found, evaluation_command, test_command
 from utils.report.markup import Missing, command, figure, shown, spread, table, text
 

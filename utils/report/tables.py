@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from modules.config import QUANTIZER_FLAGS, QUANTIZERS, Kind, ModelConfig
-from utils.metrics import FID_ENOUGH, METRICS
+from utils.evaluation.metrics import FID_ENOUGH, METRICS
 from utils.report.files import Found, evaluation_command, finite, joined, part, stale, test_command
 from utils.report.markup import Missing, Rows, command, shown, table, text
 
@@ -254,8 +254,8 @@ def commands(found: Found) -> str:
 
 def train_command(found: Found) -> str:
     """main.py with every flag that is not the default; empty where they are not known."""
-    from utils.objectives import ObjectiveConfig
-    from utils.trainer import TrainConfig
+    from utils.training.objectives import ObjectiveConfig
+    from utils.training.trainer import TrainConfig
 
     content = found.checkpoint.content if found.checkpoint else {}
     train, data = part(content, "train_config"), part(content, "data_config")

@@ -1,0 +1,1 @@
+"""Experiments on quality: LooC and its peers under one protocol, ablations, photographs."""

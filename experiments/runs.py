@@ -1,0 +1,449 @@
+"""Training and measuring many models, each by main.py, test.py and evaluation.py.
+
+A run lies in the output folder under one name in models/, logs/ and results/. run.json tells what
+is trained, result.json, written last, what was measured. What is done with the same flags is not
+done again, and what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from types import FrameType
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from benchmarks.common import machine
+from utils.checkpoints.checkpoint import read_checkpoint
+from utils.errors import Stopped, UserError, one_line, printable
+from utils.files import write_json
+from utils.flags.recipes import with_recipe
+from utils.logger import log
+from utils.training.trainer import TrainConfig
+from utils.weights.sources import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 60.0  # seconds that a child has to end in good order
+PIXEL_METRICS = ("l1", "ssim", "psnr")
+Flags = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to measure: its name, the family whose curve it lies on, its flags of main.py."""
+
+    name: str
+    family: str
+    flags: Flags
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Images and budget that all contenders share."""
+
+    title: str  # of the images
+    flags: Flags
+    steps: int
+    lrs: tuple[float, ...]  # unless others are asked for; none: those of the recipes
+    data_folder: str | None = None
+    missing: str = ""  # what helps where the data folder does not exist
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says."""
+
+    steps: int
+    seeds: tuple[int, ...]
+    lrs: tuple[float, ...]  # none: that of the contender's recipe
+    jobs: int
+    threads: int  # of each job
+    output: Path
+    docs: Path
+    data_folder: str | None
+    weights_dir: str | None
+    num_test: int | None  # pairs that LPIPS is measured on; None: all
+    only: tuple[str, ...]
+    keep: bool = False  # what the page that is there holds of the same flags
+    images: str = ""  # tells them from others
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What evaluation.py can measure: LPIPS where its weights are there."""
+        weights = WEIGHTS[METRIC_WEIGHTS["lpips"]]
+        has_lpips = find(weights, weights_folder(self.weights_dir)) is not None
+        return (*PIXEL_METRICS, "lpips") if has_lpips else PIXEL_METRICS
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one contender."""
+
+    contender: Contender
+    flags: Flags  # all that decide what is trained
+    seed: int
+    output: Path
+    images: str = ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The flags with those of the recipe, and the images, as they are stored."""
+        whole = {**with_recipe(self.flags), "images": self.images}
+        stored: dict[str, Any] = json.loads(json.dumps(whole))
+        return stored
+
+    @property
+    def lr(self) -> float:
+        return float(self.identity.get("lr", TrainConfig.lr))
+
+    @property
+    def name(self) -> str:
+        steps = self.flags["max_steps"]
+        return f"{self.contender.name}-steps{steps}-lr{self.lr:g}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.output / "results" / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output / "models" / self.name / "best.pt"
+
+
+class Failure(Exception):
+    """A run that ended badly; its message is one line."""
+
+
+# ---------------------------------------------------------------------------------------- children
+
+
+@dataclass
+class Children:
+    """The scripts that are running; once they are stopped no other starts."""
+
+    threads: int
+    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    stopped: bool = False
+    lock: Lock = field(default_factory=Lock)
+
+    def run(self, log_file: Path, script: str, flags: Flags) -> float:
+        """Run a script of this repository to its end; returns its seconds.
+
+        Raises Failure with the last line it wrote.
+        """
+        start = time.perf_counter()
+        command = [sys.executable, str(ROOT / script), *words(flags)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "TQDM_MININTERVAL": "30"}
+        with log_file.open("ab") as file, self.lock:
+            if self.stopped:
+                raise Failure("interrupted")
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
+                start_new_session=True,  # so that Ctrl-C reaches it through `stop` alone
+            )  # fmt: skip
+            self.running.add(child)
+        code = child.wait()
+        with self.lock:
+            self.running.discard(child)
+        if self.stopped:
+            raise Failure("interrupted")
+        if code != 0:
+            raise Failure(f"{script} ended with {code}: {last_line(log_file)} ({log_file})")
+        return time.perf_counter() - start
+
+    def stop(self) -> None:
+        """Ask all to end, which has main.py save its state first; kill those that do not."""
+        with self.lock:
+            self.stopped = True
+            children = list(self.running)
+        for child in children:
+            child.terminate()
+        deadline = time.monotonic() + PATIENCE
+        for child in children:
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+def words(flags: Flags) -> list[str]:
+    """Flags as words of a command line; those that are None are left out."""
+    return [word for name, value in flags.items() for word in words_of(name, value)]
+
+
+def words_of(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, (list, tuple)):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", str(value)]
+
+
+def last_line(log_file: Path) -> str:
+    """The last line of a log that says something."""
+    lines = log_file.read_text(errors="replace").splitlines()
+    return printable(next((line for line in reversed(lines) if line.strip()), "no output"))
+
+
+# -------------------------------------------------------------------------------------- one run
+
+
+def trained(run: Run) -> dict[str, Any] | None:
+    """What was noted of a training of these flags that has ended well, or None."""
+    state = read_json(run.folder / "run.json")
+    whole = state.get("flags") == run.identity and run.checkpoint.exists()
+    return state.get("training") if whole else None
+
+
+def train(run: Run, settings: Settings, children: Children) -> None:
+    """Train, unless it was done; note validation PSNR, seconds and seconds a step."""
+    if trained(run) is not None:
+        return
+    before = read_json(run.folder / "run.json").get("flags")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "result.json").unlink(missing_ok=True)
+    write_json(run.folder / "run.json", {"flags": run.identity})
+    log_file = run.folder / "log.txt"
+    log_file.write_bytes(b"")
+    flags = {
+        **run.flags,
+        "data_folder": settings.data_folder,
+        "num_workers": settings.threads,
+        "output_folder": run.output,
+        "exp_name": run.name,
+        "overwrite": before != run.identity,
+    }
+    seconds = children.run(log_file, "main.py", flags)
+    training = {
+        "validation_psnr": validation_psnr(run),
+        "seconds": seconds,
+        "seconds_per_step": seconds_per_step(run),
+    }
+    write_json(run.folder / "run.json", {"flags": run.identity, "training": training})
+    for name in ("last.pt", "previous.pt"):
+        run.checkpoint.with_name(name).unlink(missing_ok=True)
+
+
+def validation_psnr(run: Run) -> float:
+    """The best over the validations of the training, by which best.pt was chosen."""
+    return float(read_checkpoint(run.checkpoint).content["best"])
+
+
+def seconds_per_step(run: Run) -> float:
+    """The median over the looks at the loss, the first left out, as it waits for compilers."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.output / "logs" / run.name)).Reload()
+    speeds = [event.value for event in board.Scalars("train/images_per_second")]
+    return float(run.flags["batch_size"] / statistics.median(speeds[1:] or speeds))
+
+
+def measure(run: Run, settings: Settings, children: Children) -> None:
+    """Reconstruct the test images, measure them, keep the figures and leave out the pictures."""
+    if finished(run, settings) is not None:
+        return
+    results, log_file = run.folder / "best.pt", run.folder / "log.txt"
+    pictures = results / "original", results / "rec"
+    flags: Flags = {
+        "output_folder": run.output,
+        "model_name": f"{run.name}/best.pt",
+        "data_folder": settings.data_folder,
+        "num_workers": settings.threads,
+        "batch_size": 64,
+    }
+    try:
+        seconds = {"test": children.run(log_file, "test.py", flags)}
+        start = time.perf_counter()
+        metrics = evaluate(pictures, settings, partial(children.run, log_file, "evaluation.py"))
+        seconds["evaluation"] = time.perf_counter() - start
+    finally:
+        for folder in pictures:
+            shutil.rmtree(folder, ignore_errors=True)
+    analysis = read_json(results / "analysis.json")
+    training = read_json(run.folder / "run.json")["training"]
+    result = {
+        "flags": run.identity,
+        "num_test": settings.num_test,
+        "metrics": metrics,
+        "rate": analysis["rate"],
+        "codebook": analysis["codebook"],
+        "training": training,
+        "seconds": {"training": training["seconds"], **seconds},
+        "machine": {**machine(), "jobs": settings.jobs, "threads": settings.threads},
+    }
+    write_json(run.folder / "result.json", result)
+
+
+def evaluate(
+    pictures: tuple[Path, Path], settings: Settings, evaluation: Callable[[Flags], object]
+) -> dict[str, float | None]:
+    """The mean of each metric: LPIPS over the first num_test pairs, the others over all."""
+    original, rec = pictures
+    common: Flags = {
+        "gt_path": original,
+        "g_path": rec,
+        "protocol": "clean",
+        "num_workers": settings.threads,
+        "weights_dir": settings.weights_dir,
+    }
+    apart = "lpips" in settings.metrics and settings.num_test is not None
+    evaluation({**common, "metrics": PIXEL_METRICS if apart else settings.metrics})
+    found = read_json(rec.parent / "metrics.json")["metrics"]
+    if apart:
+        lpips = rec.parent / "lpips"
+        evaluation({**common, "metrics": ["lpips"], "num_test": settings.num_test, "output": lpips})
+        found |= read_json(lpips / "metrics.json")["metrics"]
+    return {name: score["mean"] for name, score in found.items()}
+
+
+def finished(run: Run, settings: Settings) -> dict[str, Any] | None:
+    """The result of a run of these flags that has all metrics that are asked for, or None."""
+    result = read_json(run.folder / "result.json")
+    if result.get("flags") != run.identity or not set(settings.metrics) <= set(result["metrics"]):
+        return None
+    with_lpips = "lpips" in settings.metrics
+    return None if with_lpips and result["num_test"] != settings.num_test else result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file; empty where there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# ------------------------------------------------------------------------------------- all runs
+
+
+@dataclass
+class Contest:
+    """The runs of one contender: one for each learning rate and seed."""
+
+    contender: Contender
+    runs: list[Run]
+
+    def scores(self) -> dict[float, list[float]]:
+        """Validation PSNR of the runs that are trained, by learning rate."""
+        scores: dict[float, list[float]] = {}
+        for run in self.runs:
+            training = trained(run)
+            if training is not None:
+                scores.setdefault(run.lr, []).append(training["validation_psnr"])
+        return scores
+
+    def winners(self) -> list[Run]:
+        """The trained runs of the learning rate that is best on validation images.
+
+        The one that most seeds were trained with; among equals, the mean PSNR decides.
+        """
+        scores = self.scores()
+        if not scores:
+            return []
+        best = max(scores, key=lambda lr: (len(scores[lr]), statistics.mean(scores[lr])))
+        return [run for run in self.runs if run.lr == best and trained(run) is not None]
+
+
+def contests(contenders: Iterable[Contender], setup: Setup, settings: Settings) -> list[Contest]:
+    """The runs of each contender. One that names its learning rate has no other."""
+    found = []
+    for contender in contenders:
+        rates = [None] if "lr" in contender.flags else settings.lrs or [None]
+        runs = []
+        for lr in rates:
+            for seed in settings.seeds:
+                flags = {**setup.flags, **contender.flags, "max_steps": settings.steps}
+                flags |= {"seed": seed} if lr is None else {"seed": seed, "lr": lr}
+                runs.append(Run(contender, flags, seed, settings.output, settings.images))
+        found.append(Contest(contender, runs))
+    return found
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training, or the measurement of what was trained."""
+
+    contest: Contest
+    run: Run
+    work: Callable[[Run, Settings, Children], None] = train
+
+
+def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
+    """Train all runs, and measure those that won, so many at a time; returns what failed.
+
+    A contender is measured as soon as its last training has ended.
+    """
+    children = Children(settings.threads)
+    failures: list[str] = []
+    waiting = deque(Task(contest, run) for contest in found for run in contest.runs)
+    left = {contest.contender.name: len(contest.runs) for contest in found}  # trainings
+    running: dict[Future[None], Task] = {}
+
+    def ended(task: Task, error: BaseException | None) -> None:
+        if error is not None:
+            kind = "" if isinstance(error, (Failure, UserError)) else f"{type(error).__name__}: "
+            failures.append(f"{task.run.name}: {kind}{one_line(error)}")
+            log.warning("failed: %s", failures[-1])
+        if task.work is measure:
+            return
+        name = task.contest.contender.name
+        left[name] -= 1
+        if left[name] == 0:
+            winners = task.contest.winners()
+            waiting.extendleft(Task(task.contest, run, measure) for run in reversed(winners))
+
+    with (
+        tqdm(total=len(waiting) + len(found) * len(settings.seeds), unit="task") as bar,
+        ThreadPoolExecutor(settings.jobs) as pool,
+        stopping(children),
+    ):
+        while waiting or running:
+            while waiting and len(running) < settings.jobs:
+                task = waiting.popleft()
+                running[pool.submit(task.work, task.run, settings, children)] = task
+            bar.set_postfix_str(", ".join(describe(task) for task in running.values()))
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                ended(running.pop(future), future.exception())
+                bar.update()
+    return failures
+
+
+def describe(task: Task) -> str:
+    return f"{task.run.name} ({task.work.__name__})"
+
+
+@contextmanager
+def stopping(children: Children) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM end the children before they end this process."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        del frame
+        raise Stopped(signal.Signals(number), "interrupted; the same command goes on")
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except BaseException:
+        children.stop()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)

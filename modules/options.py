@@ -1,0 +1,35 @@
+"""Flags declared as dataclass fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    aliases: Sequence[str] = (),
+    flag: bool = True,
+) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    minimum and maximum are inclusive bounds, above an exclusive lower one. A field with flag=False
+    is stored in checkpoints but not offered on the command line.
+    """
+    metadata = {
+        "help": help,
+        "choices": None if choices is None else tuple(choices),
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "aliases": tuple(aliases),
+        "flag": flag,
+    }
+    return field(default=default, metadata=metadata)

@@ -1,0 +1,1 @@
+"""The quantisers, one file or folder each, and their registry."""

@@ -1,0 +1,1 @@
+"""LooC: a folder that works when copied alone into another project; needs torch only."""

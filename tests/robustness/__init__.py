@@ -1,0 +1,1 @@
+"""Tests with damaged input, killed processes and long runs."""

@@ -1,0 +1,1 @@
+"""Tests that run the scripts and programs as a user would."""

@@ -1,0 +1,596 @@
+"""Comparing many models: their flags, what is done again and what is not, tables and curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.config import DataConfig
+from datasets.images import TensorImages
+from experiments import photos, runs
+from experiments.ablations import TABLES
+from experiments.compare import STYLES, SUITES, draw_curves
+from experiments.margins import curve, margins, margins_table
+from experiments.options import SETUPS, chosen, fingerprint
+from experiments.runs import (
+    Children,
+    Contender,
+    Failure,
+    Run,
+    Settings,
+    contests,
+    finished,
+    run_all,
+    words,
+)
+from experiments.tables import (
+    Document,
+    Row,
+    collect,
+    earlier_page,
+    figures_table,
+    merged_validation,
+    spread,
+    with_kept,
+)
+from modules import ModelConfig
+from tests.conftest import ROOT, refusal, run_process
+from utils.files import write_json
+from utils.flags.arguments import build, build_model_config, parse_flags
+from utils.flags.recipes import RECIPES, with_recipe
+from utils.flags.search import SearchConfig
+from utils.training.trainer import TrainConfig
+
+LISTS = {
+    **{f"compare {name}": (SETUPS[name], contenders) for name, contenders in SUITES.items()},
+    **{
+        f"ablations {name} {recipe}": (SETUPS["sample"], list(question.variants(recipe)))
+        for name, question in TABLES.items()
+        for recipe in RECIPES
+    },
+}
+ABC = [Contender(name, "letters", {"num_embedding": 16}) for name in ("a", "b", "c")]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_flags_are_those_of_main(name: str) -> None:
+    setup, contenders = LISTS[name]
+    assert len({contender.name for contender in contenders}) == len(contenders) > 1
+    for contender in contenders:
+        argv = words({**setup.flags, **contender.flags, "max_steps": 10})
+        groups = ModelConfig, DataConfig, TrainConfig, SearchConfig
+        flags = with_recipe(parse_flags(None, *groups, argv=argv))
+        build(TrainConfig, flags)
+        model = build_model_config(flags, 1)
+        for flag, value in contender.flags.items():
+            if hasattr(model, flag):
+                assert getattr(model, flag) == value
+
+
+def test_every_family_has_a_style_of_its_own() -> None:
+    families = {contender.family for contenders in SUITES.values() for contender in contenders}
+    assert families == set(STYLES)
+    assert len({(s.colour, s.marker, s.line) for s in STYLES.values()}) == len(STYLES)
+    assert len({s.label for s in STYLES.values()}) == len(STYLES)
+
+
+def test_ingredients_follow_the_recipe() -> None:
+    variants = {variant.name: variant.flags for variant in TABLES["ingredients"].variants("paper")}
+    best = RECIPES["best"]
+    assert len(variants) == 2 + 2 * len(best)
+    for name, value in best.items():
+        assert variants[f"paper-with-{name}"][name] == value
+        left_out = with_recipe(variants[f"best-without-{name}"])
+        assert name not in left_out
+        assert {**left_out, name: value}.items() >= best.items()
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+def make_settings(folder: Path, **changes: Any) -> Settings:
+    settings = Settings(
+        steps=10,
+        seeds=(1, 2),
+        lrs=(0.1, 0.2),
+        jobs=2,
+        threads=1,
+        output=folder / "runs",
+        docs=folder / "docs",
+        data_folder=None,
+        weights_dir=str(folder),
+        num_test=None,
+        only=(),
+    )
+    return replace(settings, **changes)
+
+
+class Scripts:
+    """Stands for the three scripts: leaves what they leave, and remembers what it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, Mapping[str, Any]]] = []
+        self.failing: set[str] = set()  # names of runs whose training fails
+        monkeypatch.setattr(Children, "run", lambda _, *words: self.run(*words))
+        monkeypatch.setattr(runs, "seconds_per_step", lambda _: 0.25)
+        monkeypatch.setattr(runs, "validation_psnr", self.validation_psnr)
+
+    def run(self, log_file: Path, script: str, flags: Mapping[str, Any]) -> float:
+        self.calls.append((script, flags))
+        results = log_file.parent / "best.pt"
+        if script == "main.py":
+            if any(name in flags["exp_name"] for name in self.failing):
+                raise Failure("main.py ended with 2: it is broken")
+            models = flags["output_folder"] / "models" / flags["exp_name"]
+            models.mkdir(parents=True, exist_ok=True)
+            for name in ("best.pt", "last.pt", "previous.pt"):
+                (models / name).write_text(str(flags["lr"]))
+        elif script == "test.py":
+            for name in ("original", "rec"):
+                (results / name).mkdir(parents=True)
+            rate = {"entropy_bits_per_pixel": 0.9, "nominal_bits_per_pixel": 1.0}
+            used = {"usage_percent": 100.0, "perplexity": 14.0}
+            write_json(results / "analysis.json", {"rate": rate, "codebook": used})
+        else:
+            means = {name: {"mean": 20.0} for name in flags["metrics"]}
+            write_json(flags["g_path"].parent / "metrics.json", {"metrics": means})
+        return 1.0
+
+    @staticmethod
+    def validation_psnr(run: Run) -> float:
+        """The higher of two learning rates is better."""
+        return float(run.checkpoint.read_text()) * 100
+
+    def count(self, script: str) -> int:
+        return sum(name == script for name, _ in self.calls)
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
+    return Scripts(monkeypatch)
+
+
+def run_abc(settings: Settings) -> list[str]:
+    return run_all(contests(ABC, SETUPS["smoke"], settings), settings)
+
+
+def rows_of(settings: Settings) -> list[Row]:
+    return collect(contests(ABC, SETUPS["smoke"], settings), settings)
+
+
+def test_the_learning_rate_that_validates_best_is_measured(
+    scripts: Scripts, tmp_path: Path
+) -> None:
+    settings = make_settings(tmp_path)
+    assert run_abc(settings) == []
+    assert (scripts.count("main.py"), scripts.count("test.py")) == (3 * 2 * 2, 3 * 2)
+    for row in rows_of(settings):
+        assert (row.lr, row.seeds) == (0.2, [1, 2])
+        assert row.validation == {"0.1": pytest.approx(10), "0.2": pytest.approx(20)}
+        assert row.figures["psnr"] == [20.0, 20.0]
+        assert row.figures["step"] == [250.0, 250.0]
+        assert "lpips" not in row.figures
+    left = {path.name for path in settings.output.rglob("*")}
+    assert not left & {"original", "rec", "last.pt", "previous.pt"}
+    assert left >= {"best.pt", "metrics.json", "analysis.json", "result.json"}
+
+
+def test_what_is_done_is_not_done_again(
+    scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(tmp_path, lrs=(0.1,), seeds=(1,))
+    run_abc(settings)
+    before = list(scripts.calls)
+    run_abc(settings)
+    assert scripts.calls == before
+    result = next(settings.output.glob("results/a-*/result.json"))
+    result.unlink()  # as if it had been interrupted while being measured
+    run_abc(settings)
+    assert [name for name, _ in scripts.calls[len(before) :]] == ["test.py", "evaluation.py"]
+    monkeypatch.setitem(RECIPES, "paper", {"grad_clip": 2.0})  # other flags: all anew
+    run_abc(settings)
+    assert scripts.count("main.py") == 6
+    assert all(flags["overwrite"] for name, flags in scripts.calls[-9:] if name == "main.py")
+
+
+def test_an_interrupted_training_goes_on(scripts: Scripts, tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, lrs=(0.1,), seeds=(1,))
+    scripts.failing = {"a-"}
+    run_abc(settings)
+    scripts.failing = set()
+    run_abc(settings)
+    again = [flags for name, flags in scripts.calls if name == "main.py"][-1]
+    assert again["exp_name"].startswith("a-")
+    assert again["overwrite"] is False
+
+
+def test_one_failure_leaves_the_others(scripts: Scripts, tmp_path: Path) -> None:
+    settings = make_settings(tmp_path)
+    scripts.failing = {"b-", "c-steps10-lr0.2-seed1"}
+    failures = run_abc(settings)
+    assert len(failures) == 5
+    assert all("main.py ended with 2: it is broken" in failure for failure in failures)
+    rows = {row.name: row for row in rows_of(settings)}
+    assert set(rows) == {"a", "c"}
+    assert (rows["c"].lr, rows["c"].seeds) == (0.1, [1, 2])  # the one that both seeds survive
+
+
+def test_missing_lpips_is_measured_later(
+    scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(tmp_path, lrs=(0.1,), seeds=(1,), num_test=100)
+    run_abc(settings)
+    (tmp_path / "vgg16-features-rebuilt.pth").touch()
+    monkeypatch.setattr(runs, "evaluate", lambda *_: dict.fromkeys(settings.metrics, 1.0))
+    run_abc(settings)
+    assert (scripts.count("main.py"), scripts.count("test.py")) == (3, 6)
+    run = contests(ABC, SETUPS["smoke"], settings)[0].runs[0]
+    assert finished(run, settings) is not None
+    assert finished(run, replace(settings, num_test=None)) is None
+    (tmp_path / "vgg16-features-rebuilt.pth").unlink()
+    assert finished(run, replace(settings, num_test=None)) is not None
+
+
+def test_a_contenders_own_learning_rate_stays(tmp_path: Path) -> None:
+    own = Contender("own", "own", {"lr": 0.5})
+    found = contests([own], SETUPS["smoke"], make_settings(tmp_path))
+    assert [(run.lr, run.seed) for run in found[0].runs] == [(0.5, 1), (0.5, 2)]
+
+
+def test_a_script_that_fails_is_told_by_its_last_line(tmp_path: Path) -> None:
+    log_file = tmp_path / "log.txt"
+    with pytest.raises(Failure, match=r"main.py ended with 2: main.py: error: .*--anchorr"):
+        Children(threads=1).run(log_file, "main.py", {"anchorr": "closest"})
+
+
+def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
+    children = Children(threads=1)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    children.running.add(child)
+    children.stop()
+    assert child.returncode == -signal.SIGTERM
+    with pytest.raises(Failure, match="interrupted"):
+        children.run(tmp_path / "log.txt", "main.py", {})
+
+
+def test_contenders_are_chosen_by_name_or_family() -> None:
+    contenders = SUITES["fashion-mnist"]
+    assert chosen(contenders, []) == contenders
+    families = [contender.family for contender in chosen(contenders, ["fsq", "none"])]
+    assert set(families) == {"fsq", "none"}
+    names = [contender.name for contender in chosen(contenders, ["looc-K256-m[12]", "vq-*"])]
+    assert names == ["looc-K256-m1", "looc-K256-m2", *(f"vq-K{k}" for k in (32, 1024))]
+    message = refusal(lambda: chosen(contenders, ["fsqq"]))
+    assert message == "--only fsqq is unknown; did you mean fsq?"
+
+
+def test_flags_become_words() -> None:
+    flags = {"a": 1, "b": True, "c": False, "d": None, "e": ("x", "y"), "f": 1e-3}
+    assert words(flags) == ["--a", "1", "--b", "--no-c", "--e", "x", "y", "--f", "0.001"]
+
+
+# ------------------------------------------------------------------------------ tables and curves
+
+
+def canned() -> Iterator[Row]:
+    """Figures of the whole suite that are made up: quality grows with the rate."""
+    for number, contender in enumerate(SUITES["fashion-mnist"]):
+        bits = 0.3 * 2 ** (number % 6)
+        figures = {"entropy": [bits, bits * 1.1], "psnr": [20 + bits, 21 + bits]}
+        if contender.family == "none":
+            figures.pop("entropy")
+        yield Row(contender.name, contender.family, contender.flags, 1e-3, [1, 2], figures, {}, [])
+
+
+def test_curves_are_drawn_where_there_are_figures(tmp_path: Path) -> None:
+    rows = list(canned())
+    pictures = draw_curves(rows, "made up", tmp_path, "x")
+    assert list(pictures) == ["x-psnr.png"]  # none has LPIPS
+    with Image.open(tmp_path / "x-psnr.png") as picture:
+        assert picture.width > 900
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for style in STYLES.values():
+        colour = [int(style.colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels.astype(int) - colour).sum(1) == 0).any(), style.label
+    assert draw_curves([], "made up", tmp_path, "y") == {}
+
+
+def test_a_collapsed_codebook_does_not_break_the_curve(tmp_path: Path) -> None:
+    zero = Row("vq-K32", "vq", {}, 1e-3, [1], {"entropy": [0.0], "psnr": [10.0]}, {}, [])
+    assert draw_curves([zero, *canned()], "made up", tmp_path, "z")
+
+
+def row_at(family: str, rate: float, *psnr: float) -> Row:
+    figures = {"entropy": [rate] * len(psnr), "psnr": psnr}
+    return Row(f"{family}-{rate}", family, {}, 1e-3, [1] * len(psnr), figures, {}, [])
+
+
+def test_margins_are_read_at_equal_rate() -> None:
+    ours = curve([row_at("a", 4, 28), row_at("a", 0.5, 20, 22), row_at("a", 1, 24)])
+    assert ours.points == [(0.5, 21), (1, 24), (4, 28)]
+    assert (ours.at(0.4), ours.at(0.5), ours.at(2), ours.at(9)) == (None, 21, 26, 28)
+    level = curve([row_at("a", 1, 20), row_at("a", 2, 19), row_at("a", 1, 18)])
+    assert level.points == [(1, 20), (2, 20)]
+    below = [
+        row_at("a", rate, psnr) for rate, psnr in ((0.25, 14), (0.5, 14.5), (2, 26), (3, 26.1))
+    ]
+    hull = curve([*below, row_at("a", 1, 24), row_at("a", 4, 28)])
+    assert hull.points == [(0.25, 14), (1, 24), (4, 28)]
+    peer = curve([row_at("b", 0.25, 21), row_at("b", 2, 24), row_at("b", 32, 27.5)])
+    assert margins(ours, peer) == [
+        *((0.5, -1), (1, pytest.approx(1)), (2, 2), (4, 3.125), (16, 1.375)),
+    ]
+    assert margins(ours, curve([])) == margins(curve([]), peer) == []
+
+
+def test_the_least_margin_of_each_peer_is_told() -> None:
+    rows = [row_at("a", 0.5, 20), row_at("a", 1, 22), row_at("b", 0.5, 21), row_at("b", 1, 21.5)]
+    below = [row_at("a", 0.25, 10), row_at("c", 0.1, 9)]  # whose curve stays level from there on
+    table = margins_table([*rows, *below], ["a"], ["b", "c"])
+    assert table.rows == [
+        ["b", "0.50 to 1.00", "-1.00", "0.50", "+0.50", "1.00"],
+        ["c", "0.30 to 0.30", "+3.63", "0.30", "+3.63", "0.30"],
+    ]
+
+
+def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
+    rows = list(canned())[:3]
+    settings = make_settings(tmp_path, steps=1234)
+    document = Document(
+        *("page", "Title", "About."),
+        command="python experiments/compare.py",
+        setup=SETUPS["fashion-mnist"],
+        settings=settings,
+        rows=rows,
+        expected=5,
+        failures=["vq-K32-steps10-lr0.1-seed1: broken"],
+        pictures={"page.png": "a picture"},
+    )
+    paths = document.write()
+    text = paths[0].read_text()
+    assert "1,234 steps; seeds 1, 2: mean ± sample standard deviation." in text
+    assert "the one of 0.1, 0.2 with the best mean validation PSNR" in text
+    assert "2 of 5 are not there" in text
+    assert "vq-K32-steps10-lr0.1-seed1" in text
+    assert "LPIPS was not measured" in text
+    assert f"--only {' '.join(row.name for row in rows)}`" in text
+    assert "![a picture](page.png)" in text
+    assert "compare.py --steps 1234 --seeds 1 2 --lrs 0.1 0.2 --only" in text
+    assert "--max_steps 1234" in text
+    assert str(tmp_path) not in text
+    content = json.loads(paths[1].read_text())
+    assert [row["name"] for row in content["rows"]] == [row.name for row in rows]
+    assert content["rows"][0]["figures"]["psnr"] == list(rows[0].figures["psnr"])
+    assert str(tmp_path) not in paths[1].read_text()
+
+
+def write_page(folder: Path, contenders: list[Contender], **changes: Any) -> dict[str, Any]:
+    """Run some of ABC and write their page; what its JSON holds."""
+    settings = make_settings(folder, **{"lrs": (0.1,), **changes})
+    setup, earlier = SETUPS["smoke"], earlier_page("page", settings)
+    run_all(contests(contenders, setup, settings), settings)
+    rows = collect(contests(ABC, setup, settings), settings)
+    rows = with_kept(rows, ABC, setup, settings, earlier)
+    Document(
+        *("page", "Title", "About.", "compare.py"), setup=setup, settings=settings, rows=rows,
+        expected=3,
+    ).write()  # fmt: skip
+    content: dict[str, Any] = json.loads((folder / "docs" / "page.json").read_text())
+    return content
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_page_is_made_in_parts(tmp_path: Path) -> None:
+    write_page(tmp_path, ABC[:2], seeds=(1,))
+    other = {"output": tmp_path / "another", "keep": True}
+    content = write_page(tmp_path, ABC[1:], seeds=(2,), **other)
+    assert [(row["name"], row["seeds"]) for row in content["rows"]] == [
+        *(("a", [1]), ("b", [1, 2]), ("c", [2])),
+    ]
+    assert content["rows"][1]["figures"]["psnr"] == [20.0, 20.0]
+    assert content["rows"][1]["validation"] == {"0.1": pytest.approx(10)}
+    text = (tmp_path / "docs" / "page.md").read_text()
+    assert "seeds 1, 2: mean ± sample standard deviation. Not every row has all" in text
+    assert "compare.py --steps 10 --seeds 1 2 --lrs 0.1`" in text
+    content = write_page(tmp_path, [], seeds=(2,), **other)
+    assert [row["name"] for row in content["rows"]] == ["a", "b", "c"]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_what_is_of_something_else_is_not_joined(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "page.json"
+    written = write_page(tmp_path, ABC[:1], seeds=(1,), images="12 + 3, SHA-256 abc")
+    other: dict[str, Any] = {"keep": True, "images": "12 + 3, SHA-256 abc", "seeds": (2,)}
+
+    def refused(**changes: Any) -> str:
+        before = page.read_bytes()
+        message = refusal(lambda: write_page(tmp_path, ABC[1:], **{**other, **changes}))
+        assert page.read_bytes() == before
+        return message.removeprefix("--keep: ")
+
+    images = f"{page} is of other images: 12 + 3, SHA-256 abc, not 12 + 3, SHA-256 d"
+    assert refused(images="12 + 3, SHA-256 d") == images
+    assert refused(lrs=(0.2,)) == f"--lrs 0.2 is not that of {page}, 0.1"
+    assert refused(lrs=()) == f"--lrs none is not that of {page}, 0.1"
+    # The number of pairs of LPIPS counts where it was measured.
+    assert len(write_page(tmp_path, ABC[1:2], num_test=5, **other)["rows"]) == 2
+    write_json(page, {**written, "metrics": ["psnr", "lpips"], "lpips_pairs": 7})
+    assert refused(num_test=5) == f"--num_test 5 is not that of {page}, 7"
+    page.write_text("{")
+    assert refused() == f"{page} is damaged: it has no lpips_pairs"
+
+
+def test_images_are_told_apart(scripts: Scripts, tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, lrs=(0.1,), seeds=(1,), images="some")
+    run_abc(settings)
+    run_abc(replace(settings, images="others"))
+    assert scripts.count("main.py") == 6
+    assert all(flags["overwrite"] for name, flags in scripts.calls[9:] if name == "main.py")
+    images = TensorImages(torch.zeros(5, 1, 4, 4, dtype=torch.uint8))
+    before = fingerprint(images, images)
+    images.images[4, 0, 3, 3] = 1
+    assert fingerprint(images, images) != before
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_page_stays_where_nothing_was_measured(tmp_path: Path) -> None:
+    before = write_page(tmp_path, ABC[:1])
+    assert write_page(tmp_path, [], steps=11) == before
+
+
+@pytest.mark.usefixtures("scripts")
+def test_lpips_of_other_pairs_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "vgg16-features-rebuilt.pth"
+    weights.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "evaluate", lambda *_: {"psnr": 1.0, "ssim": 1, "l1": 1, "lpips": 0.5})
+        content = write_page(tmp_path, ABC[:1], seeds=(1,), num_test=7)
+    assert content["metrics"] == ["l1", "ssim", "psnr", "lpips"]
+    assert "(LPIPS on the first 7)" in (tmp_path / "docs" / "page.md").read_text()
+    weights.unlink()
+    content = write_page(tmp_path, ABC[:1], seeds=(1,), num_test=5)
+    assert content["metrics"] == ["l1", "ssim", "psnr"]
+    assert "LPIPS was not measured." in (tmp_path / "docs" / "page.md").read_text()
+
+
+def test_cells_are_mean_and_sample_deviation() -> None:
+    assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    assert spread([1.0], 1) == "1.0"
+    assert spread([], 1) == "–"
+    table = figures_table("x", list(canned()))
+    assert "LPIPS" not in table.columns
+    assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+# ----------------------------------------------------------------------------------------- photos
+
+
+def jpeg(width: int, height: int, colour: int) -> bytes:
+    import io
+
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (colour, 0, 0)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_no_photograph_is_on_both_sides(tmp_path: Path) -> None:
+    files = {f"photo-{i}": jpeg(300, 520, i) for i in range(13)}
+    counts = photos.write_crops(files, tmp_path)
+    assert counts == {"train": 11 * 2 * 4, "test": 2 * 2 * 4}  # of 150 × 260
+    sides = {}
+    for split, count in counts.items():
+        paths = list((tmp_path / split).glob("*.png"))
+        assert len(paths) == count
+        sides[split] = {path.stem.rsplit("-", 2)[0] for path in paths}
+        with Image.open(paths[0]) as crop:
+            assert (crop.size, crop.mode) == ((64, 64), "RGB")
+    assert not sides["train"] & sides["test"]
+    assert sides["train"] | sides["test"] == set(files)
+    assert photos.splits(list(files)) == photos.splits(list(reversed(files)))
+
+
+def test_masks_are_no_photographs(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        for name in (
+            *("classification/1.jpg", "segmentation/1.jpg", "segmentation/1_segmented.jpg"),
+            *("other/1.jpg", "segmentation/note.txt"),
+        ):
+            wheel.writestr(f"ai_benchmark/data/{name}", b"x")
+    assert set(photos.photographs(tmp_path / "x.whl")) == {"classification-1", "segmentation-1"}
+
+
+def test_halving_averages() -> None:
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[:, ::2] = 200
+    [(position, crop)] = photos.crops(Image.fromarray(stripes))
+    assert position == "0-0"
+    assert np.asarray(crop).min() == np.asarray(crop).max() == 100
+
+
+# ---------------------------------------------------------------------------------- as a user does
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--only", "lock"], "--only lock is unknown; did you mean looc?"),
+        (["--jobs", "0"], "argument --jobs: 0 is less than 1"),
+        (["--seeds", "x"], "argument --seeds: invalid whole number value: 'x'"),
+        (["--lrs", "0"], "argument --lrs: 0.0 is not between 0 and 10"),
+        (["--suite", "photos"], "--data_folder data/photos does not exist"),
+        (["--num_test", "1001"], "--num_test 1001, but there are 1000 test images"),
+    ],
+)
+def test_mistakes_are_one_line(script: Any, words: list[str], line: str) -> None:
+    outcome = script("experiments/compare.py", "--suite", "smoke", *words)
+    assert outcome.code == 2
+    assert line in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_tables_refuse_what_has_no_effect(script: Any) -> None:
+    for arguments, line in (
+        (("ingredients", "--lrs", "0.1"), "--lrs 0.1 has no effect with --table ingredients"),
+        (("headline", "--recipe", "best"), "--recipe best has no effect with --table headline"),
+    ):
+        outcome = script("experiments/ablations.py", "--table", *arguments)
+        assert outcome.code == 2
+        assert line in outcome.err
+
+
+@pytest.mark.slow
+def test_the_smoke_suite_from_end_to_end(tmp_path: Path) -> None:
+    command = [str(ROOT / "benchmarks" / "compare.py"), "--suite", "smoke", "--jobs", "2"]
+    outcome = run_process([*command, "--weights_dir", str(tmp_path)], tmp_path)
+    assert outcome.code == 0, outcome.err
+    content = json.loads((tmp_path / "docs" / "compare-smoke-60.json").read_text())
+    figures = {row["name"]: row["figures"] for row in content["rows"]}
+    assert set(figures) == {contender.name for contender in SUITES["smoke"]}
+    assert all(math.isfinite(values["psnr"][0]) for values in figures.values())
+    assert (tmp_path / "docs" / "compare-smoke-60-psnr.png").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_children_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    command = [str(ROOT / "benchmarks" / "compare.py"), "--suite", "smoke", "--only", "looc-m4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *command, "--steps", "100000"]
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        logs = tmp_path / "output" / "compare" / "smoke" / "logs"
+        while not list(logs.glob("*/events*")):
+            time.sleep(0.2)
+        time.sleep(2)
+        parent.send_signal(signal.SIGTERM)
+        _, errors = parent.communicate()
+    assert parent.returncode == 143
+    assert errors.strip().endswith("compare.py: interrupted; the same command goes on")
+    assert len(list(tmp_path.glob("output/compare/smoke/models/*/last.pt"))) == 1
+
+
+def test_a_seed_counts_once_in_the_validation_of_a_merged_row() -> None:
+    def row(seeds: list[int], mean: float) -> Row:
+        return Row("a", "f", {}, 1.0, seeds, {}, {"1": mean}, [])
+
+    old = {"seeds": [1, 2], "validation": {"1": 10.0}}
+    assert merged_validation(old, None) == {"1": 10.0}
+    assert merged_validation(old, row([1], 12.0)) == {"1": 10.0}
+    assert merged_validation(old, row([1, 2, 3], 12.0)) == {"1": 12.0}
+    assert merged_validation(old, row([3, 4], 12.0)) == {"1": 11.0}

@@ -1,0 +1,340 @@
+"""Several processes train one model: the codebook is the same everywhere, and that of one process.
+
+Each test starts 2 or 3 processes on this machine that talk by gloo.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import multiprocessing
+
+import utils.training.trainer
+from datasets import BatchLoader, TensorImages
+from modules import VQGAN, LooCQuantizer, ModelConfig, make_model
+from modules.quantizers.looc.quantizer import ANCHORS
+from tests.conftest import ROOT, Outcome, run_process
+from utils.devices import seed_everything
+from utils.distributed import rank, seed_rank
+from utils.flags.recipes import RECIPES
+from utils.training.objectives import Adversarial, MeanSquaredError, ObjectiveConfig
+from utils.training.trainer import TrainConfig, Trainer
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(num_embedding=8, hidden_size=8, num_residual_hidden=4)
+TRAIN = TrainConfig(batch_size=8, num_epochs=20, max_steps=20, lr=1e-2, log_every=2)
+VQGAN_FLAGS: dict[str, Any] = {
+    **{"model": "vqgan", "channel_multipliers": "1,2,2", "num_residual_layers": 1},
+    **{"attention_levels": 0, "latent_channels": 8, "num_residual_hidden": 32},
+}
+GAN = ObjectiveConfig(disc_start=10, disc_channels=4, disc_layers=2)
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([__name__, "torch.utils.tensorboard"])
+
+
+def together(num_ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """What work(folder, *arguments) returns in each of several processes."""
+    folder.mkdir(exist_ok=True)
+    processes = [
+        context.Process(target=join, args=(rank, num_ranks, work, folder, arguments))
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * num_ranks
+    return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def join(
+    rank: int, num_ranks: int, work: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    if num_ranks > 1:
+        rendezvous = f"file://{folder / 'rendezvous'}"
+        dist.init_process_group("gloo", rendezvous, rank=rank, world_size=num_ranks)
+    torch.save(work(folder, *arguments), folder / f"result{rank}.pt")
+    if num_ranks > 1:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------- the quantiser
+
+
+def my_part(features: torch.Tensor) -> torch.Tensor:
+    """This process's share of a batch, unequal to the others'."""
+    if not dist.is_initialized():
+        return features
+    return features.tensor_split([len(features) // 3, len(features) // 2])[dist.get_rank()]
+
+
+def quantise(folder: Path, anchor: str, steps: int, **switches: Any) -> list[torch.Tensor]:
+    """State after some steps of the quantiser alone, which are all of them re-initialisation."""
+    del folder
+    torch.manual_seed(0)
+    quantizer = LooCQuantizer(32, 4, anchor=anchor, **switches)
+    generator = torch.Generator().manual_seed(1)
+    seed_rank(5)
+    states = []
+    for step in range(steps):
+        features = torch.randn(6, 8, 2, 3, generator=generator) + step
+        features[0, 0, 0, 0] = torch.nan
+        quantizer(my_part(features))
+        states += [quantizer.codebook.detach().clone(), quantizer.usage.clone()]
+    return [*states, quantizer.pool]
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_every_process_writes_the_same_codebook(anchor: str, tmp_path: Path) -> None:
+    """Bit for bit, whatever share of the features each has, with one that is not a number."""
+    first, *others = together(3, quantise, tmp_path, anchor, 4)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
+    assert all(value.isfinite().all() for value in first)
+    one = together(1, quantise, tmp_path / "one", anchor, 4)[0]
+    torch.testing.assert_close(first[1], one[1])  # usage
+    if anchor in ("closest", "none"):
+        torch.testing.assert_close(first, one)
+
+
+def contrast(folder: Path) -> torch.Tensor:
+    """The gradient of the codebook where the last process has no image."""
+    del folder
+    torch.manual_seed(0)
+    quantizer = LooCQuantizer(4, 2, contras_loss=True)
+    z = torch.randn(2, 4, 3, 3)[: 2 - 2 * rank()]
+    quantizer(z).loss.backward()
+    assert quantizer.codebook.grad is not None
+    return quantizer.codebook.grad
+
+
+def test_a_process_without_images_has_no_contrast(tmp_path: Path) -> None:
+    first, second = together(2, contrast, tmp_path)
+    assert first.any()
+    assert not second.any()
+
+
+SWITCHES: tuple[dict[str, Any], ...] = (
+    {"codebook_update": "ema"},
+    {"codebook_update": "ema", "codebook_start": "features"},
+    {"codebook_update": "ema", "codebook_start": "kmeans", "distance": "l2"},
+    {"codebook_update": "ema", "latent_norm": "running", "latent_channels": 8},
+)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda switches: "-".join(switches))
+def test_switches_write_the_same_codebook(switches: dict[str, Any], tmp_path: Path) -> None:
+    work = partial(quantise, **switches)
+    first, *others = together(3, work, tmp_path, "closest", 4)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
+    one = together(1, work, tmp_path / "one", "closest", 4)[0]
+    torch.testing.assert_close(first, one)
+
+
+def draw(folder: Path, anchor: str) -> torch.Tensor:
+    """Which of 12 features 3,000 dead codevectors were pulled to, (12,)."""
+    del folder
+    torch.manual_seed(3)
+    quantizer = LooCQuantizer(3000, 2, anchor=anchor)
+    angles = torch.linspace(0, 6, 12)
+    features = torch.stack([angles.cos(), angles.sin()]).T  # (12, 2)
+    with torch.no_grad():
+        quantizer.codebook.copy_(torch.tensor([1.0, 0.0]))
+    seed_rank(3)
+    for _ in range(2 if anchor == "random" else 1):  # the pool is filled, then half replaced
+        quantizer.usage.zero_()
+        with torch.no_grad():
+            quantizer.codebook.copy_(torch.tensor([1.0, 0.0]))
+        quantizer(my_part(features)[:, :, None, None])
+    # a = exp(−10⁻³) of the way, as nearly none was matched.
+    pulled = (quantizer.codebook - features[0]) / torch.exp(torch.tensor(-1e-3)) + features[0]
+    distance = torch.cdist(pulled, features)
+    near = distance.amin(1) < 0.01
+    return torch.bincount(distance.argmin(1)[near], minlength=12)
+
+
+@pytest.mark.parametrize("anchor", ["random", "probrandom"])
+def test_draws_have_the_distribution_of_one_process(anchor: str, tmp_path: Path) -> None:
+    """Chi-square of 3,000 draws among features that three processes hold in unequal shares."""
+    counts = together(3, draw, tmp_path, anchor)[0].double()
+    assert counts.sum() >= 2990
+    angles = torch.linspace(0, 6, 12).double()
+    expected = (
+        torch.full((12,), 1 / 12).double() if anchor == "random" else F.softmax(angles.cos(), 0)
+    )
+    expected = expected * counts.sum()
+    assert ((counts - expected).square() / expected).sum() < 31.3  # 99.9 % quantile, 11 degrees
+
+
+# ------------------------------------------------------------------------------------ the trainer
+
+
+def train(
+    folder: Path, anchor: str, num_images: int, accumulate: int, gan: bool = False, **switches: Any
+) -> dict[str, torch.Tensor | float]:
+    """Weights after 20 steps, the validation's PSNR, and how far codebooks ever were apart.
+
+    In float64 and with few codevectors: else rounding would decide between anchors of nearly one
+    direction, or between codevectors that were pulled to one anchor.
+    """
+    utils.training.trainer.to_signed = lambda images: images.double() / 127.5 - 1
+    images = torch.randint(256, (40, 1, 16, 16), generator=torch.Generator().manual_seed(0))
+    training, validation = images.to(torch.uint8).split([30, 10])
+    config = replace(TRAIN, accumulate=accumulate)
+    share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    seed_everything(1, CPU)
+    model = make_model(replace(MODEL, anchor=anchor, **switches)).double()
+    objective = Adversarial(GAN, cast(VQGAN, model), None) if gan else MeanSquaredError(0.1)
+    model.quantizer.search = "torch"
+    seed_rank(1)
+    trainer = Trainer(
+        model,
+        BatchLoader(
+            TensorImages(training[:num_images]), 8, device=CPU, shuffle=True, seed=1,
+            rank=share[0], num_ranks=share[1],
+        ),
+        BatchLoader(TensorImages(validation), 4, device=CPU, rank=share[0], num_ranks=share[1]),
+        config,
+        objective=objective,
+        models=folder / "models",
+        logs=folder / "logs",
+        stored={},
+    )  # fmt: skip
+    apart = 0.0
+    step = trainer.train_step
+
+    def compared(images: torch.Tensor) -> None:
+        nonlocal apart
+        step(images)
+        if dist.is_initialized():
+            codebooks = [torch.empty_like(model.quantizer.codebook) for _ in range(share[1])]
+            dist.all_gather(codebooks, model.quantizer.codebook.detach().contiguous())
+            apart = max(apart, *(float((book - codebooks[0]).abs().max()) for book in codebooks))
+
+    trainer.train_step = compared  # type: ignore[method-assign]
+    trainer.fit()
+    judge = objective.discriminator.state_dict() if isinstance(objective, Adversarial) else {}
+    return {**model.state_dict(), **judge, "best": trainer.best, "apart": apart}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_images", [24, 25], ids=["equal batches", "a last batch of one"])
+def test_processes_equal_one_with_the_whole_batch(
+    num_ranks: int, num_images: int, tmp_path: Path
+) -> None:
+    """20 steps of 8 images in all; of a last batch of one image the other processes have none."""
+    (one,) = together(1, train, tmp_path / "one", "closest", num_images, 1)
+    several = together(num_ranks, train, tmp_path / "several", "closest", num_images, 1)
+    for result in several:
+        assert result["apart"] == 0
+        for name, value in one.items():
+            torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-6)
+    written = sorted(path.name for path in (tmp_path / "several" / "models").iterdir())
+    assert written == ["best.pt", "last.pt", "previous.pt"]
+
+
+def test_the_best_recipe_equals_one_process(tmp_path: Path) -> None:
+    """Batch norm, its gradient and the EMA over all processes, of which one has the last image."""
+    own = {name: value for name, value in RECIPES["best"].items() if hasattr(MODEL, name)}
+    work = partial(train, **own | {"codebook_start": "uniform"})  # draws depend on who has what
+    (one,) = together(1, work, tmp_path / "one", "closest", 25, 1)
+    for result in together(2, work, tmp_path / "several", "closest", 25, 1):
+        assert result["apart"] == 0
+        for name, value in one.items():
+            torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_vqgan_equals_one_process(tmp_path: Path) -> None:
+    """The discriminator's batch norm and gradients and the adaptive weight are of the batch.
+
+    It takes part after ten steps; of the last batch one process has no image.
+    """
+    pytest.importorskip("diffusers")
+    work = partial(train, gan=True, **VQGAN_FLAGS)
+    (one,) = together(1, work, tmp_path / "one", "closest", 25, 1)
+    first, second = together(2, work, tmp_path / "several", "closest", 25, 1)
+    assert first["apart"] == 0
+    for name, value in one.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+        assert name == "apart" or torch.equal(*map(torch.as_tensor, (first[name], second[name])))
+
+
+def test_vqgan_in_parts_that_are_empty_for_some(tmp_path: Path) -> None:
+    """Of the last batch of one image in two parts one process has none, and there is one part."""
+    pytest.importorskip("diffusers")
+    work = partial(train, gan=True, **VQGAN_FLAGS)
+    first, second = together(2, work, tmp_path, "closest", 25, 3)
+    assert first["apart"] == 0
+    for name, value in first.items():
+        assert torch.as_tensor(value).isfinite().all(), name
+        assert name == "apart" or torch.equal(*map(torch.as_tensor, (value, second[name])))
+
+
+@pytest.mark.parametrize("anchor", ["random", "probrandom"])
+def test_codebooks_stay_the_same_in_training(anchor: str, tmp_path: Path) -> None:
+    first, second = together(2, train, tmp_path, anchor, 25, 2)
+    assert first["apart"] == second["apart"] == 0
+    assert torch.equal(first["quantizer.codebook"], second["quantizer.codebook"])
+
+
+def test_processes_and_parts_together(tmp_path: Path) -> None:
+    (one,) = together(1, train, tmp_path / "one", "closest", 25, 1)
+    result = together(2, train, tmp_path / "several", "closest", 25, 2)[0]
+    for name, value in one.items():
+        torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- as a user
+
+
+def torchrun(folder: Path, script: str, *words: str) -> Outcome:
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    return run_process([*launcher, str(ROOT / script), *words], folder)
+
+
+def test_torchrun_trains_and_tests_as_one_process_does(mnist: Path, tmp_path: Path) -> None:
+    """The first process alone writes; pictures and analysis are those of one process."""
+    data = ("--dataset", "mnist", "--data_folder", str(mnist), "--device", "cpu")
+    small = ("--hidden_size", "8", "--num_embedding", "16", "--exp_name", "e")
+    steps = ("--batch_size", "8", "--max_steps", "6", "--save_every", "2")
+    trained = torchrun(tmp_path, "main.py", *data, *small, *steps)
+    assert trained.code == 0, trained.err
+    assert "on cpu, 2 processes" in trained.err
+    assert trained.err.count("epoch 1, step 5: validation") == 1
+    assert "Warning" not in trained.err
+    models = tmp_path / "output" / "models" / "e"
+    assert sorted(path.name for path in models.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
+
+    words = ("--model_name", "e/best.pt", "--batch_size", "3", "--device", "cpu")
+    results = tmp_path / "output" / "results" / "e" / "best.pt"
+    found = []
+    for outcome in (torchrun(tmp_path, "test.py", *words), None):
+        outcome = outcome or run_process([str(ROOT / "test.py"), *words], tmp_path)
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.count("codebook usage") == 1
+        files = sorted(path for path in results.rglob("*") if path.suffix in (".png", ".json"))
+        found.append({str(path.relative_to(results)): path.read_bytes() for path in files})
+    assert len(found[0]) == 2 * 12 + 5
+    assert found[0] == found[1]
+
+
+def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
+    words = ("--dataset", "folder", "--data_folder", "nowhere", "--device", "cpu")
+    outcome = torchrun(tmp_path, "main.py", *words)
+    assert outcome.code == 1
+    assert outcome.err.count("main.py: error: --data_folder nowhere does not exist") == 1
+    evaluation = torchrun(tmp_path, "evaluation.py", "--gt_path", "a", "--g_path", "b")
+    assert "evaluation.py: error: it runs as one process;" in evaluation.err

@@ -1,0 +1,1 @@
+"""Checkpoints: written, read without executing anything, translated from other projects."""

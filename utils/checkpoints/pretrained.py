@@ -1,0 +1,224 @@
+"""Encoders and decoders that others trained, as a start of --model vqgan.
+
+Their quantiser is left behind: a new one takes its place, and the whole is fine-tuned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from modules import Autoencoder, ModelConfig, make_model
+from utils.checkpoints.checkpoint import FORMAT, StateDict, describe
+from utils.checkpoints.translate import (
+    DIFFUSERS,
+    TAMING,
+    mirrored,
+    renamed,
+    shapes_tell,
+    size,
+    with_convs,
+)
+from utils.checkpoints.unpickle import read_pickle
+from utils.errors import UserError, one_line
+from utils.logger import log
+
+CLASSES = ("VQModel", "AutoencoderKL")
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# What --model vqgan has where the configuration of diffusers leaves a choice.
+ONLY = {"act_fn": "silu", "norm_type": "group", "mid_block_add_attention": True}
+BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+}
+CONVS = {"use_quant_conv": "pre_vq_conv.weight", "use_post_quant_conv": "post_vq_conv.weight"}
+# What checkpoints hold besides tensors: Lightning's callbacks, NumPy's numbers in schedules.
+INERT = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.")
+TAMING_GROUPS = 32  # of the normalisations; fixed there
+
+
+class Source(NamedTuple):
+    """What a file holds, under our names, and the groups of its normalisations."""
+
+    label: str
+    groups: Any
+    state_dict: dict[str, Tensor]
+
+
+class Fitted(NamedTuple):
+    """Weights to load into a model, and the names of those that it keeps as they are."""
+
+    loaded: dict[str, Tensor]
+    new: list[str]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights of encoder, decoder and the 1×1 convolutions around the quantiser, as float32."""
+
+    path: Path
+    flags: dict[str, Any]  # those of ModelConfig that describe the network
+    state_dict: dict[str, Tensor]
+    origin: str
+
+
+def read_pretrained(path: str | Path) -> Pretrained:
+    """Open a diffusers folder, or a checkpoint of taming-transformers or latent-diffusion.
+
+    Raises UserError, naming --pretrained, where it is missing, damaged, would execute code when
+    opened, or is of an architecture that --model vqgan does not have.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise ValueError("does not exist")
+        source = from_diffusers(path) if path.is_dir() else from_taming(path)
+        state_dict = with_convs(source.state_dict)
+        flags = shapes_tell(state_dict, source.groups)
+    except OSError as error:
+        name, reason = error.filename or path, error.strerror or one_line(error)
+        raise UserError(f"--pretrained {name} cannot be read: {reason}") from error
+    except ValueError as error:
+        raise UserError(f"--pretrained {path} {one_line(error)}") from error
+    return Pretrained(path, flags, state_dict, f"{source.label} in {path}")
+
+
+def with_pretrained(flags: Mapping[str, Any], pretrained: Pretrained | None) -> dict[str, Any]:
+    """The flags given, and those of the network whose weights are taken up.
+
+    The channels of the latents alone may differ: the convolutions around the quantiser are new
+    then. Raises UserError where a flag contradicts the weights.
+    """
+    if pretrained is None:
+        return dict(flags)
+    told = {"model": "vqgan", **pretrained.flags}
+    for name in [name for name in told if name in flags and name != "latent_channels"]:
+        if flags[name] != told[name]:
+            raise UserError(
+                f"--{name} {flags[name]} contradicts --pretrained {pretrained.path}, "
+                f"which has {told[name]}"
+            )
+    return {**told, **flags}
+
+
+def start(config: ModelConfig, pretrained: Pretrained | None) -> Autoencoder:
+    """A new model, with encoder and decoder of the pretrained one, if there is one.
+
+    Raises UserError where they do not fit.
+    """
+    model = make_model(config)
+    if pretrained is not None:
+        channels = pretrained.flags["in_channels"]
+        if channels != config.in_channels:
+            raise UserError(
+                f"--pretrained {pretrained.path} takes images of {channels} channels, "
+                f"those of --dataset have {config.in_channels}"
+            )
+        fitted = fit(pretrained, model.state_dict())
+        model.load_state_dict(fitted.loaded, strict=False)
+        new = dict.fromkeys(name.split(".")[0] for name in fitted.new)
+        log.info("starting from %s; new: %s", pretrained.origin, ", ".join(new))
+    return model
+
+
+def fit(pretrained: Pretrained, expected: StateDict) -> Fitted:
+    """What of it to load into the model of this state dict.
+
+    The convolutions around the quantiser stay new where the latents have other channels. Raises
+    UserError naming the first tensor that is missing, misshapen or has no place.
+    """
+    given = pretrained.state_dict
+    parts: tuple[str, ...] = ("encoder.", "decoder.")
+    if given["pre_vq_conv.weight"].shape[0] == expected["pre_vq_conv.weight"].shape[0]:
+        parts += ("pre_vq_conv.", "post_vq_conv.")
+    for name in [*expected, *given]:
+        theirs, ours = size(given.get(name)), size(expected.get(name))
+        if name.startswith(parts) and theirs != ours:
+            raise UserError(
+                f"--pretrained {pretrained.path} does not fit: "
+                f"{name} is {theirs} where the model has {ours}"
+            )
+    loaded = {name: value for name, value in given.items() if name.startswith(parts)}
+    return Fitted(loaded, [name for name in expected if name not in loaded])
+
+
+def from_diffusers(folder: Path) -> Source:
+    """A folder that save_pretrained wrote."""
+    if not (folder / "config.json").is_file():
+        raise ValueError("has no config.json; of a pipeline, give the folder vae or vqvae in it")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"has a config.json that is damaged ({type(error).__name__})") from error
+    if not isinstance(config, dict) or config.get("_class_name") not in CLASSES:
+        name = config.get("_class_name") if isinstance(config, dict) else None
+        raise ValueError(f"is of class {name}, not {' or '.join(CLASSES)}")
+    check_config(config)
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"has no weights: neither {' nor '.join(WEIGHTS)}")
+    state_dict = renamed(read_tensors(path), DIFFUSERS)
+    for flag, name in CONVS.items():
+        if config.get(flag, True) != (name in state_dict):
+            there = describe(state_dict.get(name))
+            raise ValueError(f"is damaged: {flag} is {config.get(flag, True)}, {name} is {there}")
+    label = f"{config['_class_name']} of diffusers"
+    return Source(label, config.get("norm_num_groups", 32), state_dict)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for what --model vqgan does not have, as far as shapes do not tell it."""
+    for flag, only in ONLY.items():
+        if config.get(flag, only) != only:
+            raise ValueError(f"has {flag} {config[flag]}, where --model vqgan has {only}")
+    for flag, known in BLOCKS.items():
+        names = config.get(flag, [])
+        if not isinstance(names, list) or any(name not in known for name in names):
+            raise ValueError(f"has {flag} {names}, where --model vqgan has {' or '.join(known)}")
+
+
+def from_taming(path: Path) -> Source:
+    """A checkpoint of PyTorch Lightning, or its state dict alone."""
+    content = read_tensors(path)
+    if any(str(name).startswith("encoder.down_blocks.") for name in content):
+        raise ValueError(f"holds the weights of diffusers alone: give its folder, {path.parent}")
+    if content.get("format") == FORMAT:
+        raise ValueError("is a checkpoint of our own, which --resume continues")
+    state_dict = mirrored(renamed(content.get("state_dict", content), TAMING))
+    if len({name in state_dict for name in CONVS.values()}) > 1:
+        raise ValueError("is damaged: of quant_conv and post_quant_conv, it holds one alone")
+    return Source("first stage of taming-transformers' kind", TAMING_GROUPS, state_dict)
+
+
+def read_tensors(path: Path) -> Mapping[Any, Any]:
+    """The dictionary in a file, opened without executing anything."""
+    if not path.is_file():
+        raise ValueError("is no file or folder")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    content = read_pickle(f"--pretrained {path}", path, INERT)
+    if not isinstance(content, Mapping):
+        raise ValueError("holds no state dict")
+    return content
+
+
+def read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    """The tensors in a file of the safetensors library, which holds nothing else."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError("needs safetensors: pip install safetensors") from error
+    with path.open("rb"):
+        pass  # of later errors, those of the system are of damaged files too
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library's own, and whatever a wrong header leads to
+        raise ValueError(f"is refused: {path.name} is truncated or damaged") from error
+    return tensors

@@ -1,0 +1,1 @@
+"""Codebooks: statistics of their use, plots, and entropy-coded indices."""

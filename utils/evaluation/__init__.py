@@ -1,0 +1,1 @@
+"""Evaluation: pairs of images, metrics, and what is written about them."""

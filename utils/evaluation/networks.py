@@ -1,0 +1,181 @@
+"""The networks behind LPIPS and FID, on weights that were found, and values they are known by."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoints.unpickle import read_pickle
+from utils.errors import UserError, one_line
+from utils.evaluation.metrics import FeatureStatistics, features, frechet_distance
+from utils.weights import sources as weights
+from utils.weights.download import Unavailable
+from utils.weights.sources import WEIGHTS, Fetched, sha256, weights_folder
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An LPIPS backbone: the smallest image side it takes. Its weights are WEIGHTS's."""
+
+    smallest_side: int
+
+
+LPIPS_BACKBONES = {
+    "vgg": Backbone(smallest_side=16),
+    "alex": Backbone(smallest_side=31),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network ready for use, in evaluation mode, and the file that its weights came from."""
+
+    module: nn.Module
+    path: Path
+    sha256: str
+
+
+WITHOUT = "name the file with {}, or go without: --metrics l1 ssim psnr"
+
+
+def lpips_network(
+    net: str, given: str | None = None, folder: str | None = None, without: str = WITHOUT
+) -> Network:
+    """lpips.LPIPS on the backbone `net`; weights from the given path or folder (torch hub's).
+
+    without is what to try where there are none. Raises UserError where the weights are missing,
+    damaged or of another network.
+    """
+    import lpips
+
+    path = find_weights("--lpips_weights", given, net, folder, without)
+    state = read_weights("--lpips_weights", path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    expected = model.net.state_dict()
+    # lpips cuts the backbone into slices but keeps torchvision's numbers of the layers.
+    source = {key: "features." + key.split(".", 1)[1] for key in expected}
+    for key, parameter in expected.items():
+        theirs = tuple(state[source[key]].shape) if source[key] in state else "nothing"
+        if theirs != tuple(parameter.shape):
+            raise UserError(
+                f"--lpips_weights {path} does not fit --lpips_net {net}: "
+                f"{source[key]} is {theirs} where the network has {tuple(parameter.shape)}"
+            )
+    model.net.load_state_dict({key: state[source[key]] for key in expected})
+    return Network(model.eval().requires_grad_(False), path, sha256(path))
+
+
+def inception_network(
+    given: str | None = None, folder: str | None = None, layer: str = "2048"
+) -> Network:
+    """torch-fidelity's Inception, giving the 2048 features of FID or those of another layer.
+
+    Raises UserError where the weights are missing, damaged or of another network.
+    """
+    from torch_fidelity import FeatureExtractorInceptionV3
+
+    path = find_weights("--inception_weights", given, "inception", folder)
+    # The extractor unpickles what it is given without restriction, so it never sees the file: it
+    # gets a copy of the tensors that were read safely.
+    copy = io.BytesIO()
+    torch.save(read_weights("--inception_weights", path), copy)
+    copy.seek(0)
+    try:
+        model = FeatureExtractorInceptionV3(
+            "inception-v3-compat", [layer], feature_extractor_weights_path=copy
+        )
+    except RuntimeError as error:
+        reason = one_line(error).partition("FeatureExtractorInceptionV3: ")[2] or one_line(error)
+        raise UserError(
+            f"--inception_weights {path} does not fit torch-fidelity's Inception: "
+            f"{textwrap.shorten(reason, 160, placeholder=' …')}"
+        ) from error
+    return Network(model, path, sha256(path))
+
+
+def find_weights(
+    flag: str, given: str | None, name: str, folder: str | None, without: str = WITHOUT
+) -> Path:
+    """The given file, else the one in the folder, downloaded from its usual address if need be.
+
+    name is that of an entry of WEIGHTS, folder torch hub's unless given.
+    """
+    if given is not None:
+        return Path(given)
+    wanted, place = WEIGHTS[name], weights_folder(folder)
+    path = weights.find(wanted, place)
+    if path is not None:
+        return path
+    try:
+        return weights.download(wanted, place)
+    except (Unavailable, UserError) as error:
+        raise UserError(
+            f"{wanted.usual} is not in {place} and cannot be downloaded ({one_line(error)}); "
+            f"try python evaluation.py --fetch_weights, {without.format(flag)}"
+        ) from error
+
+
+def fetch_weights(folder: str | None = None) -> Iterator[Fetched]:
+    """Bring the weights of every network into the folder (torch hub's), one after the other.
+
+    Raises UserError where that fails; nothing half written is left.
+    """
+    return weights.fetch(WEIGHTS, KNOWN_VALUES, weights_folder(folder))
+
+
+def known_lpips(net: str, path: Path) -> float:
+    """The mean LPIPS of torchmetrics' documented example.
+
+    Its random images are drawn after an LPIPS-VGG has been built from the same generator.
+    """
+    from torchvision.models import vgg16
+
+    network = lpips_network(net, str(path)).module
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(123)
+        vgg16(init_weights=False)
+        for channels in (64, 128, 256, 512, 512):  # the linear heads
+            nn.Conv2d(channels, 1, 1, bias=False)
+        x, y = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))
+        return float(network(x, y).mean())
+
+
+def known_fid(path: Path) -> float:
+    """The FID, of the first 64 features, of torchmetrics' documented example.
+
+    Its random images are drawn after the network has been built from the same generator.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(123)
+        network = inception_network(str(path), layer="64").module
+        sets = FeatureStatistics(), FeatureStatistics()
+        for statistics, bounds in zip(sets, ((0, 200), (100, 255))):
+            images = torch.randint(*bounds, (100, 3, 299, 299), dtype=torch.uint8)
+            for first in range(0, 100, 10):
+                statistics.update(features(images[first : first + 10], network))
+    return frechet_distance(*sets)
+
+
+KNOWN_VALUES: dict[str, Callable[[Path], float]] = {
+    "vgg": partial(known_lpips, "vgg"),
+    "alex": partial(known_lpips, "alex"),
+    "inception": known_fid,
+}
+
+
+def read_weights(flag: str, path: Path) -> Mapping[str, Tensor]:
+    """The state dict in the file, opened without executing anything."""
+    state = read_pickle(f"{flag} {path}", path)
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{flag} {path} is refused: it holds no state dict")
+    return state

@@ -1,0 +1,116 @@
+"""What happens to images between their files and the metrics: the choices of --protocol."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError, one_line
+from utils.evaluation.metrics import (
+    DATA_RANGE,
+    METRICS,
+    SSIM_SETTINGS,
+    SSIM_WINDOW,
+    Pixels,
+    Values,
+    ssim,
+)
+
+Side = Literal["original", "reconstruction"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How both images of a pair are prepared and compared."""
+
+    about: str
+    ssim: Mapping[str, Any]  # scikit-image's settings
+    truncate_originals: bool = False
+    jpeg_quality: int | None = None
+    inception_side: int | None = None  # of a bilinear resize before Inception's own to 299
+
+    def prepare(self, image: Pixels, side: Side, file_format: str | None) -> Pixels:
+        """The pixels (C, H, W) that are measured, of those in a file of that format.
+
+        A JPEG file already holds what the other steps would make of it, and is taken as it is.
+        """
+        if file_format == "JPEG":
+            return image
+        if self.truncate_originals and side == "original":
+            image = truncated(image)
+        return image if self.jpeg_quality is None else through_jpeg(image, self.jpeg_quality)
+
+    def for_inception(self, images: Pixels) -> Pixels:
+        """The images (B, C, H, W) that Inception is given."""
+        side = self.inception_side
+        return images if side is None else np.stack([resized(image, side) for image in images])
+
+    def comparison(self, name: str) -> Callable[[Pixels, Pixels], Values] | None:
+        """The function of a metric that needs no network."""
+        compare = METRICS[name].compare
+        return partial(ssim, settings=self.ssim) if compare is ssim else compare
+
+
+def truncated(image: Pixels) -> Pixels:
+    """Bytes as the reference writes its originals: float32 in [−1, 1] and back, truncated.
+
+    Levels 1 … 63 become one less, the others stay.
+    """
+    signed = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(
+        0.5
+    )
+    levels = (((signed + np.float32(1)) / np.float32(2)) * np.float32(255)).astype(np.uint8)
+    return levels[image]
+
+
+def through_jpeg(image: Pixels, quality: int) -> Pixels:
+    """An image (C, H, W) written as JPEG by Pillow (4:2:0) and read again.
+
+    A grey image comes out as one of three equal channels would.
+    """
+    file = io.BytesIO()
+    try:
+        to_picture(image).save(file, "JPEG", quality=quality)
+    except OSError as error:  # a side of more than 65,500
+        size = f"{image.shape[2]}×{image.shape[1]}"
+        raise UserError(f"an image of {size} cannot be JPEG: {one_line(error)}") from error
+    return from_picture(Image.open(file))
+
+
+def resized(image: Pixels, side: int) -> Pixels:
+    """An image (C, H, W) as (C, side, side): Pillow's bilinear filter, rounded to bytes."""
+    return from_picture(to_picture(image).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def to_picture(image: Pixels) -> Image.Image:
+    """(C, H, W), C 1 or 3, as a Pillow image."""
+    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+
+
+def from_picture(picture: Image.Image) -> Pixels:
+    """A Pillow image of mode L or RGB as (C, H, W)."""
+    pixels = np.asarray(picture)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "clean": Protocol(
+        about="pixels as the files hold them, SSIM with a Gaussian window, FID by torch-fidelity",
+        ssim=SSIM_SETTINGS,
+    ),
+    # What the published tables of LooC and CVQ-VAE went through. Their reconstructions were
+    # truncated too, from values that no file keeps: of those, a PNG holds the rounded ones.
+    "reference": Protocol(
+        about="JPEG of quality 75, SSIM with a uniform window, FID of images resized to 229×229",
+        ssim={"data_range": DATA_RANGE, "win_size": SSIM_WINDOW},
+        truncate_originals=True,
+        jpeg_quality=75,
+        inception_side=229,
+    ),
+}

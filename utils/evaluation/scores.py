@@ -1,0 +1,150 @@
+"""Measuring: batches of pairs in, values of each pair and the features of both sets out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.errors import UserError
+from utils.evaluation import metrics
+from utils.evaluation.metrics import CHOICES, METRICS, FeatureStatistics, Summary
+from utils.evaluation.networks import LPIPS_BACKBONES, Network
+from utils.evaluation.pairs import Batch, Pair, first_few
+from utils.logger import log
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The values of each pair, in the order of names, and the features of the two sets."""
+
+    names: list[str]
+    values: dict[str, list[float]]
+    originals: FeatureStatistics
+    reconstructions: FeatureStatistics
+    skipped: dict[str, str]  # name → why the pair was not measured
+
+
+def measure(
+    batches: Iterable[Batch],
+    networks: Mapping[str, Network],
+    device: torch.device,
+    *,
+    total: int,
+    keep: bool,
+    known: FeatureStatistics | None = None,
+) -> Scores:
+    """Values and features of all pairs, in the memory of a few batches; keep holds the features.
+
+    Where the statistics of the originals are known, Inception sees the reconstructions alone.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # the values of a GPU are those of the CPU
+    names: list[str] = []
+    values: dict[str, list[float]] = {}
+    skipped: dict[str, str] = {}
+    originals = FeatureStatistics(keep=keep) if known is None else known
+    reconstructions = FeatureStatistics(keep=keep)
+    sets = (originals if known is None else None, reconstructions)
+    with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
+        for batch in batches:
+            bar.update(len(batch.names) + len(batch.skipped))
+            skipped.update(batch.skipped)
+            if not batch.names:
+                continue
+            names.extend(batch.names)
+            columns = dict(batch.values)
+            if "lpips" in networks:
+                x, y = (torch.from_numpy(images).to(device) for images in batch.images)
+                columns["lpips"] = metrics.lpips(x, y, networks["lpips"].module)
+                check_finite(torch.from_numpy(columns["lpips"]), networks["lpips"])
+            if "inception" in networks:
+                for statistics, images in zip(sets, batch.for_inception):
+                    if statistics is not None:
+                        pictures = torch.from_numpy(images).to(device)
+                        features = metrics.features(pictures, networks["inception"].module)
+                        check_finite(features, networks["inception"])
+                        statistics.update(features)
+            for name, column in columns.items():
+                values.setdefault(name, []).extend(column.tolist())
+    return Scores(names, values, originals, reconstructions, skipped)
+
+
+def check_finite(values: Tensor, network: Network) -> None:
+    if not values.isfinite().all():
+        raise UserError(f"the weights {network.path} are damaged: they give values not finite")
+
+
+def check_number(chosen: Sequence[str], num_pairs: int, skipped: Mapping[str, str]) -> None:
+    """Raise UserError where too few pairs remain for a choice of --metrics."""
+    if num_pairs == 0:
+        reason = next(iter(skipped.values()))
+        raise UserError(f"none of the {len(skipped)} pairs can be measured; {reason}")
+    for choice in chosen:
+        needed = max(METRICS[name].smallest_set for name in CHOICES[choice])
+        if num_pairs < needed:
+            there = "is 1" if num_pairs == 1 else f"are {num_pairs}"
+            raise UserError(f"--metrics {choice} needs {needed} images or more, and there {there}")
+
+
+def check_sides(chosen: Sequence[str], pairs: Sequence[Pair], lpips_net: str) -> None:
+    """Raise UserError where images are too small for a metric."""
+    for name in chosen:
+        flags = f"--metrics {name}"
+        smallest = max(METRICS[metric].smallest_side for metric in CHOICES[name])
+        if name == "lpips":
+            flags += f" with --lpips_net {lpips_net}"
+            smallest = LPIPS_BACKBONES[lpips_net].smallest_side
+        small = [pair.name for pair in pairs if min(pair.size) < smallest]
+        if small:
+            raise UserError(
+                f"{flags} needs images of {smallest}×{smallest} or more; "
+                f"{len(small)} of {len(pairs)} are smaller: {first_few(small)}"
+            )
+
+
+def summarise(chosen: Sequence[str], scores: Scores) -> dict[str, Summary]:
+    """Mean and variance of the chosen metrics, in the order of METRICS."""
+    found = {name: metrics.summarise(column) for name, column in scores.values.items()}
+    for choice in chosen:
+        if choice in DISTANCES:
+            found.update(DISTANCES[choice](scores))
+    return {name: found[name] for name in METRICS if name in found}
+
+
+def fid(scores: Scores) -> dict[str, Summary]:
+    n = len(scores.names)
+    if n < metrics.FID_ENOUGH:
+        log.warning(
+            "FID of %d images is biased: the covariance of its 2048 features needs as many images; "
+            "KID is then the one to read (--metrics kid)",
+            n,
+        )
+    distance = metrics.frechet_distance(scores.originals, scores.reconstructions)
+    return {"fid": Summary(distance, None, n)}
+
+
+def kid(scores: Scores) -> dict[str, Summary]:
+    n = len(scores.names)
+    size = metrics.kid_subset_size(n)
+    if size < metrics.KID_SUBSET_SIZE:
+        log.info(
+            "KID takes subsets of %d images, half of those there are, instead of %d",
+            *(size, metrics.KID_SUBSET_SIZE),
+        )
+    sets = scores.originals.vectors(), scores.reconstructions.vectors()
+    mean, spread = metrics.kernel_distance(*sets)
+    return {"kid": Summary(mean, spread**2, n)}
+
+
+def precision_recall(scores: Scores) -> dict[str, Summary]:
+    sets = scores.originals.vectors(), scores.reconstructions.vectors()
+    found = metrics.precision_recall(*sets)
+    return {
+        name: Summary(value, None, len(scores.names)) for name, value in found._asdict().items()
+    }
+
+
+DISTANCES = {"fid": fid, "kid": kid, "precision_recall": precision_recall}  # of two sets

@@ -1,0 +1,1 @@
+"""Command line: flags declared as dataclass fields, recipes, presets, and their tables."""

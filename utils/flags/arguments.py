@@ -1,0 +1,165 @@
+"""Command lines made from dataclasses: each flag is one field, declared with `option`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from modules.config import ModelConfig, implied_flags
+from modules.registry import need_libraries
+from utils.errors import UserError, printable, unknown_name
+
+Group = TypeVar("Group")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: error: {printable(message)}\n")
+        sys.exit(2)
+
+
+def parse_flags(
+    description: str | None,
+    *groups: type,
+    argv: Sequence[str] | None = None,
+    source: str | None = None,
+) -> dict[str, Any]:
+    """The flags given on the command line, and only those, by field name.
+
+    Those of argv instead, where it is given; errors then name the source of its words. Exits with
+    code 2 and one line naming the flag where a flag is unknown or out of range.
+    """
+    parser = Parser(
+        prog=source,
+        description=description,
+        allow_abbrev=False,
+        add_help=argv is None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for group in groups:
+        section = parser.add_argument_group(group.__name__.removesuffix("Config").lower())
+        for item in flag_fields(group):
+            add_flag(section, item, get_type_hints(group)[item.name])
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [name for group in groups for item in flag_fields(group) for name in names(item)]
+        flag = unknown[0].split("=")[0]
+        parser.error(
+            unknown_name("argument", flag, known)
+            if flag.startswith("-")
+            else f"unexpected argument {flag}"
+        )
+    for name, value in vars(given).items():
+        if value == []:  # argparse's reading of --name=--
+            parser.error(f"argument --{name}: -- is no value")
+    return vars(given)
+
+
+def flag_fields(group: type) -> list[Field[Any]]:
+    """The fields of a dataclass that are offered as flags."""
+    return [item for item in fields(group) if item.metadata.get("flag")]
+
+
+def names(item: Field[Any]) -> tuple[str, ...]:
+    """--name and its aliases."""
+    return (f"--{item.name}", *item.metadata["aliases"])
+
+
+def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
+    several = kind == tuple[str, ...]
+    default: Any = item.default
+    shown = "" if default is None else f" (default: {' '.join(default) if several else default})"
+    text = (item.metadata["help"] + shown).replace("%", "%%")
+    common = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
+    if kind is bool:
+        section.add_argument(*names(item), action=argparse.BooleanOptionalAction, **common)
+    else:
+        metavar = "|".join(item.metadata["choices"] or ()) or number_kind(kind).__name__.upper()
+        section.add_argument(
+            *names(item),
+            type=converter(item, kind),
+            metavar=metavar,
+            nargs="+" if several else None,
+            **common,
+        )
+
+
+def number_kind(kind: Any) -> type:
+    """int, float or str, the type of one value of a field."""
+    return next(base for base in (int, float, str) if base.__name__ in str(kind))
+
+
+def converter(item: Field[Any], kind: Any) -> Callable[[str], Any]:
+    """The function that turns a flag's text into its checked value."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = number_kind(kind)(text)
+        except ValueError:
+            expected = {int: "a whole number", float: "a number"}[number_kind(kind)]
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+        problem = out_of_range(value, item.metadata)
+        if problem:
+            raise argparse.ArgumentTypeError(problem)
+        return value
+
+    return convert
+
+
+def out_of_range(value: Any, metadata: Mapping[str, Any]) -> str | None:
+    """What is wrong with a value of an option, or None."""
+    if metadata["choices"] is not None and value not in metadata["choices"]:
+        return unknown_name("choice", value, metadata["choices"])
+    if isinstance(value, (int, float)):
+        if not math.isfinite(value):
+            return f"{value} is not a finite number"
+        if metadata["minimum"] is not None and value < metadata["minimum"]:
+            return f"{value} is less than {metadata['minimum']}"
+        if metadata["above"] is not None and value <= metadata["above"]:
+            return f"{value} is not greater than {metadata['above']}"
+        if metadata["maximum"] is not None and value > metadata["maximum"]:
+            return f"{value} is greater than {metadata['maximum']}"
+    return None
+
+
+def value_problem(group: type, item: Field[Any], value: Any) -> str | None:
+    """What is wrong with a value, of any type, as this field of the group, or None."""
+    hint = get_type_hints(group)[item.name]
+    kind = hint.__name__ if isinstance(hint, type) else str(hint)
+    if value is None and "None" in kind:
+        return None
+    given = type(value).__name__
+    if given not in kind and not (given == "int" and "float" in kind):
+        return f"a {given} where {kind} is expected"
+    return out_of_range(value, item.metadata)
+
+
+def build(group: type[Group], flags: Mapping[str, Any]) -> Group:
+    """A dataclass of the flags that belong to it; absent ones take their defaults.
+
+    Raises UserError where fields contradict each other.
+    """
+    own = {item.name for item in fields(group)}  # type: ignore[arg-type]
+    try:
+        return group(**{name: value for name, value in flags.items() if name in own})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_model_config(flags: Mapping[str, Any], in_channels: int) -> ModelConfig:
+    """The model of the given flags; what the quantiser implies fills the flags not given.
+
+    Raises UserError where flags contradict each other, or a library that it needs is missing.
+    """
+    config = build(ModelConfig, {**flags, **implied_flags(flags), "in_channels": in_channels})
+    try:
+        need_libraries(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return config

@@ -1,0 +1,32 @@
+"""Flags that are set together: --recipe. A flag that is given overrides its recipe's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from modules.config import QUANTIZER_FLAGS, QUANTIZERS, ModelConfig, implied_flags
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # As published, and as the golden files have it.
+    "paper": {},
+    # What each entry brings: docs/results/ablation-fashion-mnist-ingredients-300.md.
+    "best": {
+        "latent_norm": "batch",
+        "distance": "l2",
+        "codebook_update": "ema",
+        "codebook_start": "features",
+        "lr": 2e-3,
+        "schedule": "wsd",
+        "warmup_steps": 50,
+        "grad_clip": 1.0,
+    },
+}
+
+
+def with_recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags given, and those of their recipe that the quantiser reads and does not imply."""
+    unread = QUANTIZER_FLAGS - QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)].reads
+    recipe = RECIPES[flags.get("recipe", "paper")]
+    own = {name: value for name, value in recipe.items() if name not in unread}
+    return {**own, **implied_flags(flags), **flags}

@@ -1,0 +1,47 @@
+"""The flags of the codevector search."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from modules import Autoencoder, LooCQuantizer
+from modules.options import option
+from modules.quantizers.looc.quantizer import SEARCHES, faiss_installed
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How the nearest codevectors are found: speed and memory, not results."""
+
+    search: str = option(
+        "auto",
+        "how codevectors are searched (auto: the fastest that is installed)",
+        choices=("auto", *SEARCHES),
+    )
+    search_memory: int | None = option(
+        None,
+        "MiB of similarities that the torch search holds at a time (default: 4, on CUDA 256)",
+        minimum=1,
+        maximum=2**20,
+    )
+
+
+def apply_search(config: SearchConfig, model: Autoencoder, device: torch.device) -> None:
+    """Set the model's search. Raises UserError where it cannot run on this device, or has none."""
+    if not isinstance(model.quantizer, LooCQuantizer):
+        for name, value in asdict(config).items():
+            if value != getattr(SearchConfig, name):
+                raise UserError(
+                    f"--{name} {value} has no effect with --quantizer {model.config.quantizer}"
+                )
+        return
+    if config.search == "faiss":
+        if not faiss_installed():
+            raise UserError("--search faiss: faiss is not installed (pip install faiss-cpu)")
+        if device.type != "cpu":
+            raise UserError(f"--search faiss runs on the CPU, not on --device {device}")
+    model.quantizer.search = config.search
+    model.quantizer.search_memory = config.search_memory

@@ -1,0 +1,1 @@
+"""Weights of the metric networks: found, downloaded, rebuilt, checked."""
