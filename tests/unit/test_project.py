@@ -90,7 +90,10 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
     assert names["reconstruction"].shape == (2, 1, 8, 12)
 
 
-@pytest.mark.parametrize("name", ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))])
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

@@ -62,22 +62,28 @@ def load_model(path: str | Path) -> Autoencoder:
     return read_checkpoint(path).model()
 
 
-def save_checkpoint(
-    path: Path, model: Autoencoder, content: Mapping[str, Any], previous: Path | None = None
-) -> None:
-    """Write the model and everything in content (tensors and plain Python values), atomically.
+def save_checkpoint(path: Path, model: Autoencoder, content: Mapping[str, Any]) -> None:
+    """Write the model and everything in content (tensors and plain Python values), atomically."""
+    write_checkpoint(path, {**model_content(model), **content})
 
-    What was at path is kept at previous, where that is given.
-    """
-    whole = {
+
+def model_content(model: Autoencoder) -> dict[str, Any]:
+    """Entries of a checkpoint from which the model is rebuilt."""
+    return {
         "format": FORMAT,
         "model_config": asdict(model.config),
         "model": model.state_dict(),
-        **content,
     }
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
+    """Write a checkpoint of tensors and plain Python values, atomically.
+
+    The file that was at path is kept at previous, where that is given.
+    """
     with whole_file(path, previous) as temporary:
         try:
-            torch.save(whole, temporary)
+            torch.save(dict(content), temporary)
         except RuntimeError as error:  # how torch reports a full disk
             reason = one_line(error)[:100]
             raise UserError(f"cannot write {path}: is the disk full? ({reason})") from error

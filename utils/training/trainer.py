@@ -25,7 +25,7 @@ from modules import Autoencoder, ModelConfig
 from modules.config import QUANTIZERS
 from modules.options import option
 from modules.quantizers.looc.quantizer import num_ranks, sum_over_ranks
-from utils.checkpoints.checkpoint import Checkpoint, check_tensors, save_checkpoint
+from utils.checkpoints.checkpoint import Checkpoint, check_tensors, model_content, write_checkpoint
 from utils.codebook.plots import draw_all
 from utils.codebook.statistics import CodebookStatistics, in_words, use_of
 from utils.distributed import (
@@ -558,7 +558,8 @@ class Trainer:
         }
         if rank() == 0:
             previous = self.models / "previous.pt" if name == "last.pt" else None
-            save_checkpoint(self.models / name, self.best_model, {**self.stored, **state}, previous)
+            content = {**model_content(self.best_model), **self.stored, **state}
+            write_checkpoint(self.models / name, content, previous)
         if name == "last.pt":
             self.saved_at = time.monotonic()
 
