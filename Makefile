@@ -12,7 +12,7 @@ WEIGHTS_FLAG := $(if $(WEIGHTS_DIR),--weights_dir $(WEIGHTS_DIR))
 EXP := demo
 # A run that fits 2 CPU cores and a few minutes; the paper's settings are main.py's defaults.
 DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
-# Of compare and ablations, whose pages leave those of docs/ as they are.
+# Flags of compare and ablations; their pages do not replace those in docs/results.
 RUN_FLAGS ?= --steps 300 --num_test 2000 --jobs 2 --docs $(OUTPUT)/docs
 # Besides those of --preset photos-64.
 VQGAN_FLAGS ?=
@@ -23,7 +23,7 @@ help:
 	@echo "make test      the test suite"
 	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
 	@echo "make lint      ruff and mypy"
-	@echo "make bench     speed and memory against peers, about 25 minutes on 2 cores; writes docs/benchmarks.*, docs/loader.*"
+	@echo "make bench     speed and memory against peers, about 25 minutes on 2 cores; writes docs/results/benchmarks.*, docs/results/loader.*"
 	@echo "make compare   LooC and its peers on Fashion-MNIST, about two hours on 2 cores; writes $(OUTPUT)/docs/compare-*"
 	@echo "make ablations the tables of the flags, about an hour on 2 cores; writes $(OUTPUT)/docs/ablation-*"
 	@echo "make vqgan     --preset photos-64: trains, tests and evaluates a small VQGAN, about an hour on 2 cores"

@@ -1,23 +1,25 @@
-"""The quantiser and the training step on a GPU: python -m benchmarks.cuda writes docs/cuda.md.
+"""Measure the quantiser and the training step on a GPU: python -m benchmarks.cuda.
 
-Against dense code and a library, in one process, contenders taking turns. main.py has algorithms
-chosen whose sums have one order; the tables say where that is so.
+Writes docs/results/cuda.md. Dense code, a library and LooC take turns in one process. main.py uses
+deterministic algorithms; the tables say where they are used here.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import SEED, Table, Times, interleaved, machine, peak_megabytes
+from benchmarks.measure import SEED, Times, interleaved, peak_megabytes
 from benchmarks.quantizer import SETTINGS, SHAPE, contenders
 from benchmarks.training import epoch_table, some_images, ways
 from utils.devices import resolve_device, seed_everything
 from utils.errors import UserError, run
-from utils.files import whole_file, writable_folder
+from utils.files import writable_folder
 from utils.flags.arguments import Parser
+from utils.tables import Table, machine, machine_line, write_page
 
 ROUNDS = 30
 BATCH = 1024
@@ -26,7 +28,7 @@ BATCH = 1024
 def main() -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"), help="folder of pages")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     if device.type != "cuda":
@@ -34,7 +36,7 @@ def main() -> None:
     docs, tables = writable_folder(arguments.docs, "--docs"), []
     for measure in (quantizer_table, step_table, epoch_table):
         tables.append(measure(device))
-        write(docs, tables)
+        write(docs, tables)  # so that an interrupted run leaves a page
 
 
 def quantizer_table(device: torch.device) -> Table:
@@ -65,7 +67,7 @@ def quantizer_table(device: torch.device) -> Table:
 
 
 def step_table(device: torch.device) -> Table:
-    """With the algorithms that main.py has chosen."""
+    """The training step by deterministic algorithms, as in main.py."""
     seed_everything(SEED, device)
     runs = ways(some_images(BATCH).to(device))
     table = Table(
@@ -84,24 +86,13 @@ def milliseconds(times: Times) -> Times:
     return Times(*(1e3 * value for value in (times.median, times.least, times.most)))
 
 
-def write(docs: Path, tables: list[Table]) -> None:
-    about = machine()
-    versions = about["versions"]
-    lines = [
-        "# On a GPU",
-        "",
-        f"Made by `python -m benchmarks.cuda{''.join(' ' + word for word in sys.argv[1:])}`: "
-        "medians, in brackets the least and the most;",
-        "contenders take turns in one process.",
-        "",
-        f"{about['device']}, {about['processor']}, {about['cores']} cores, Python "
-        f"{about['python']}, torch {versions['torch']}, vector-quantize-pytorch "
-        f"{versions['vector-quantize-pytorch']}, seed {SEED}.",
-        "",
-        *(table.markdown() for table in tables),
-    ]
-    with whole_file(docs / "cuda.md") as temporary:
-        temporary.write_text("\n".join(lines))
+def write(docs: Path, tables: Sequence[Table]) -> None:
+    made = (
+        f"Made by `{' '.join(['python -m benchmarks.cuda', *sys.argv[1:]])}`: medians,\n"
+        "in brackets the least and the most; contenders take turns in one process."
+    )
+    line = machine_line(machine(), f"seed {SEED}")
+    write_page(docs / "cuda.md", "On a GPU", made, f"{line}.", *tables)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""evaluation.py against one pair at a time, and the loading of images alone."""
+"""Speed of evaluation.py against one pair at a time, and of loading alone."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import SEED, Table, interleaved
+from benchmarks.measure import SEED, interleaved
 from datasets import BatchLoader, FileImages, ImageSet, open_dataset
 from utils.evaluation import metrics
 from utils.evaluation.networks import lpips_network
+from utils.tables import Table
 
 NAMES = ["l1", "ssim", "psnr", "lpips"]
 SCRIPT = Path(__file__).parent.parent / "evaluation.py"
 
 
 def write_pairs(folder: Path, count: int, side: int) -> None:
-    """Real pictures, and beside each what JPEG makes of it."""
+    """Write real pictures, and beside each the picture as JPEG."""
     for kind in ("original", "rec"):
         (folder / kind).mkdir(parents=True)
     for number in range(count):
@@ -58,7 +59,7 @@ def small_images() -> ImageSet:
 
 
 def one_at_a_time(folder: Path, count: int) -> dict[str, float]:
-    """The mean of each metric over the first pairs, one pair at a time."""
+    """Mean of each metric over the first pairs, measured one pair at a time."""
     network = lpips_network("vgg").module
     sums = dict.fromkeys(NAMES, 0.0)
     for number in range(count):
@@ -75,7 +76,7 @@ def one_at_a_time(folder: Path, count: int) -> dict[str, float]:
 
 
 def evaluate(folder: Path, count: int) -> dict[str, float]:
-    """The same by evaluation.py, as a user runs it."""
+    """Mean of each metric over the first pairs by evaluation.py, as a user runs it."""
     command = [
         *(sys.executable, str(SCRIPT), "--gt_path", str(folder / "original")),
         *("-g_path", str(folder / "rec"), "--metrics", *NAMES, "--num_test", str(count)),
@@ -86,7 +87,7 @@ def evaluate(folder: Path, count: int) -> dict[str, float]:
 
 
 def evaluation_table(quick: bool) -> Table:
-    """Whole runs of evaluation.py, starting included; one at a time over a part, scaled up."""
+    """Whole runs of evaluation.py, start-up included; one at a time is scaled up from a part."""
     table = Table(
         "evaluation.py (L1, SSIM, PSNR, LPIPS-VGG), all threads, start-up included",
         ["pairs", "seconds", "one at a time", "measured on", "ratio", "largest difference"],
@@ -116,9 +117,9 @@ def tables(quick: bool) -> Iterator[Table]:
 
 
 def loading_table(quick: bool) -> Table:
-    """Batches alone, nothing done with them."""
+    """Loading of batches alone."""
     count = 64 if quick else 2000
-    table = Table("Loading alone, batch 64", ["", "seconds an epoch", "images/s"])
+    table = Table("Loading alone, batch 64", ["", "seconds per epoch", "images/s"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pairs(folder, count, 256)

@@ -1,18 +1,16 @@
-"""The loading of images alone: python -m benchmarks.loader writes docs/results/loader.md and .json.
+"""Measure the loading of images alone: python -m benchmarks.loader.
 
-The files are made at run time of photographs that come with scikit-image, in the sizes, formats and
-qualities of the real data sets. --need N tells how many workers feed a network that takes N
-images/s.
+Writes docs/results/loader.md and .json. The files are made at run time from scikit-image's
+photographs, in the sizes, formats and qualities of the real data sets. --need N adds how many
+workers feed a network that takes N images/s.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,18 +24,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import SEED, Table, machine
+from benchmarks.measure import SEED, printed
 from datasets import BatchLoader, FileImages, ImageSet
 from datasets.cache import keep_decoded
 from datasets.images import square_of
 from datasets.loader import DecodedBatches
 from datasets.lsun import LmdbImages
-from utils.files import whole_file, write_json
+from utils.errors import run
+from utils.files import write_json
+from utils.flags.arguments import Parser
+from utils.tables import Table, machine, machine_line, write_page
 
 SIZE = 256
 BATCH = 16
 WORKERS = (0, 1, 2)
-DIFFERENT = 8  # pictures of a source; its other files repeat them
+DIFFERENT = 8  # pictures per source; its other files repeat them
 BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -67,7 +68,7 @@ SOURCES = (
 
 
 def photograph(number: int, source: Source) -> Image.Image:
-    """One of scikit-image's photographs, cut and resized to the source's size, with grain."""
+    """A photograph of scikit-image, cut and resized to the source's size, with grain."""
     from skimage import data
 
     picture = Image.fromarray(
@@ -96,7 +97,7 @@ def contents(source: Source) -> list[bytes]:
 
 
 def write_source(source: Source, folder: Path, count: int) -> ImageSet:
-    """Count files of a source, opened as main.py does."""
+    """Write so many files of a source and open them as main.py does."""
     files = contents(source)
     folder.mkdir()
     if source.lmdb:
@@ -118,15 +119,15 @@ def write_source(source: Source, folder: Path, count: int) -> ImageSet:
 class Rate(NamedTuple):
     """Images/s of a loader."""
 
-    by_clock: float  # of all workers together, on a machine that may have other things to do
-    by_processor: float  # of one worker, or of the main process where it decodes
+    by_clock: float  # of all workers together; other work on the machine lowers it
+    by_processor: float  # of one worker's processor time, or the main process's without workers
 
 
 Rates: TypeAlias = dict[tuple[str, int], Rate]  # by "files" or "cache", and workers
 
 
 def measured(source: Source, quick: bool) -> Rates:
-    """Medians of epochs that take turns, after one that starts the workers and fills the cache."""
+    """Median rates; a first round, not counted, starts the workers and fills the cache."""
     count = 2 * BATCH if quick else source.count
     with tempfile.TemporaryDirectory() as name:
         images = write_source(source, Path(name) / "files", count)
@@ -150,7 +151,7 @@ def measured(source: Source, quick: bool) -> Rates:
 
 
 def read(loader: BatchLoader, epochs: int) -> Rate:
-    """Some epochs, with whose batches nothing is done."""
+    """Rate of reading some epochs and doing nothing with the batches."""
     workers = loader.source.num_workers > 0 if isinstance(loader.source, DecodedBatches) else False
     start, before = time.perf_counter(), processor_seconds(workers)
     for epoch in range(epochs):
@@ -161,7 +162,7 @@ def read(loader: BatchLoader, epochs: int) -> Rate:
 
 
 def processor_seconds(workers: bool) -> float:
-    """What all workers, or else this process, have computed so far."""
+    """Processor time so far of all workers, or of this process."""
     if not workers:
         return time.process_time()
     pids = [child.pid for child in multiprocessing.active_children()]
@@ -169,11 +170,11 @@ def processor_seconds(workers: bool) -> float:
 
 
 def rate_table(found: dict[Source, Rates]) -> Table:
-    """Batches through BatchLoader."""
+    """Images/s of BatchLoader."""
     table = Table(
         f"Images/s through the loader, {SIZE}×{SIZE}, batches of {BATCH}",
         [
-            *("source", "kB a file", "", *map(workers_in_words, WORKERS)),
+            *("source", "kB per file", "", *map(workers_in_words, WORKERS)),
             *("a core in the main process", "a worker with a core of its own"),
         ],
     )
@@ -192,9 +193,9 @@ def workers_in_words(workers: int) -> str:
 
 
 def part_table(quick: bool) -> Table:
-    """Where the time of one image goes, and what shortcuts would gain and change."""
+    """Time of each stage for one image, and what shortcuts would save and change."""
     table = Table(
-        "One image, ms of processor time; in brackets PSNR in dB against what is done",
+        "One image, ms of processor time; in brackets PSNR in dB against the loader's result",
         ["source", "decode", "crop, resize", "to a tensor", "all, `reducing_gap=2`", "all, draft"],
     )
     for source in SOURCES:
@@ -203,7 +204,7 @@ def part_table(quick: bool) -> Table:
 
 
 def parts_of(content: bytes, rounds: int) -> list[str]:
-    """The cells of one source."""
+    """Cells of one source."""
     whole = opened(content)
     exact = shrunk(whole)
     gap, draft = shrunk(whole, 2.0), shrunk(opened(content, draft=True))
@@ -231,7 +232,7 @@ def processor_ms(run: Callable[[], object]) -> float:
 
 
 def opened(content: bytes, draft: bool = False) -> Image.Image:
-    """A decoded image; with draft by a JPEG's own scaling, to no less than twice the size."""
+    """A decoded image; with draft, scaled by the JPEG decoder to no less than twice the size."""
     with Image.open(io.BytesIO(content)) as image:
         if draft:
             image.draft("RGB", (2 * SIZE, 2 * SIZE))
@@ -262,7 +263,7 @@ def need_table(found: dict[Source, Rates], need: float) -> Table:
 
 
 def workers_for(need: float, rate: float) -> int:
-    """How many workers of `rate` images/s give `need` images/s."""
+    """Number of workers of `rate` images/s that give `need` images/s."""
     return max(1, math.ceil(need / rate))
 
 
@@ -277,55 +278,35 @@ def tables(quick: bool, need: float | None) -> Iterator[Table]:
 # --------------------------------------------------------------------------------------- the page
 
 
+ABOUT = """\
+Made by `{command}`. The files are made of scikit-image's photographs, cut,
+resized and given a sensor's grain, in the sizes, formats and qualities of the real sets. After a
+first round, which is not counted, they and the cache are in memory: disk reads are not measured.
+Medians of three rounds. The last two columns of the first table count processor time; only the
+columns before them depend on other work of the machine (load at the start: {load:.1f})."""
+LEFT_OUT = """\
+`reducing_gap` and JPEG's own scaling (`Image.draft`, to no less than twice the size) are not used:
+they change pixels where they save time, and there the cache saves far more."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="few images, to see that it works")
     parser.add_argument("--need", type=float, help="images/s that the network's training takes")
-    parser.add_argument("--output", type=Path, default=Path("docs"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of pages")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    load = os.getloadavg()[0]
-    found = list(tables(arguments.quick, arguments.need))
+    about = {**machine(), "seed": SEED, "load": os.getloadavg()[0]}
+    found = printed(tables(arguments.quick, arguments.need))
     words = ["python -m benchmarks.loader", *(["--quick"] if arguments.quick else [])]
     if arguments.need is not None:
         words.append(f"--need {arguments.need:g}")
-    write(arguments.output, " ".join(words), load, found)
-    for table in found:
-        sys.stdout.write(table.markdown() + "\n")
-
-
-ABOUT = """\
-# The loader
-
-Made by `{command}`. The files are made of scikit-image's photographs, cut,
-resized and given a sensor's grain, in the sizes, formats and qualities of the real sets. They and
-the cache are in memory after a first round, which is not counted: what a disk adds is not measured.
-Medians of three rounds. The last two columns of the first table count processor time, so that other
-work on the machine does not show there; before them it does (load at the start: {load:.1f}).
-
-{processor}, {cores} cores, Python {python}; {versions}.
-"""
-LEFT_OUT = """\
-`reducing_gap` and JPEG's own scaling (`Image.draft`, to no less than twice the size) change pixels
-where they gain, which is where the cache gains far more: neither is used.
-"""
-
-
-def write(output: Path, command: str, load: float, found: list[Table]) -> None:
-    """The tables in Markdown and JSON, with the command and the machine."""
-    about = machine()
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    head = ABOUT.format(**{**about, "command": command, "load": load, "versions": versions})
-    text = "\n".join([head, *(table.markdown() for table in found), LEFT_OUT])
-    with whole_file(output / "loader.md") as temporary:
-        temporary.write_text(text)
-    content = {
-        "command": command,
-        "machine": {**about, "load": load},
-        "tables": [asdict(table) for table in found],
-    }
-    write_json(output / "loader.json", content)
+    command, page = " ".join(words), arguments.output / "loader.md"
+    text = ABOUT.format(command=command, load=about["load"])
+    write_page(page, "The loader", text, f"{machine_line(about)}.", *found, LEFT_OUT)
+    content = {"command": command, "machine": about, "tables": [asdict(table) for table in found]}
+    write_json(page.with_suffix(".json"), content)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

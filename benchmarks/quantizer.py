@@ -1,4 +1,4 @@
-"""The quantiser alone: forward and backward against dense code, a library and the bare search."""
+"""Speed of the quantiser alone, against dense code, a library and the bare search."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Table, both_thread_counts, interleaved, seeded
+from benchmarks.measure import both_thread_counts, interleaved, seeded
 from modules import LooCQuantizer
 from modules.quantizers.looc.quantizer import USAGE_DECAY, reinit_rate
 from utils.codebook.plots import new_figure, save_figure
+from utils.tables import Table
 
 SHAPE = (256, 128, 7, 7)  # z of a batch of 256 at 28 × 28
 SETTINGS = [(k, 4) for k in (64, 256, 1024, 4096, 16384)] + [(512, d) for d in (2, 4, 8, 16, 64)]
-DENSE_LIMIT = 8e9  # bytes of the N × K matrix that the dense form may take
+DENSE_LIMIT = 8e9  # largest N × K matrix of the dense form, bytes
 LIBRARY_LIMIT = 1024  # codevectors up to which the library is timed
 
 
 def well_used(num_embedding: int, dim: int, features: Tensor) -> LooCQuantizer:
-    """A quantiser in the midst of training: its codevectors are features, all of them in use."""
+    """A quantiser as in mid-training: its codevectors are features, and all are in use."""
     quantizer = LooCQuantizer(num_embedding, dim).to(features.device)
     with torch.no_grad():
         quantizer.codebook.copy_(features[torch.randperm(len(features))[:num_embedding]])
@@ -30,7 +31,7 @@ def well_used(num_embedding: int, dim: int, features: Tensor) -> LooCQuantizer:
 
 
 def dense_step(z: Tensor, codebook: Tensor, usage: Tensor) -> Tensor:
-    """The method as it is written down, with the whole N × K matrix; returns latents and loss."""
+    """Compute the method as written down, with the whole N × K matrix; return latents plus loss."""
     batch, channels, height, width = z.shape
     num_embedding, dim = codebook.shape
     features = z.permute(0, 2, 3, 1).reshape(-1, dim)
@@ -52,7 +53,7 @@ def dense_step(z: Tensor, codebook: Tensor, usage: Tensor) -> Tensor:
 def contenders(
     num_embedding: int, dim: int, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """What is timed at one size."""
+    """Forward and backward passes to time at one size."""
     seeded()
     z = torch.randn(SHAPE).to(device)
     features = z.permute(0, 2, 3, 1).reshape(-1, dim)
@@ -85,7 +86,7 @@ def contenders(
 
 
 def bare_search(features: Tensor, num_embedding: int) -> Callable[[], object]:
-    """faiss alone, by as many threads as torch has."""
+    """The search by faiss alone, with as many threads as torch has."""
     import faiss
 
     index = faiss.IndexFlatL2(features.shape[1])
@@ -95,7 +96,7 @@ def bare_search(features: Tensor, num_embedding: int) -> Callable[[], object]:
 
 
 def deterministic(run: Callable[[], object]) -> Callable[[], object]:
-    """The same by algorithms whose sums have one order, as main.py has them chosen."""
+    """The same call by deterministic algorithms, as in main.py."""
 
     def chosen() -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -109,7 +110,7 @@ def deterministic(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def library(num_embedding: int, dim: int, z: Tensor) -> Callable[[], object]:
-    """vector-quantize-pytorch: cosine, one head a unit, all sharing one codebook."""
+    """vector-quantize-pytorch: cosine, one head per unit, all sharing one codebook."""
     from vector_quantize_pytorch import VectorQuantize
 
     quantizer = VectorQuantize(
@@ -147,7 +148,7 @@ def step_table(threads: int, settings: list[tuple[int, int]]) -> Table:
 
 
 def scaling(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """How cost grows with N, K, d and the interpolation scale, on all cores; drawn to path."""
+    """Measure and draw how cost grows with N, K, d and the interpolation scale, on all cores."""
     torch.set_num_threads(both_thread_counts()[-1])
     curves: dict[str, list[tuple[float, float]]] = {
         "batch (N = 1568 · batch)": [

@@ -1,12 +1,11 @@
-"""The scripts under load, what they hold and how fast they are: python -m benchmarks.soak.
+"""Measure memory, handles, threads and speed of the scripts under load: python -m benchmarks.soak.
 
-A leak shows as a slope clearly above zero to the end. A run that does not end well raises
+A leak shows as a slope that stays clearly above zero to the end. A run that fails raises
 RuntimeError.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
@@ -23,16 +22,18 @@ from numpy.typing import NDArray
 from PIL import ImageOps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.common import Table, machine
 from benchmarks.evaluation import small_picture
+from benchmarks.measure import printed
 from datasets import open_dataset, split_validation
-from utils.files import whole_file
+from utils.errors import run
+from utils.flags.arguments import Parser
+from utils.tables import Table, machine, machine_line, write_page
 
 ROOT = Path(__file__).parent.parent
 INTERVAL = 0.5  # seconds between two samples of a long run
-BRIEF = 0.1  # and of a short one
-WARM_UP = 0.1  # of the steps, left out
-SHARES = (0.25, 0.5, 0.75)  # of the steps, at which a look is shown besides the first and last
+BRIEF = 0.1  # seconds between two samples of a short run
+WARM_UP = 0.1  # share of the steps that is left out
+SHARES = (0.25, 0.5, 0.75)  # of the steps, shown besides the first and the last
 DISTINCT = 400  # images; more are hard links to these
 TINY = (
     *("--dataset", "folder", "--image_size", "8", "--device", "cpu", "--num_workers", "2"),
@@ -40,23 +41,22 @@ TINY = (
     *("--exp_name", "soak"),
 )
 ABOUT = """\
-Made by `make soak`: the scripts under load, looked at from outside.
+Made by `make soak`: the scripts under load, observed from outside.
 
 Training is main.py with a model of 8 channels and K = 16 on images of 8×8, one thread, 2 workers
 for training and 2 for validation. The long run has batch 8, some 50 validations and a checkpoint
 every 500 steps besides. Image files are hard links to 400 pictures, their names in the system's
 cache.
 
-Memory is resident memory; what processes share is counted in each. Standard errors take the
-samples as independent, which they are not. A leak grows steadily; a single jump is none.
-"""
+Memory is resident memory; pages that processes share are counted in each. Standard errors assume
+independent samples, which these are not. A leak grows steadily; a single jump is no leak."""
 
 
 # ------------------------------------------------------------------------------- watching a process
 
 
 class Usage(NamedTuple):
-    """What a process holds, or several together; pages they share are counted in each."""
+    """Memory, handles and threads of one or more processes; shared pages are counted in each."""
 
     memory: float  # resident, MB
     peak: float  # the most memory so far, MB
@@ -68,7 +68,7 @@ NOTHING = Usage(0, 0, 0, 0)
 
 
 class Sample(NamedTuple):
-    """What a script and its workers hold at one time."""
+    """Usage of a script and its workers at one time."""
 
     time: float  # seconds since the epoch
     script: Usage
@@ -83,11 +83,11 @@ class Watched(NamedTuple):
     samples: list[Sample]
 
     def busy(self) -> list[Sample]:
-        """The samples at which workers lived: an exit touches all libraries once more."""
+        """Samples taken while workers lived: the exit touches all libraries once more."""
         return [sample for sample in self.samples if sample.workers.memory]
 
     def peaks(self) -> tuple[float, float]:
-        """The most memory of the script and of its workers together, MB, before its exit."""
+        """Peak memory in MB of the script and of its workers together, before its exit."""
         busy = self.busy()
         return (
             max(sample.script.peak for sample in busy),
@@ -98,10 +98,9 @@ class Watched(NamedTuple):
 def watch(
     command: Sequence[str], interval: float, more: Mapping[str, str] | None = None
 ) -> Watched:
-    """Run a Python script and sample it every so many seconds until it ends.
+    """Run a Python script and sample it every `interval` seconds until it ends.
 
-    more: environment variables besides those of this process. Raises RuntimeError with the end of
-    its output where it fails.
+    more: environment variables to add. Raises RuntimeError with the end of its output if it fails.
     """
     samples = []
     start = time.time()
@@ -119,7 +118,7 @@ def watch(
                     samples.append(Sample(time.time(), script, workers_usage(child.pid)))
                 time.sleep(interval)
         finally:
-            child.terminate()  # a run that is interrupted shall not leave it behind
+            child.terminate()  # an interrupted run must not leave it behind
         seconds = time.time() - start
         if child.returncode != 0:
             output.seek(0)
@@ -129,7 +128,7 @@ def watch(
 
 
 def usage(pid: int) -> Usage | None:
-    """What a process holds; None where it has ended."""
+    """Usage of a process; None if it has ended."""
     process = Path("/proc") / str(pid)
     try:
         status = read_status((process / "status").read_text())
@@ -144,18 +143,18 @@ def usage(pid: int) -> Usage | None:
 
 
 def read_status(text: str) -> dict[str, int]:
-    """The numbers of /proc/<pid>/status."""
+    """Numbers in /proc/<pid>/status."""
     return {name: int(value) for name, value in re.findall(r"(?m)^(\w+):\s+(\d+)", text)}
 
 
 def workers_usage(pid: int) -> Usage:
-    """What all processes below a process hold together."""
+    """Usage of all descendants of a process together."""
     usages = [usage(worker) for worker in descendants(pid)]
     return Usage(*map(sum, zip(NOTHING, *(found for found in usages if found is not None))))
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """The processes that a process has started, and that those have."""
+    """Yield the children of a process, their children, and so on."""
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             children = file.read_text().split()
@@ -170,13 +169,13 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 class Steps(NamedTuple):
-    """The times at which TensorBoard was told of a run's steps."""
+    """Steps of a run and the times at which they were logged to TensorBoard."""
 
     number: NDArray[np.float64]  # (n,), ascending
     time: NDArray[np.float64]  # (n,), seconds since the epoch
 
     def at(self, times: Sequence[float]) -> NDArray[np.float64]:
-        """The step at each time."""
+        """Step at each time."""
         return np.interp(times, self.time, self.number)
 
     def speed(self, first: float, last: float) -> float:
@@ -188,7 +187,7 @@ class Steps(NamedTuple):
 
 
 def read_steps(logs: Path) -> Steps:
-    """The steps of a run from its TensorBoard folder."""
+    """Read the steps of a run from its TensorBoard folder."""
     board = EventAccumulator(str(logs), size_guidance={"scalars": 0}).Reload()
     events = board.Scalars("train/loss")
     return Steps(
@@ -212,7 +211,7 @@ def slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]
 
 
 def growth(steps: Steps, samples: list[Sample]) -> Table:
-    """What the script and its workers hold over the steps, from the end of the warm-up on."""
+    """Usage of the script and its workers over the steps after the warm-up."""
     shares = np.array([WARM_UP, *SHARES, 1])
     numbers = steps.at([sample.time for sample in samples]) / steps.number[-1]
     inside = [
@@ -223,7 +222,7 @@ def growth(steps: Steps, samples: list[Sample]) -> Table:
     x = np.array([number for number, _ in inside])
     nearest = np.abs(x - shares[:, None]).argmin(1)
     table = Table(
-        f"What they hold in {steps.number[-1]:,.0f} steps",
+        f"Memory, handles and threads over {steps.number[-1]:,.0f} steps",
         [
             *("", *(f"step {share * steps.number[-1]:,.0f}" for share in shares)),
             *("least", "most", "slope per 1,000 steps", "the same in the last half"),
@@ -249,7 +248,7 @@ def growth(steps: Steps, samples: list[Sample]) -> Table:
 
 
 def write_images(folder: Path, count: int, side: int, bits: int = 8) -> None:
-    """PNG files in 200 subfolders: small pictures with so many bits a channel."""
+    """Write small PNG files with so many bits per channel into 200 subfolders."""
     distinct: list[Path] = []
     for number in range(count):
         path = folder / f"{number % 200:03d}" / f"{number:06d}.png"
@@ -263,15 +262,15 @@ def write_images(folder: Path, count: int, side: int, bits: int = 8) -> None:
 
 
 def train(folder: Path, images: Path, interval: float, *flags: object) -> tuple[Watched, Steps]:
-    """A run of main.py with a tiny model."""
+    """Run main.py with a tiny model."""
     command = ["main.py", *TINY, "--data_folder", images, "--output_folder", folder, *flags]
-    # So small a model gains nothing by more threads, which would contend with the workers.
+    # More threads would not speed up so small a model and would compete with the workers.
     run = watch([*map(str, command)], interval, {"OMP_NUM_THREADS": "1"})
     return run, read_steps(folder / "logs" / "soak")
 
 
 def long_run(quick: bool) -> Iterator[Table]:
-    """20,000 steps with some 50 validations, and 40 checkpoints besides theirs."""
+    """20,000 steps with some 50 validations and 40 more checkpoints."""
     num_steps, num_images, save_every = (1000, 200, 25) if quick else (20_000, 4000, 500)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -289,7 +288,7 @@ def long_run(quick: bool) -> Iterator[Table]:
 
 
 def large_folder(quick: bool) -> Iterator[Table]:
-    """Opening a folder of 200,000 images and 50 steps on it, against one of a twentieth."""
+    """Open a folder of 200,000 images and train 50 steps on it; the same with a twentieth."""
     table = Table(
         "A folder of tiny images in 200 subfolders, 50 steps of batch 64, 2 workers",
         [
@@ -345,36 +344,20 @@ PARTS = {"steps": long_run, "folder": large_folder, "evaluation": many_pairs}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the sizes")
-    parser.add_argument("--output", type=Path, help="write the tables there too")
+    parser.add_argument("--output", type=Path, help="page to write besides")
     arguments = parser.parse_args()
-    tables: list[Table] = []
-    for part in arguments.parts or PARTS:
-        for table in PARTS[part](arguments.quick):
-            sys.stdout.write(table.markdown() + "\n")
-            sys.stdout.flush()
-            tables.append(table)
+    parts = arguments.parts or PARTS
+    tables = printed(table for part in parts for table in PARTS[part](arguments.quick))
     if arguments.output is not None:
         write(arguments.output, tables)
 
 
 def write(path: Path, tables: list[Table]) -> None:
-    """The tables in Markdown, with the machine."""
-    about = machine()
-    lines = [
-        "# Soak",
-        "",
-        ABOUT,
-        f"{about['processor']}, {about['cores']} cores, Python {about['python']}, "
-        f"torch {about['versions']['torch']}.",
-        "",
-        *(table.markdown() for table in tables),
-    ]
-    with whole_file(path) as temporary:
-        temporary.write_text("\n".join(lines).rstrip("\n") + "\n")
+    write_page(path, "Soak", ABOUT, f"{machine_line(machine())}.", *tables)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,4 @@
-"""The whole training step against the same network without a quantiser: time and memory."""
+"""Time and memory of the training step, against the same network without a quantiser."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from benchmarks.common import Table, both_thread_counts, interleaved, seeded
+from benchmarks.measure import both_thread_counts, interleaved, peak_memory, seeded
 from datasets import BatchLoader, open_dataset, pixel_variance, split_validation
 from modules import VQVAE, Autoencoder, ModelConfig
 from utils.devices import keep_freed_memory
 from utils.flags.arguments import build_model_config
 from utils.flags.recipes import with_recipe
 from utils.images import to_signed
+from utils.tables import Table
 from utils.training.objectives import MeanSquaredError
 from utils.training.trainer import TrainConfig, Trainer
 
@@ -37,7 +38,7 @@ LIBRARY = build_model_config({"quantizer": "multihead-vq"}, in_channels=1)
 def step(
     model: Autoencoder, images: Tensor, optimizer: torch.optim.Optimizer, dtype: torch.dtype
 ) -> None:
-    """One step of Adam."""
+    """Take one step of Adam."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         reconstruction, quantized = model(images)
     loss = F.mse_loss(reconstruction.float(), images) / 0.1 + quantized.loss
@@ -50,7 +51,7 @@ def make(
     config: ModelConfig, images: Tensor, *,
     dtype: torch.dtype = torch.float32, channels_last: bool = False, compiled: bool = False,
 ) -> Callable[[], None]:  # fmt: skip
-    """A step that is ready to run, its model warmed up on these images."""
+    """A step that is ready to run, of a model warmed up on these images."""
     seeded()
     model = VQVAE(config).to(images.device)
     if channels_last:
@@ -72,7 +73,7 @@ def some_images(count: int) -> Tensor:
 
 
 def ways(images: Tensor) -> dict[str, Callable[[], object]]:
-    """The step with and without quantiser, and in the other ways to run it."""
+    """The step without quantiser, with it, and with the flags that may change its speed."""
     return {
         "no quantiser": make(UNQUANTISED, images),
         "LooC": make(LOOC, images),
@@ -99,7 +100,7 @@ def step_table(threads: int) -> Table:
 
 
 def epoch_table(device: torch.device) -> Table:
-    """What main.py's loop costs over bare steps: loading, meter, bar, TensorBoard."""
+    """Cost of main.py's loop over bare steps: loading, meter, progress bar, TensorBoard."""
     torch.set_num_threads(both_thread_counts()[-1])
     training, validation = split_validation(open_dataset("fashion-mnist-sample", None, "train"))
     loader = partial(BatchLoader, batch_size=256, device=device)
@@ -140,7 +141,7 @@ def epoch_table(device: torch.device) -> Table:
 
 
 def memory_table() -> Table:
-    """Peak memory of a few steps at batch 1024, each in a process of its own."""
+    """Peak memory of a few steps at batch 1024, each model in its own process."""
     table = Table(
         "Peak memory of training, 1024 images of 28×28, d = 4",
         ["", "peak GB", "above no quantiser, MB"],
@@ -154,7 +155,7 @@ def memory_table() -> Table:
 
 
 def peak_in_process(what: str) -> float:
-    """Peak resident memory in GB of this module run with one argument, the median of three."""
+    """Median peak memory in GB of three runs of this module with one argument."""
     command = [sys.executable, "-m", "benchmarks.training", what]
     return statistics.median(
         float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
@@ -179,13 +180,6 @@ def main() -> None:
     for _ in range(5):
         step(model, images, optimizer, torch.float32)
     sys.stdout.write(f"{peak_memory()}\n")
-
-
-def peak_memory() -> float:
-    """Peak resident memory of this process in GB."""
-    # Not getrusage: its peak survives the exec of a child and would be the parent's.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 if __name__ == "__main__":

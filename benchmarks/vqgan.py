@@ -1,18 +1,17 @@
-"""The training step of --model vqgan: time, memory, and the images a second that it asks for.
+"""Measure time and memory of the training step of --model vqgan.
 
-python -m benchmarks.vqgan --preset ffhq-256 --batch_size 2 writes docs/vqgan-step-<preset>.md. Each
-row is a process of its own, on random images; seconds are medians.
+python -m benchmarks.vqgan --preset ffhq-256 --batch_size 2 writes
+docs/results/vqgan-step-<preset>.md. Each row is its own process, on random images.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,23 @@ from unittest.mock import Mock
 
 import torch
 
-from benchmarks.common import SEED, Table, machine
-from benchmarks.training import peak_memory
+from benchmarks.measure import SEED, interleaved, peak_memory
 from datasets import BatchLoader, TensorImages
 from datasets.config import DataConfig
 from main import prepare
 from modules import ModelConfig, make_model
 from utils.devices import keep_freed_memory, resolve_device, seed_everything
 from utils.errors import run
-from utils.files import whole_file, writable_folder
+from utils.files import writable_folder
 from utils.flags.arguments import Parser, build, build_model_config, parse_flags
 from utils.flags.presets import PRESETS, with_preset
 from utils.images import to_signed
+from utils.tables import Table, machine, machine_line, write_page
 from utils.training.objectives import ObjectiveConfig, build_objective_config, make_objective
 from utils.training.trainer import PRECISIONS, TrainConfig, Trainer
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, ObjectiveConfig)
-VARIANTS = {  # what is added to the preset's flags
+VARIANTS = {  # flags added to the preset's
     "before --disc_start": "",
     "after --disc_start": "--disc_start 0",
     "the same, --checkpoint_gradients": "--disc_start 0 --checkpoint_gradients",
@@ -50,11 +49,12 @@ def main() -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="photos-64")
     parser.add_argument("--batch_size", type=int, default=None, help="(default: the preset's)")
-    parser.add_argument("--steps", type=int, default=5, help="that are timed (default: 5)")
+    parser.add_argument("--steps", type=int, default=5, help="steps to time (default: 5)")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"), help="folder of pages")
     arguments = parser.parse_args()
+    docs = writable_folder(arguments.docs, "--docs")
     words = ["--preset", arguments.preset, "--device", arguments.device]
     words += ["--precision", arguments.precision]
     if arguments.batch_size is not None:
@@ -73,11 +73,17 @@ def main() -> None:
         rest = (found["reconstruction"], found["peak_gb"])
         table.rows.append([name, found["images"], step, speed, quantiser, share, *rest])
         sys.stdout.write(f"{name}: {found}\n")
-    write(writable_folder(arguments.docs, "--docs"), arguments.preset, table)
+    write_page(
+        docs / f"vqgan-step-{arguments.preset}.md",
+        f"The training step of --preset {arguments.preset}",
+        f"Made by `python -m benchmarks.vqgan {' '.join(sys.argv[1:])}`: random images, medians.",
+        f"{machine_line(machine())}.",
+        table,
+    )
 
 
 def measured(steps: int, words: list[str]) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """Run `measure` in its own process."""
     command = [sys.executable, "-m", "benchmarks.vqgan", "measure", str(steps), *words]
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
@@ -85,13 +91,13 @@ def measured(steps: int, words: list[str]) -> dict[str, Any]:
 
 
 def measure(steps: int, words: list[str]) -> dict[str, Any]:
-    """Median seconds of a step of main.py's loop after a first one, and of its parts; the peak."""
+    """Measure median seconds of a step of main.py's loop and of its parts, and peak memory."""
     flags = with_preset(parse_flags(None, *GROUPS, argv=words), *GROUPS)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(flags, Path(folder))
         images = next(iter(trainer.train_loader.epoch()))
-        step = median_seconds(lambda: trainer.train_step(images), steps, images.device)
+        step = median_seconds(lambda: trainer.train_step(images), steps)
     peak = torch.cuda.max_memory_allocated() / 1e9 if images.is_cuda else peak_memory()
     model = trainer.model
     side = flags["image_size"] // model.config.downsampling
@@ -101,10 +107,10 @@ def measure(steps: int, words: list[str]) -> dict[str, Any]:
         quantized = model.quantizer(z.requires_grad_())
         torch.autograd.backward(quantized.latents.sum() + quantized.loss)
 
-    quantiser = median_seconds(quantise, 5, images.device)
+    quantiser = median_seconds(quantise, 5)
     with torch.no_grad():
         one = to_signed(images[:1])
-        reconstruction = median_seconds(lambda: model.eval()(one), steps, images.device)
+        reconstruction = median_seconds(lambda: model.eval()(one), steps)
     return {
         "images": len(images),
         "step": step,
@@ -114,20 +120,13 @@ def measure(steps: int, words: list[str]) -> dict[str, Any]:
     }
 
 
-def median_seconds(run: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Of so many rounds, after one that is not counted."""
-    seconds = []
-    for _ in range(1 + rounds):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+def median_seconds(run: Callable[[], object], rounds: int) -> float:
+    """Median over the rounds after a first one, which is not counted."""
+    return interleaved({"": run}, rounds, slow=math.inf)[""].median
 
 
 def make_trainer(flags: Mapping[str, Any], folder: Path) -> Trainer:
-    """The trainer of these flags, on one batch of random images."""
+    """Make the trainer of these flags, on one batch of random images."""
     config, size = build(TrainConfig, flags), flags["image_size"]
     device, model_config = resolve_device(config.device), build_model_config(flags, 3)
     seed_everything(SEED, device)
@@ -145,23 +144,6 @@ def make_trainer(flags: Mapping[str, Any], folder: Path) -> Trainer:
     return Trainer(
         model, loader, loader, config, objective=objective, models=folder, logs=folder, stored={}
     )
-
-
-def write(docs: Path, preset: str, table: Table) -> None:
-    about = machine()
-    flags = " ".join(sys.argv[1:])
-    lines = [
-        f"# The training step of --preset {preset}",
-        "",
-        f"Made by `python -m benchmarks.vqgan {flags}`: random images, medians.",
-        "",
-        f"{about['processor']}, {about['cores']} cores, {about['device']}, Python "
-        f"{about['python']}, torch {about['versions']['torch']}.",
-        "",
-        table.markdown(),
-    ]
-    with whole_file(docs / f"vqgan-step-{preset}.md") as temporary:
-        temporary.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

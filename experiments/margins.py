@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
 
-from benchmarks.common import Table
 from experiments.tables import Row
+from utils.tables import Table
 
 LEAST_RATE, MOST_RATE = 0.3, 16.0  # bits a pixel
 

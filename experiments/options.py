@@ -75,7 +75,9 @@ def add_options(parser: Parser, output: str) -> None:
         "--threads", type=natural, help=f"of each job (default: {cores} cores / jobs)"
     )
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of the runs")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the tables")
+    parser.add_argument(
+        "--docs", type=Path, default=Path("docs/results"), help="folder of the tables"
+    )
     parser.add_argument("--data_folder", help="where the data set lies (default: the suite's)")
     parser.add_argument("--weights_dir", help="folder of LPIPS's weights (default: torch hub's)")
     parser.add_argument(

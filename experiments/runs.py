@@ -28,12 +28,12 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from benchmarks.common import machine
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.errors import Stopped, UserError, one_line, printable
 from utils.files import write_json
 from utils.flags.recipes import with_recipe
 from utils.logger import log
+from utils.tables import machine
 from utils.training.trainer import TrainConfig
 from utils.weights.sources import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
 

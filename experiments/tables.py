@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Table
 from experiments.runs import Contender, Contest, Settings, Setup, finished, read_json, words
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS
 from utils.files import whole_file, write_json
 from utils.flags.recipes import with_recipe
 from utils.logger import log
+from utils.tables import Table, machine_line
 
 NONE = "–"
 
@@ -200,18 +200,13 @@ def row_of(contest: Contest, settings: Settings) -> Row | None:
         seeds=list(done),
         figures=figures,
         validation={f"{lr:g}": statistics.mean(values) for lr, values in scores.items()},
-        machines=sorted({machine_line(result["machine"]) for result in done.values()}),
+        machines=sorted({machine_of(result["machine"]) for result in done.values()}),
     )
 
 
-def machine_line(about: Mapping[str, Any]) -> str:
+def machine_of(about: Mapping[str, Any]) -> str:
     """A machine, how many runs shared it, and the versions, in words."""
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    return (
-        f"{about['processor']}, {about['cores']} cores, {about['device']}, "
-        f"{about['jobs']} at a time with {about['threads']} threads each, "
-        f"Python {about['python']}; {versions}"
-    )
+    return machine_line(about, f"{about['jobs']} at a time with {about['threads']} threads each")
 
 
 def figures_table(title: str, rows: Sequence[Row]) -> Table:
@@ -280,8 +275,11 @@ class Document:
         ]
         for file, text in self.pictures.items():
             lines += [f"![{text}]({file})", ""]
-        lines += [table.markdown() for table in self.summaries if table.rows]
-        lines.append(figures_table("Figures", self.rows).markdown().rstrip("\n"))
+        tables = [
+            *(table for table in self.summaries if table.rows),
+            figures_table("Figures", self.rows),
+        ]
+        lines.append("\n\n".join(table.markdown() for table in tables))
         return "\n".join(lines) + "\n"
 
     def machines(self) -> list[str]:

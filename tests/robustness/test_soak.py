@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.common import Table
 from benchmarks.soak import (
     ROOT,
     Sample,
@@ -27,6 +26,7 @@ from benchmarks.soak import (
     write,
     write_images,
 )
+from utils.tables import Table
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
