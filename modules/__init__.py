@@ -1,29 +1,32 @@
-"""The models: LooC's quantiser and its peers, the networks around them, and their configuration.
+"""The models: LooC's quantiser and others, the networks around them, and their configuration.
 
-Needs torch alone; VQGAN needs diffusers besides, peers vector-quantize-pytorch, the plug-in's remap
-files numpy.
+Needs torch only. Optional: diffusers for VQGAN, vector-quantize-pytorch for the other quantisers,
+NumPy for the plug-in's remap files.
 """
 
-from modules.autoencoder import Autoencoder
-from modules.config import ModelConfig
-from modules.discriminator import PatchDiscriminator
-from modules.quantizers.library import NoQuantizer, PeerQuantizer
-from modules.quantizers.looc.plugin import LooCPlugin
-from modules.quantizers.looc.quantizer import LooCQuantizer, Quantized
-from modules.registry import make_model
-from modules.vqgan import VQGAN
-from modules.vqvae import VQVAE
+from .autoencoder import Autoencoder
+from .config import ModelConfig
+from .discriminator import PatchDiscriminator
+from .quantizers.identity import NoQuantizer
+from .quantizers.library import LibraryQuantizer
+from .quantizers.looc.plugin import LooCPlugin
+from .quantizers.looc.quantizer import LooCQuantizer, Quantized
+from .quantizers.spec import Quantizer
+from .registry import make_model
+from .vqgan import VQGAN
+from .vqvae import VQVAE
 
 __all__ = [
     "VQGAN",
     "VQVAE",
     "Autoencoder",
+    "LibraryQuantizer",
     "LooCPlugin",
     "LooCQuantizer",
     "ModelConfig",
     "NoQuantizer",
     "PatchDiscriminator",
-    "PeerQuantizer",
     "Quantized",
+    "Quantizer",
     "make_model",
 ]

@@ -1,80 +1,52 @@
-"""What all models share: an encoder, a quantiser made as the configuration says, a decoder."""
+"""The base class of all models: an encoder, a quantiser, a decoder."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from modules.config import ModelConfig, parse_levels
-from modules.quantizers.library import PEERS, NoQuantizer, PeerQuantizer
-from modules.quantizers.looc.quantizer import LooCQuantizer, Quantized
+from .quantizers.looc.quantizer import Quantized
+from .quantizers.spec import Quantizer
 
-Quantizer: TypeAlias = LooCQuantizer | PeerQuantizer | NoQuantizer
-
-
-def make_looc(config: ModelConfig) -> Quantizer:
-    return LooCQuantizer(
-        config.num_embedding,
-        config.embedding_dim,
-        commitment_cost=config.commitment_cost,
-        distance=config.distance,
-        anchor=config.anchor,
-        split=config.split,
-        interpolation_scale=config.interpolation_scale,
-        first_batch=config.first_batch,
-        contras_loss=config.contras_loss,
-        codebook_update=config.codebook_update,
-        ema_decay=config.ema_decay,
-        codebook_start=config.codebook_start,
-        latent_norm=config.latent_norm,
-        latent_channels=config.channels,
-        gradient=config.gradient,
-        rate_weight=config.rate_weight,
-    )
+if TYPE_CHECKING:
+    from .config import ModelConfig
 
 
-def make_peer(config: ModelConfig) -> Quantizer:
-    return PeerQuantizer(
-        config.quantizer,
-        config.num_embedding,
-        config.embedding_dim,
-        channels=config.channels,
-        distance=config.distance,
-        commitment_cost=config.commitment_cost,
-        ema_decay=config.ema_decay,
-        codebook_start=config.codebook_start,
-        gradient=config.gradient,
-        levels=parse_levels(config.levels or ""),
-        num_quantizers=config.num_quantizers,
-        dead_code_threshold=config.dead_code_threshold,
-        latent_norm=config.latent_norm,
-    )
+@dataclass(frozen=True)
+class NetworkSpec:
+    """A choice of --model: the network around the quantiser.
 
+    Args:
+        label: its name in reports.
+        make: builds the model of a configuration.
+        reads: the flags that it alone reads.
+        downsampling: f, the side of an image divided by that of its latents.
+        checks: each raises ValueError naming flags that contradict each other.
+        library: the optional package that it needs.
+    """
 
-def make_none(config: ModelConfig) -> Quantizer:
-    return NoQuantizer(config.channels, latent_norm=config.latent_norm)
-
-
-MAKERS: dict[str, Callable[[ModelConfig], Quantizer]] = {
-    **dict.fromkeys(("looc", "cvq", "vq"), make_looc),
-    **dict.fromkeys(PEERS, make_peer),
-    "none": make_none,
-}
+    label: str
+    make: Callable[[ModelConfig], Autoencoder]
+    reads: frozenset[str]
+    downsampling: Callable[[ModelConfig], int]
+    checks: Sequence[Callable[[ModelConfig], None]] = ()
+    library: str | None = None
 
 
 class Autoencoder(nn.Module, ABC):
     """An image autoencoder with quantised latents.
 
     Images are (B, in_channels, height, width) in [−1, 1], height and width multiples of the
-    configuration's `downsampling` f; anything else raises ValueError, as does a quantiser or a
+    configuration's `downsampling` f. Anything else raises ValueError, and so does a quantiser or
     network whose library is not installed.
     """
 
-    encoder: Any  # a module, images → (B, ·, H, W), H and W being an f-th of height and width
+    encoder: Any  # a module, images → (B, ·, H, W), with H = height / f and W = width / f
     pre_vq_conv: nn.Conv2d  # 1×1, → (B, C, H, W)
     quantizer: Quantizer
     decoder: Any  # a module, → images
@@ -93,7 +65,7 @@ class Autoencoder(nn.Module, ABC):
         return self.reconstruct(quantized.latents), quantized
 
     def compile_parts(self) -> None:
-        """Have torch.compile make kernels of encoder and decoder when they are first called."""
+        """Compile encoder and decoder (torch.compile) on their first call."""
         self.encoder.compile()
         self.decoder.compile()
 
@@ -118,14 +90,15 @@ class Autoencoder(nn.Module, ABC):
                 f"images of {images.shape[2]}×{images.shape[3]}: height and width must be "
                 f"multiples of {factor}"
             )
-        latents: Tensor = self.pre_vq_conv(of_any_number(self.encoder, images))
+        latents: Tensor = self.pre_vq_conv(apply(self.encoder, images))
         return latents
 
 
-def of_any_number(network: nn.Module, x: Tensor) -> Tensor:
-    """network(x), also of no image, which attention cannot be given: (b, …) → (b, …).
+def apply(network: nn.Module, x: Tensor) -> Tensor:
+    """network(x), for an empty batch too, which attention cannot take: (b, …) → (b, …).
 
-    Among several processes one may have none, and its backward pass has to reach all weights still.
+    One of several processes may have no image, and its backward pass still has to reach all
+    weights.
     """
     if len(x):
         result: Tensor = network(x)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
-from modules.options import option
-from modules.quantizers.looc.quantizer import (
+from .autoencoder import NetworkSpec
+from .options import option
+from .quantizers.looc.quantizer import (
     ANCHORS,
     CODEBOOK_UPDATES,
     DISTANCES,
@@ -18,362 +17,9 @@ from modules.quantizers.looc.quantizer import (
     SPLITS,
     STARTS,
 )
-
-LARGEST_CODEBOOK = 2**20
-LEAST_LEVEL, LARGEST_LEVEL = 3, 16  # of --quantizer fsq, where they are chosen here
-
-# ------------------------------------------------------------------------------------- quantisers
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A quantiser: which flags it reads, what it implies, and what it makes of the latents."""
-
-    label: str
-    reads: frozenset[str] = frozenset()
-    implies: Mapping[str, Any] = field(default_factory=dict)  # for flags that were not given
-    derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}  # more, from those given
-    checks: Sequence[Callable[[ModelConfig], None]] = ()
-    any_channels: bool = False  # or as many as a codevector
-    slots: Callable[[ModelConfig], int] = lambda _: 1  # indices m of a position
-    codebooks: Callable[[ModelConfig], int] = lambda _: 1
-    parts: bool = False  # whether a batch may be passed in parts, or by several processes
-
-    def default(self, name: str) -> Any:
-        """Of a flag that is not given, apart from those that are derived."""
-        return self.implies.get(name, getattr(ModelConfig, name))
-
-
-def units(config: ModelConfig) -> int:
-    """m = C·max(β,1)²/d."""
-    return config.channels * max(config.interpolation_scale, 1) ** 2 // config.embedding_dim
-
-
-def check_units(config: ModelConfig) -> None:
-    """d divides the channels."""
-    scale = max(config.interpolation_scale, 1)
-    if config.channels * scale**2 % config.embedding_dim:
-        flag = "--hidden_size" if config.latent_channels is None else "--latent_channels"
-        times = f" times {scale}² of --interpolation_scale" if scale > 1 else ""
-        raise ValueError(
-            f"--embedding_dim {config.embedding_dim} does not divide "
-            f"the {config.channels} channels of {flag}{times}"
-        )
-
-
-def check_position(config: ModelConfig) -> None:
-    """The channels are those of one codevector."""
-    if config.channels != config.embedding_dim:
-        raise ValueError(
-            f"--latent_channels {config.latent_channels} is not --embedding_dim "
-            f"{config.embedding_dim}, the channels of --quantizer {config.quantizer}"
-        )
-    if config.interpolation_scale > 1:
-        raise ValueError(
-            f"--interpolation_scale {config.interpolation_scale} needs --quantizer looc, "
-            f"not {config.quantizer}"
-        )
-
-
-def check_start(config: ModelConfig) -> None:
-    if config.codebook_start == "features":
-        raise ValueError(
-            f"--codebook_start features needs --quantizer looc, cvq or vq, not {config.quantizer}, "
-            "which has uniform and kmeans"
-        )
-
-
-def check_own(config: ModelConfig) -> None:
-    """What LooCQuantizer refuses, by the names of flags."""
-    if config.contras_loss and config.codebook_update != "gradient":
-        raise ValueError(
-            f"--contras_loss has no effect with --codebook_update {config.codebook_update}, "
-            "only with gradient"
-        )
-    if config.rate_weight and config.distance != "l2":
-        raise ValueError(
-            f"--rate_weight {config.rate_weight:g} needs --distance l2, not {config.distance}"
-        )
-
-
-def even_levels(product: int, count: int, largest: int = LARGEST_LEVEL) -> tuple[int, ...] | None:
-    """So many levels of this product, falling, as even as can be; None where there are none."""
-    if not count:
-        return () if product == 1 else None
-    found = []
-    for level in range(LEAST_LEVEL, min(largest, product) + 1):
-        rest = even_levels(product // level, count - 1, level) if product % level == 0 else None
-        if rest is not None:
-            found.append((level, *rest))
-    return min(found, key=sum, default=None)
-
-
-def parse_levels(text: str) -> tuple[int, ...]:
-    """8,5,5,5 as numbers; none at all where it is nothing of the kind."""
-    matches = re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6}){0,11}", text)
-    return tuple(map(int, text.split(","))) if matches else ()
-
-
-def fsq_sizes(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """K and d of the levels given, else levels for K and d.
-
-    d is near the usual one, and divides the channels, where neither levels nor d are given.
-    """
-    if flags.get("levels") is not None:
-        levels = parse_levels(flags["levels"])
-        return {"num_embedding": math.prod(levels), "embedding_dim": len(levels)} if levels else {}
-    channels = flags.get("latent_channels") or flags.get("hidden_size", ModelConfig.hidden_size)
-    near = sorted(range(1, 13), key=lambda dim: abs(dim - ModelConfig.embedding_dim))
-    dims = sorted(near, key=lambda dim: channels % dim > 0)
-    for dim in [flags["embedding_dim"]] if "embedding_dim" in flags else dims:
-        chosen = even_levels(flags.get("num_embedding", ModelConfig.num_embedding), dim)
-        if chosen is not None:
-            return {"levels": ",".join(map(str, chosen)), "embedding_dim": dim}
-    return {}
-
-
-def check_levels(config: ModelConfig) -> None:
-    """There are d levels, and K is their product."""
-    if config.levels is None:
-        raise ValueError(
-            f"--num_embedding {config.num_embedding} is no product of levels from {LEAST_LEVEL} to "
-            f"{LARGEST_LEVEL}, --embedding_dim {config.embedding_dim} of them; give --levels"
-        )
-    levels = parse_levels(config.levels)
-    if not levels or min(levels) < LEAST_LEVEL:
-        raise ValueError(
-            f"--levels {config.levels} is no list of up to 12 numbers from {LEAST_LEVEL} on, "
-            "like 8,5,5,5"
-        )
-    product = math.prod(levels)
-    if product > LARGEST_CODEBOOK:
-        raise ValueError(
-            f"--levels {config.levels} makes {product} codevectors, more than {LARGEST_CODEBOOK}"
-        )
-    if product != config.num_embedding:
-        raise ValueError(
-            f"--levels {config.levels} makes {product} codevectors, "
-            f"not --num_embedding {config.num_embedding}"
-        )
-    if len(levels) != config.embedding_dim:
-        raise ValueError(
-            f"--levels {config.levels} has {len(levels)} dimensions, "
-            f"not --embedding_dim {config.embedding_dim}"
-        )
-
-
-def lfq_sizes(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """K = 2^d, whichever of them is not given."""
-    dim = flags.get("embedding_dim")
-    if dim is None:
-        num_embedding = flags.get("num_embedding", ModelConfig.num_embedding)
-        return {"embedding_dim": max(1, num_embedding.bit_length() - 1)}
-    return {"num_embedding": 2**dim} if 2**dim <= LARGEST_CODEBOOK else {}
-
-
-def check_bits(config: ModelConfig) -> None:
-    """K = 2^d."""
-    if config.num_embedding != 2**config.embedding_dim:
-        raise ValueError(
-            f"--num_embedding {config.num_embedding} is not 2 to the power of --embedding_dim "
-            f"{config.embedding_dim}, as --quantizer lfq needs it"
-        )
-
-
-COMMON = frozenset({"num_embedding", "embedding_dim", "latent_norm"})
-OWN = COMMON | {
-    *("distance", "anchor", "split", "interpolation_scale", "first_batch", "contras_loss"),
-    *("commitment_cost", "codebook_update", "ema_decay", "codebook_start", "gradient"),
-    "rate_weight",
-}
-BY_EMA = COMMON | {
-    *("commitment_cost", "ema_decay", "codebook_start", "gradient", "dead_code_threshold")
-}
-LIKE_LIBRARY = {
-    "anchor": "none",
-    "codebook_start": "uniform",
-    "commitment_cost": 1.0,
-    "distance": "l2",
-    "gradient": "rotation",
-}
-QUANTIZERS = {
-    "looc": Kind(
-        "LooC",
-        OWN,
-        checks=(check_units, check_own),
-        any_channels=True,
-        slots=units,
-        parts=True,
-    ),
-    "cvq": Kind("CVQ-VAE", OWN, checks=(check_position, check_own), parts=True),
-    "vq": Kind(
-        "plain VQ",
-        OWN - {"anchor"},
-        {"distance": "l2", "anchor": "none"},
-        checks=(check_position, check_own),
-        parts=True,
-    ),
-    "none": Kind(
-        "an autoencoder without quantiser",
-        frozenset({"latent_norm"}),
-        implies={"anchor": "none"},
-        any_channels=True,
-        slots=lambda _: 0,
-        codebooks=lambda _: 0,
-        parts=True,
-    ),
-    "ema-vq": Kind(
-        "VQ by moving averages",
-        BY_EMA,
-        LIKE_LIBRARY,
-        checks=(check_position, check_start),
-    ),
-    "cosine-vq": Kind(
-        "VQ by cosine similarity",
-        BY_EMA,
-        {**LIKE_LIBRARY, "distance": "cos"},
-        checks=(check_position, check_start),
-    ),
-    "multihead-vq": Kind(
-        "multi-headed VQ",
-        BY_EMA | {"distance"},
-        LIKE_LIBRARY,
-        checks=(check_units, check_start),
-        any_channels=True,
-        slots=units,
-    ),
-    "product-vq": Kind(
-        "product VQ",
-        BY_EMA | {"distance"},
-        LIKE_LIBRARY,
-        checks=(check_units, check_start),
-        any_channels=True,
-        slots=units,
-        codebooks=units,
-    ),
-    "residual-vq": Kind(
-        "residual VQ",
-        BY_EMA | {"num_quantizers"},
-        LIKE_LIBRARY,
-        checks=(check_position, check_start),
-        slots=lambda config: config.num_quantizers,
-        codebooks=lambda config: config.num_quantizers,
-    ),
-    "fsq": Kind(
-        "FSQ",
-        COMMON | {"levels"},
-        {"anchor": "none"},
-        fsq_sizes,
-        checks=(check_levels, check_units),
-        any_channels=True,
-        slots=units,
-        parts=True,
-    ),
-    "lfq": Kind(
-        "LFQ",
-        COMMON | {"commitment_cost"},
-        {"anchor": "none", "commitment_cost": 0.0},
-        lfq_sizes,
-        checks=(check_bits, check_units),
-        any_channels=True,
-        slots=units,
-    ),
-    "sim-vq": Kind(
-        "SimVQ",
-        COMMON | {"commitment_cost", "gradient"},
-        {"anchor": "none", "distance": "l2", "gradient": "rotation"},
-        checks=(check_position,),
-    ),
-}
-QUANTIZER_FLAGS = OWN | {"levels", "num_quantizers", "dead_code_threshold"}
-
-# --------------------------------------------------------------------------------------- networks
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network around the quantiser: the flags that are its own, and how it divides the side."""
-
-    label: str
-    own: frozenset[str]
-    downsampling: Callable[[ModelConfig], int]
-    checks: Sequence[Callable[[ModelConfig], None]] = ()
-
-
-def parse_multipliers(text: str) -> tuple[int, ...]:
-    """1,1,2,2,4 as numbers; none at all where it is nothing of the kind."""
-    matches = re.fullmatch(r"[1-9]\d?(,[1-9]\d?){0,7}", text)
-    return tuple(map(int, text.split(","))) if matches else ()
-
-
-def check_halves(config: ModelConfig) -> None:
-    """The first convolution has half the channels."""
-    if config.hidden_size % 2:
-        raise ValueError(
-            f"--hidden_size {config.hidden_size} is odd; "
-            "the first convolution has half as many channels"
-        )
-
-
-def check_resolutions(config: ModelConfig) -> None:
-    """There is a multiplier for each resolution, and no more of them have attention."""
-    multipliers = parse_multipliers(config.channel_multipliers)
-    if not multipliers:
-        raise ValueError(
-            f"--channel_multipliers {config.channel_multipliers} is no list of up to 8 numbers "
-            "below 100, like 1,1,2,2,4"
-        )
-    if config.num_residual_layers < 1:
-        raise ValueError(
-            f"--num_residual_layers {config.num_residual_layers} is less than the 1 that "
-            "--model vqgan needs"
-        )
-    if config.attention_levels > len(multipliers):
-        raise ValueError(
-            f"--attention_levels {config.attention_levels} is more than the {len(multipliers)} "
-            f"of --channel_multipliers {config.channel_multipliers}"
-        )
-
-
-def default_groups(channels: int) -> int:
-    """Of a normalisation; one of a single channel would forget how bright that is."""
-    most = max(1, min(32, channels // 4))
-    return next(number for number in range(most, 0, -1) if channels % number == 0)
-
-
-def check_groups(config: ModelConfig) -> None:
-    """The normalisations have as many channels in each group."""
-    if config.hidden_size % config.num_groups:
-        raise ValueError(
-            f"--norm_groups {config.num_groups} does not divide --hidden_size {config.hidden_size}"
-        )
-
-
-NETWORKS = {
-    "vqvae": Network(
-        "VQ-VAE",
-        frozenset({"num_residual_hidden"}),
-        lambda _: 4,
-        checks=(check_halves,),
-    ),
-    "vqgan": Network(
-        "VQGAN",
-        frozenset({"channel_multipliers", "attention_levels", "norm_groups", "z_channels"}),
-        lambda config: 2 ** config.channel_multipliers.count(","),
-        checks=(check_resolutions, check_groups),
-    ),
-}
-NETWORK_FLAGS = frozenset[str]().union(*(network.own for network in NETWORKS.values()))
-
-
-def implied_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """What the quantiser of these flags implies for those that are not among them."""
-    kind = QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)]
-    implied = {**kind.implies, **kind.derive(flags)}
-    return {name: value for name, value in implied.items() if name not in flags}
-
-
-# ------------------------------------------------------------------------------------------- flags
+from .quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
+from .quantizers.spec import LARGEST_CODEBOOK, QuantizerSpec, import_library
+from .registry import MODELS, NETWORK_FLAGS
 
 
 @dataclass(frozen=True)
@@ -383,7 +29,7 @@ class ModelConfig:
     Raises ValueError, naming the flags and both values, where fields contradict each other.
     """
 
-    model: str = option("vqvae", "network around the quantiser", choices=tuple(NETWORKS))
+    model: str = option("vqvae", "network around the quantiser", choices=tuple(MODELS))
     quantizer: str = option("looc", "quantiser", choices=tuple(QUANTIZERS))
     num_embedding: int = option(
         256, "codevectors K in a codebook", minimum=1, maximum=LARGEST_CODEBOOK
@@ -484,51 +130,62 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            unread = item.name in QUANTIZER_FLAGS - self.kind.reads
-            if unread and value != self.kind.default(item.name):
+            default = self.spec.implies.get(item.name, item.default)
+            if item.name in QUANTIZER_FLAGS - self.spec.reads and value != default:
                 raise ValueError(
                     f"--{item.name} {value} has no effect with --quantizer {self.quantizer}"
                 )
-            if item.name in NETWORK_FLAGS - self.network.own and value != item.default:
+            if item.name in NETWORK_FLAGS - self.network.reads and value != item.default:
                 raise ValueError(f"--{item.name} {value} has no effect with --model {self.model}")
         if self.latent_norm == "unit" and self.embedding_dim == 1:
             raise ValueError("--latent_norm unit makes ±1 of all units of --embedding_dim 1")
-        for check in (*self.network.checks, *self.kind.checks):
+        for check in (*self.network.checks, *self.spec.checks):
             check(self)
 
     @property
-    def network(self) -> Network:
-        """What is known of the network."""
-        return NETWORKS[self.model]
+    def network(self) -> NetworkSpec:
+        """The spec of the network."""
+        return MODELS[self.model]
 
     @property
-    def downsampling(self) -> int:
-        """The side of an image, in positions of the latents' one."""
-        return self.network.downsampling(self)
-
-    @property
-    def kind(self) -> Kind:
-        """What is known of the quantiser."""
+    def spec(self) -> QuantizerSpec:
+        """The spec of the quantiser."""
         return QUANTIZERS[self.quantizer]
 
     @property
-    def channels(self) -> int:
-        """Channels C of the quantiser's input; by default one unit's where it takes no more."""
-        if self.latent_channels is not None:
-            return self.latent_channels
-        return self.hidden_size if self.kind.any_channels else self.embedding_dim
+    def downsampling(self) -> int:
+        """Factor f between the sides of an image and of its latents."""
+        return self.network.downsampling(self)
 
     @property
-    def num_groups(self) -> int:
-        """Groups of a normalisation."""
-        return self.norm_groups or default_groups(self.hidden_size)
+    def channels(self) -> int:
+        """Channels C of the latents; by default d where the quantiser takes no other number."""
+        if self.latent_channels is not None:
+            return self.latent_channels
+        return self.hidden_size if self.spec.any_channels else self.embedding_dim
 
     @property
     def num_slots(self) -> int:
-        """Indices m of a position."""
-        return self.kind.slots(self)
+        """Indices m per position."""
+        return self.spec.slots(self)
 
     @property
     def num_codebooks(self) -> int:
-        """1 where all slots share a codebook, m where each has its own, 0 where there is none."""
-        return self.kind.codebooks(self)
+        """1 if all slots share a codebook, m if each has its own, 0 without any."""
+        return self.spec.codebooks(self)
+
+    def need_libraries(self) -> None:
+        """Raise ValueError if a library that the model needs is not installed."""
+        for flag, library in (
+            (f"--model {self.model}", self.network.library),
+            (f"--quantizer {self.quantizer}", self.spec.library),
+        ):
+            if library is not None:
+                import_library(library, flag)
+
+
+def implied_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the quantiser's own defaults of the flags that are not given."""
+    spec = QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)]
+    implied = {**spec.implies, **spec.derive(flags, ModelConfig)}
+    return {name: value for name, value in implied.items() if name not in flags}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from modules.autoencoder import Autoencoder
-from modules.config import ModelConfig
-from modules.quantizers.library import need_library
-from modules.vqgan import VQGAN, need_diffusers
-from modules.vqvae import VQVAE
+from typing import TYPE_CHECKING
 
-MODELS: dict[str, type[Autoencoder]] = {"vqvae": VQVAE, "vqgan": VQGAN}
+from . import vqgan, vqvae
+from .autoencoder import Autoencoder, NetworkSpec
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+
+MODELS: dict[str, NetworkSpec] = {
+    "vqvae": vqvae.SPEC,
+    "vqgan": vqgan.SPEC,
+}
+NETWORK_FLAGS = frozenset[str]().union(*(spec.reads for spec in MODELS.values()))
 
 
 def make_model(config: ModelConfig) -> Autoencoder:
-    """A new model. Raises ValueError where a library that it needs is not installed."""
-    return MODELS[config.model](config)
-
-
-def need_libraries(config: ModelConfig) -> None:
-    """Raise ValueError where the model needs a library that is not installed."""
-    need_library(config.quantizer)
-    if config.model == "vqgan":
-        need_diffusers()
+    """Make a new model. Raises ValueError if a library that it needs is not installed."""
+    return config.network.make(config)

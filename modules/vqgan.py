@@ -1,28 +1,32 @@
-"""The network of VQGAN around the quantiser, built of the diffusers library's blocks."""
+"""The network of VQGAN around the quantiser, made of blocks of the diffusers library."""
 
 from __future__ import annotations
 
+import re
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.autoencoder import MAKERS, Autoencoder, of_any_number
-from modules.config import ModelConfig, parse_multipliers
+from .autoencoder import Autoencoder, NetworkSpec, apply
+from .quantizers.spec import import_library
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
 
 
 class VQGAN(Autoencoder):
     """The encoder and decoder of Esser, Rombach, Ommer, "Taming Transformers", CVPR 2021.
 
-    Residual blocks at each resolution, attention at the lowest ones and in the middle: the blocks
-    of latent diffusion and of diffusers too, whose weights fit. Raises ValueError where diffusers
-    is not installed.
+    Residual blocks at each resolution, attention at the lowest ones and in the middle, as in
+    latent diffusion and diffusers, whose weights fit. Raises ValueError if diffusers is not
+    installed.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        need_diffusers()
+        import_library("diffusers", "--model vqgan")
         from diffusers.models.autoencoders.vae import Decoder, Encoder
 
         widths = [config.hidden_size * k for k in parse_multipliers(config.channel_multipliers)]
@@ -31,7 +35,7 @@ class VQGAN(Autoencoder):
         shared: dict[str, Any] = {
             "block_out_channels": widths,
             "layers_per_block": config.num_residual_layers,
-            "norm_num_groups": config.num_groups,
+            "norm_num_groups": num_groups(config),
         }
         self.encoder = Encoder(
             config.in_channels,
@@ -41,7 +45,7 @@ class VQGAN(Autoencoder):
             **shared,
         )
         self.pre_vq_conv = nn.Conv2d(z_channels, config.channels, 1)
-        self.quantizer = MAKERS[config.quantizer](config)
+        self.quantizer = config.spec.make(config)
         self.post_vq_conv = nn.Conv2d(config.channels, z_channels, 1)
         self.decoder = Decoder(
             z_channels,
@@ -52,33 +56,80 @@ class VQGAN(Autoencoder):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight of the last convolution, at which losses are weighed against each other."""
+        """The weight of the last convolution, whose gradients balance the losses."""
         weight: nn.Parameter = self.decoder.conv_out.weight
         return weight
 
     def reconstruct(self, latents: Tensor) -> Tensor:
-        return of_any_number(self.decoder, self.post_vq_conv(latents))
+        return apply(self.decoder, self.post_vq_conv(latents))
 
     def compile_parts(self) -> None:
-        """As for others, but block by block, as gradients of the last layer are asked for apart.
+        """Compile block by block: the gradients of the last layer are also asked for alone.
 
-        Blocks differ in shape alone, which would else be compiled as one of any shape.
+        Blocks differ in shape only, so dynamic shapes would compile them as one slow kernel.
         """
         blocks = [*self.encoder.down_blocks, self.encoder.mid_block]
         for block in [*blocks, self.decoder.mid_block, *self.decoder.up_blocks]:
             block.compile(dynamic=False)
 
     def checkpoint_gradients(self) -> None:
-        """Keep of each block its input alone, and compute the rest again in the backward pass."""
+        """Keep only the input of each block, and recompute the rest in the backward pass."""
         for part in (self.encoder, self.decoder):
             part.gradient_checkpointing = True
-            # As diffusers' own models set it on their parts.
+            # diffusers' own models set it in the same way.
             part._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def need_diffusers() -> None:
-    """Raise ValueError where diffusers is not installed."""
-    try:
-        import diffusers  # noqa: F401
-    except ImportError as error:
-        raise ValueError("--model vqgan needs diffusers: pip install diffusers") from error
+def parse_multipliers(text: str) -> tuple[int, ...]:
+    """Parse a list like 1,1,2,2,4; empty if the text is no such list."""
+    matches = re.fullmatch(r"[1-9]\d?(,[1-9]\d?){0,7}", text)
+    return tuple(map(int, text.split(","))) if matches else ()
+
+
+def default_groups(channels: int) -> int:
+    """Default number of normalisation groups; one of a single channel would lose its brightness."""
+    most = max(1, min(32, channels // 4))
+    return next(number for number in range(most, 0, -1) if channels % number == 0)
+
+
+def num_groups(config: ModelConfig) -> int:
+    """Number of normalisation groups."""
+    return config.norm_groups or default_groups(config.hidden_size)
+
+
+def check_resolutions(config: ModelConfig) -> None:
+    """Check that each resolution has a multiplier, and no more of them have attention."""
+    multipliers = parse_multipliers(config.channel_multipliers)
+    if not multipliers:
+        raise ValueError(
+            f"--channel_multipliers {config.channel_multipliers} is no list of up to 8 numbers "
+            "below 100, like 1,1,2,2,4"
+        )
+    if config.num_residual_layers < 1:
+        raise ValueError(
+            f"--num_residual_layers {config.num_residual_layers} is less than the 1 that "
+            "--model vqgan needs"
+        )
+    if config.attention_levels > len(multipliers):
+        raise ValueError(
+            f"--attention_levels {config.attention_levels} is more than the {len(multipliers)} "
+            f"of --channel_multipliers {config.channel_multipliers}"
+        )
+
+
+def check_groups(config: ModelConfig) -> None:
+    """Check that all normalisation groups have the same number of channels."""
+    if config.hidden_size % num_groups(config):
+        raise ValueError(
+            f"--norm_groups {config.norm_groups} does not divide --hidden_size {config.hidden_size}"
+        )
+
+
+SPEC = NetworkSpec(
+    "VQGAN",
+    VQGAN,
+    frozenset({"channel_multipliers", "attention_levels", "norm_groups", "z_channels"}),
+    lambda config: 2 ** config.channel_multipliers.count(","),
+    checks=(check_resolutions, check_groups),
+    library="diffusers",
+)

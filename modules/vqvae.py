@@ -1,18 +1,22 @@
-"""The VQ-VAE: a convolutional encoder and decoder, a factor 4 down and up again."""
+"""The VQ-VAE: a convolutional encoder and decoder with downsampling factor 4."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.autoencoder import MAKERS, Autoencoder
-from modules.config import ModelConfig
+from .autoencoder import Autoencoder, NetworkSpec
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
 
 
 class ResidualBlock(nn.Module):
-    """ReLU, then conv 3×3, ReLU, conv 1×1 added to it: (B, C, H, W) → (B, C, H, W).
+    """ReLU, then a branch of conv 3×3, ReLU and conv 1×1 added to it: (B, C, H, W) → same shape.
 
-    The shortcut carries the rectified input: the reference's first ReLU works in place.
+    The shortcut carries the rectified input, since the reference's first ReLU works in place.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -93,9 +97,23 @@ class VQVAE(Autoencoder):
         residual = (config.num_residual_layers, config.num_residual_hidden)
         self.encoder = Encoder(config.in_channels, config.hidden_size, *residual)
         self.pre_vq_conv = nn.Conv2d(config.hidden_size, config.channels, 1)
-        self.quantizer = MAKERS[config.quantizer](config)
+        self.quantizer = config.spec.make(config)
         self.decoder = Decoder(config.channels, config.in_channels, config.hidden_size, *residual)
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         images: Tensor = self.decoder(latents)
         return images
+
+
+def check_halves(config: ModelConfig) -> None:
+    """Check that the first convolution can have half the channels."""
+    if config.hidden_size % 2:
+        raise ValueError(
+            f"--hidden_size {config.hidden_size} is odd; "
+            "the first convolution has half as many channels"
+        )
+
+
+SPEC = NetworkSpec(
+    "VQ-VAE", VQVAE, frozenset({"num_residual_hidden"}), lambda _: 4, checks=(check_halves,)
+)

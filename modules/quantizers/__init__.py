@@ -1,1 +1,1 @@
-"""The quantisers, one file or folder each, and their registry."""
+"""The quantisers: one file or folder and one line of the registry each."""

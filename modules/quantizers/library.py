@@ -1,147 +1,85 @@
-"""Other quantisers under LooCQuantizer's interface: none at all, and those of a public library.
+"""Quantisers of vector-quantize-pytorch under the interface of LooCQuantizer.
 
-The library is vector-quantize-pytorch, an optional requirement; it is imported where a peer is
-built. In training a peer is what the library makes of it, at the library's own settings but for
-those that have a flag here. Outside training, latents are the decoding of their indices.
+In training a quantiser is what the library makes of it, at the library's own settings except those
+that have a flag here. Outside training, latents are the decoding of their indices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from modules.quantizers.looc.quantizer import WITH_AVERAGES, LatentNorm, Quantized
+from .looc.quantizer import WITH_AVERAGES, LatentNorm, Quantized
+from .spec import (
+    COMMON_FLAGS,
+    QuantizerSpec,
+    check_position,
+    check_units,
+    import_library,
+    units,
+)
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+
+PACKAGE = "vector-quantize-pytorch"
 
 
-def vector_quantize(quantizer: str) -> ModuleType:
-    """The library. Raises ValueError where it is not installed."""
-    try:
-        import vector_quantize_pytorch
-    except ImportError as error:
-        raise ValueError(
-            f"--quantizer {quantizer} needs vector-quantize-pytorch: "
-            "pip install vector-quantize-pytorch"
-        ) from error
-    library: ModuleType = vector_quantize_pytorch
-    return library
-
-
-def need_library(quantizer: str) -> None:
-    """Raise ValueError where this quantiser needs the library, and it is not installed."""
-    if quantizer in PEERS:
-        vector_quantize(quantizer)
-
-
-class NoQuantizer(LatentNorm):
-    """Latents that are not quantised, with no index (m = 0).
+class LibraryQuantizer(LatentNorm):
+    """A module of vector-quantize-pytorch that takes (B, N, C).
 
     Args:
-        channels: C of the latents.
-        latent_norm: as LooCQuantizer has it, of all channels together.
-    """
-
-    def __init__(self, channels: int, *, latent_norm: str = "none") -> None:
-        super().__init__()
-        self.latent_norm = latent_norm
-        if latent_norm in WITH_AVERAGES:
-            self._keep_averages((1, channels))
-        self.codebook = torch.empty(0, 0)  # of no codevector
-        self.defer_update = False
-
-    def forward(self, z: Tensor) -> Quantized:
-        """(B, C, H, W) → itself, normalised, a loss of 0 and indices (B, H, W, 0)."""
-        with torch.autocast(z.device.type, enabled=False):
-            wide = z.to(torch.promote_types(z.dtype, torch.float32))
-            units = wide.permute(0, 2, 3, 1).unsqueeze(-2)  # (B, H, W, 1, C)
-            latents = self._normalise(units, self.training).squeeze(-2).permute(0, 3, 1, 2)
-        return Quantized(latents.to(z.dtype), z.new_zeros(()), self.encode(z))
-
-    def encode(self, z: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, H, W, 0), int64."""
-        return torch.empty(len(z), *z.shape[2:], 0, dtype=torch.int64, device=z.device)
-
-    def decode(self, indices: Tensor) -> Tensor:
-        """Raises ValueError: latents that are not quantised cannot be told from indices."""
-        raise ValueError(
-            f"indices of shape {tuple(indices.shape)}: without a quantiser none decode"
-        )
-
-
-class PeerQuantizer(LatentNorm):
-    """A quantiser of vector-quantize-pytorch.
-
-    Args:
-        kind: one of PEERS.
+        library: the module; returns latents, indices and, where it has any, losses.
         num_embedding: codevectors K in a codebook.
         embedding_dim: dimension d of a codevector; divides the channels.
         channels: C of the latents.
-        distance: "cos" or "l2", the similarity of the match.
-        commitment_cost: commitment weight.
-        ema_decay: of the running mean that a codevector is.
-        codebook_start: "uniform", the library's random start, or "kmeans" on the first batch.
-        gradient: "straight_through" or "rotation", how the latents' gradient reaches z.
-        levels: of "fsq".
-        num_quantizers: codebooks of "residual-vq", one after another.
-        dead_code_threshold: running mean of matches a step below which a codevector whose mean it
-            is makes way for a vector of the batch.
-        latent_norm: as LooCQuantizer has it, before the library is called.
+        codebook: returns the module's codevectors, (K, d), or (m, K, d) if each slot has its own.
+        decode: returns the module's latents for its indices, (B, N, m) → (B, N, C).
+        latent_norm: as for LooCQuantizer, before the library is called.
 
-    Each kind reads those that its builder below names. Nothing is learnt from a batch that is not
-    finite, whose loss is then not a number. In evaluation mode the loss is 0, and a call writes
-    nothing. `defer_update` has no effect: a batch cannot be passed in parts.
-
-    Raises:
-        ValueError: where the library is not installed, or for latents of another shape.
+    Nothing is learnt from a batch that is not finite; its loss is NaN. In evaluation mode the loss
+    is 0, and a call writes nothing. `defer_update` has no effect: a batch cannot be split.
+    Latents of another shape raise ValueError.
     """
 
     def __init__(
         self,
-        kind: str,
+        library: nn.Module,
         num_embedding: int,
         embedding_dim: int,
         *,
         channels: int,
-        distance: str = "l2",
-        commitment_cost: float = 1.0,
-        ema_decay: float = 0.8,
-        codebook_start: str = "uniform",
-        gradient: str = "rotation",
-        levels: tuple[int, ...] = (),
-        num_quantizers: int = 4,
-        dead_code_threshold: int = 0,
+        codebook: Callable[[Any], Tensor],
+        decode: Callable[[Any, Tensor], Tensor],
         latent_norm: str = "none",
     ) -> None:
         super().__init__()
-        self.kind = kind
         self.num_embedding = num_embedding
         self.embedding_dim = embedding_dim
         self.channels = channels
-        self.distance = distance
-        self.commitment_cost = commitment_cost
-        self.ema_decay = ema_decay
-        self.codebook_start = codebook_start
-        self.gradient = gradient
-        self.levels = levels
-        self.num_quantizers = num_quantizers
-        self.dead_code_threshold = dead_code_threshold
+        self.codebook_of = codebook
+        self.decode_by = decode
         self.latent_norm = latent_norm
         if latent_norm in WITH_AVERAGES:
             self._keep_averages((channels // embedding_dim, embedding_dim))
         self.defer_update = False
-        self.library = PEERS[kind].build(self, vector_quantize(kind))
+        self.library = library
 
     def extra_repr(self) -> str:
-        return f"{self.kind!r}, {self.num_embedding}, {self.embedding_dim}"
+        return f"{self.num_embedding}, {self.embedding_dim}"
 
     @property
     def codebook(self) -> Tensor:
-        """All codevectors, (K, d); where each slot has a codebook of its own, one after another."""
-        return PEERS[self.kind].codebook(self.library).flatten(0, -2)
+        """All codevectors, (K, d); where each slot has its own codebook, one after another."""
+        return self.codebook_of(self.library).flatten(0, -2)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, C, H, W); in training mode also learn from it."""
@@ -160,7 +98,7 @@ class PeerQuantizer(LatentNorm):
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         """(B, C, H, W) → indices (B, H, W, m), int64. Writes nothing."""
-        # The library would start codebooks outside training too.
+        # The library would otherwise initialise codebooks outside training too.
         started = {
             name: torch.ones_like(value)
             for name, value in self.library.named_buffers()
@@ -174,7 +112,7 @@ class PeerQuantizer(LatentNorm):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (B, H, W, m) → latents (B, C, H, W)."""
-        quantized = PEERS[self.kind].decode(self.library, indices.flatten(1, 2))  # (B, H·W, C)
+        quantized = self.decode_by(self.library, indices.flatten(1, 2))  # (B, H·W, C)
         return spread(quantized, (len(indices), self.channels, *indices.shape[1:3]))
 
     def _positions(self, z: Tensor, training: bool = False) -> Tensor:
@@ -185,134 +123,170 @@ class PeerQuantizer(LatentNorm):
             )
         positions = z.float().permute(0, 2, 3, 1).contiguous()
         slots = self.channels // self.embedding_dim
-        units = positions.view(*positions.shape[:-1], slots, self.embedding_dim)  # (B, H, W, m, d)
-        return self._normalise(units, training).flatten(3).flatten(1, 2)
+        parts = positions.view(*positions.shape[:-1], slots, self.embedding_dim)  # (B, H, W, m, d)
+        return self._normalise(parts, training).flatten(3).flatten(1, 2)
 
     def _indices(self, found: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Of a batch of this shape: (B, H·W) or (B, H·W, m) → (B, H, W, m), int64 in [0, K)."""
+        """(B, H·W) or (B, H·W, m) → (B, H, W, m), int64 in [0, K), for latents of this shape."""
         batch, _, height, width = shape
-        within = found.long().clamp(0, self.num_embedding - 1)  # NaN has levels beyond them
+        within = found.long().clamp(0, self.num_embedding - 1)  # NaN gives others
         return within.reshape(batch, height, width, found.shape[2] if found.dim() > 2 else 1)
 
 
 def spread(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, H·W, C) → (B, C, H, W), which the shape is."""
+    """(B, H·W, C) → (B, C, H, W), the given shape."""
     batch, channels, height, width = shape
     return positions.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-# ----------------------------------------------------------------------------------------- builders
+# How each module is made, and what its methods are called
 
 
-def shared_settings(peer: PeerQuantizer) -> dict[str, Any]:
-    """Of the quantisers whose codevectors are running means."""
+def wrap(
+    config: ModelConfig,
+    library: nn.Module,
+    decode: Callable[[Any, Tensor], Tensor],
+    codebook: str = "codebook",
+) -> LibraryQuantizer:
+    """The quantiser of this configuration around a module whose codevectors have this name."""
+    return LibraryQuantizer(
+        library,
+        config.num_embedding,
+        config.embedding_dim,
+        channels=config.channels,
+        codebook=attrgetter(codebook),
+        decode=decode,
+        latent_norm=config.latent_norm,
+    )
+
+
+def import_package(config: ModelConfig) -> ModuleType:
+    return import_library(PACKAGE, f"--quantizer {config.quantizer}")
+
+
+def ema_settings(config: ModelConfig) -> dict[str, Any]:
+    """Settings of the modules whose codevectors are running means."""
     return {
-        "dim": peer.channels,
-        "codebook_size": peer.num_embedding,
-        "decay": peer.ema_decay,
-        "commitment_weight": peer.commitment_cost,
-        "kmeans_init": peer.codebook_start == "kmeans",
-        "threshold_ema_dead_code": peer.dead_code_threshold,
-        "rotation_trick": peer.gradient == "rotation",
-        "use_cosine_sim": peer.distance == "cos",
+        "dim": config.channels,
+        "codebook_size": config.num_embedding,
+        "decay": config.ema_decay,
+        "commitment_weight": config.commitment_cost,
+        "kmeans_init": config.codebook_start == "kmeans",
+        "threshold_ema_dead_code": config.dead_code_threshold,
+        "rotation_trick": config.gradient == "rotation",
+        "use_cosine_sim": config.distance == "cos",
     }
 
 
-def build_heads(peer: PeerQuantizer, library: ModuleType, *, separate: bool = False) -> nn.Module:
-    heads = peer.channels // peer.embedding_dim
-    module: nn.Module = library.VectorQuantize(
-        codebook_dim=peer.embedding_dim,
-        heads=heads,
+def decode_shared(library: Any, indices: Tensor) -> Tensor:
+    """Decode indices of slots that share a codebook."""
+    codes: Tensor = library.codebook[indices].flatten(2)
+    return codes
+
+
+def decode_separate(library: Any, indices: Tensor) -> Tensor:
+    """Decode indices of slots that each have a codebook."""
+    codes: Tensor = library.get_codes_from_indices(indices)
+    return codes
+
+
+def make_heads(config: ModelConfig, *, separate: bool = False) -> LibraryQuantizer:
+    library = import_package(config).VectorQuantize(
+        codebook_dim=config.embedding_dim,
+        heads=config.channels // config.embedding_dim,
         separate_codebook_per_head=separate,
-        **shared_settings(peer),
+        **ema_settings(config),
     )
-    return module
+    return wrap(config, library, decode_separate if separate else decode_shared)
 
 
-def build_separate_heads(peer: PeerQuantizer, library: ModuleType) -> nn.Module:
-    return build_heads(peer, library, separate=True)
+def decode_residual(library: Any, indices: Tensor) -> Tensor:
+    latents: Tensor = library.get_output_from_indices(indices)
+    return latents
 
 
-def build_residual(peer: PeerQuantizer, library: ModuleType) -> nn.Module:
-    module: nn.Module = library.ResidualVQ(
-        num_quantizers=peer.num_quantizers, **shared_settings(peer)
+def make_residual(config: ModelConfig) -> LibraryQuantizer:
+    library = import_package(config).ResidualVQ(
+        num_quantizers=config.num_quantizers, **ema_settings(config)
     )
-    return module
+    return wrap(config, library, decode_residual, "codebooks")
 
 
-def build_fsq(peer: PeerQuantizer, library: ModuleType) -> nn.Module:
-    with torch.device("cpu"):  # it looks at its levels, which "meta" cannot
-        module: nn.Module = library.FSQ(
-            list(peer.levels),
-            num_codebooks=peer.channels // peer.embedding_dim,
-            keep_num_codebooks_dim=True,
+def decode_sim(library: Any, indices: Tensor) -> Tensor:
+    codes: Tensor = library.indices_to_codes(indices[..., 0])
+    return codes
+
+
+def make_sim(config: ModelConfig) -> LibraryQuantizer:
+    library = import_package(config).SimVQ(
+        config.channels,
+        config.num_embedding,
+        rotation_trick=config.gradient == "rotation",
+        input_to_quantize_commit_loss_weight=config.commitment_cost,
+    )
+    return wrap(config, library, decode_sim)
+
+
+# Specs
+
+
+def check_start(config: ModelConfig) -> None:
+    """Check that the library has this start of the codebook."""
+    if config.codebook_start == "features":
+        raise ValueError(
+            f"--codebook_start features needs --quantizer looc, cvq or vq, not {config.quantizer}, "
+            "which has uniform and kmeans"
         )
-    return module
 
 
-def build_lfq(peer: PeerQuantizer, library: ModuleType) -> nn.Module:
-    module: nn.Module = library.LFQ(
-        codebook_size=peer.num_embedding,
-        num_codebooks=peer.channels // peer.embedding_dim,
-        keep_num_codebooks_dim=True,
-        commitment_loss_weight=peer.commitment_cost,
-    )
-    return module
-
-
-def build_sim(peer: PeerQuantizer, library: ModuleType) -> nn.Module:
-    module: nn.Module = library.SimVQ(
-        peer.channels,
-        peer.num_embedding,
-        rotation_trick=peer.gradient == "rotation",
-        input_to_quantize_commit_loss_weight=peer.commitment_cost,
-    )
-    return module
-
-
-# ----------------------------------------------------------------------------------------- registry
-
-
-class Peer(NamedTuple):
-    """How a quantiser of the library is built and asked."""
-
-    build: Callable[[PeerQuantizer, ModuleType], nn.Module]
-    codebook: Callable[[Any], Tensor]  # (K, d), or (m, K, d) where each slot has its own
-    decode: Callable[[Any, Tensor], Tensor]  # the library's, (B, N, m) → (B, N, C)
-
-
-HEADS = Peer(
-    build_heads,
-    codebook=lambda library: library.codebook,
-    decode=lambda library, indices: library.codebook[indices].flatten(2),
-)
-PEERS: dict[str, Peer] = {
-    "ema-vq": HEADS,
-    "cosine-vq": HEADS,
-    "multihead-vq": HEADS,
-    "product-vq": Peer(
-        build_separate_heads,
-        codebook=lambda library: library.codebook,
-        decode=lambda library, indices: library.get_codes_from_indices(indices),
-    ),
-    "residual-vq": Peer(
-        build_residual,
-        codebook=lambda library: library.codebooks,
-        decode=lambda library, indices: library.get_output_from_indices(indices),
-    ),
-    "fsq": Peer(
-        build_fsq,
-        codebook=lambda library: library.implicit_codebook,
-        decode=lambda library, indices: library.indices_to_codes(indices),
-    ),
-    "lfq": Peer(
-        build_lfq,
-        codebook=lambda library: library.codebook,
-        decode=lambda library, indices: library.indices_to_codes(indices),
-    ),
-    "sim-vq": Peer(
-        build_sim,
-        codebook=lambda library: library.codebook,
-        decode=lambda library, indices: library.indices_to_codes(indices[..., 0]),
-    ),
+EMA_FLAGS = COMMON_FLAGS | {
+    *("commitment_cost", "ema_decay", "codebook_start", "gradient", "dead_code_threshold")
 }
+DEFAULTS = {
+    "anchor": "none",
+    "codebook_start": "uniform",
+    "commitment_cost": 1.0,
+    "distance": "l2",
+    "gradient": "rotation",
+}
+EMA_VQ = QuantizerSpec(
+    "VQ by moving averages",
+    make_heads,
+    EMA_FLAGS,
+    DEFAULTS,
+    checks=(check_position, check_start),
+    library=PACKAGE,
+)
+COSINE_VQ = replace(
+    EMA_VQ, label="VQ by cosine similarity", implies={**DEFAULTS, "distance": "cos"}
+)
+MULTIHEAD_VQ = replace(
+    EMA_VQ,
+    label="multi-headed VQ",
+    reads=EMA_FLAGS | {"distance"},
+    checks=(check_units, check_start),
+    any_channels=True,
+    slots=units,
+)
+PRODUCT_VQ = replace(
+    MULTIHEAD_VQ,
+    label="product VQ",
+    make=partial(make_heads, separate=True),
+    codebooks=units,
+)
+RESIDUAL_VQ = replace(
+    EMA_VQ,
+    label="residual VQ",
+    make=make_residual,
+    reads=EMA_FLAGS | {"num_quantizers"},
+    slots=lambda config: config.num_quantizers,
+    codebooks=lambda config: config.num_quantizers,
+)
+SIM_VQ = QuantizerSpec(
+    "SimVQ",
+    make_sim,
+    COMMON_FLAGS | {"commitment_cost", "gradient"},
+    {"anchor": "none", "distance": "l2", "gradient": "rotation"},
+    checks=(check_position,),
+    library=PACKAGE,
+)

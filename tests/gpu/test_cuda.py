@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from modules import LooCQuantizer, make_model
-from modules.config import QUANTIZERS
 from modules.quantizers.looc.quantizer import failed_searches, search
+from modules.quantizers.registry import QUANTIZERS
 from tests.conftest import Outcome, run_process
 from tests.unit.test_golden import QUANTIZER_FILES, three_training_calls
 from utils.checkpoints.checkpoint import read_checkpoint

@@ -198,6 +198,7 @@ def train(
     seed_everything(1, CPU)
     model = make_model(replace(MODEL, anchor=anchor, **switches)).double()
     objective = Adversarial(GAN, cast(VQGAN, model), None) if gan else MeanSquaredError(0.1)
+    assert isinstance(model.quantizer, LooCQuantizer)
     model.quantizer.search = "torch"
     seed_rank(1)
     trainer = Trainer(

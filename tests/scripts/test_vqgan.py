@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import utils.training.objectives
 from datasets import BatchLoader, TensorImages
-from modules import VQGAN, ModelConfig, PatchDiscriminator
-from modules.config import QUANTIZERS
+from modules import VQGAN, LooCQuantizer, ModelConfig, PatchDiscriminator
+from modules.quantizers.registry import QUANTIZERS
 from tests.conftest import ROOT, Outcome
 from utils.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils.devices import seed_everything
@@ -457,6 +457,7 @@ def test_parts_equal_the_batch_until_the_discriminator(
         trainer = make(tmp_path / str(parts), replace(TRAIN, accumulate=parts, max_steps=4))
         trainer.model.double()
         trainer.best_model.double()
+        assert isinstance(trainer.model.quantizer, LooCQuantizer)
         trainer.model.quantizer.search = "torch"
         trainer.fit()
         ends.append(trainer.model.state_dict())

@@ -34,9 +34,9 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_flag_goes_straight_to_the_quantiser_and_back(tmp_path: Path) -> None:
     config = build_model_config(parse("--embedding_dim", "8", "--hidden_size", "16"), 1)
     model = VQVAE(config)
-    assert model.quantizer.embedding_dim == 8
+    assert model.quantizer.codebook.shape[1] == 8
     save_checkpoint(tmp_path / "m.pt", model, {})
-    assert read_checkpoint(tmp_path / "m.pt").model().quantizer.embedding_dim == 8
+    assert read_checkpoint(tmp_path / "m.pt").model().quantizer.codebook.shape[1] == 8
 
 
 def test_only_given_flags_are_returned() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from modules import VQVAE, LooCQuantizer, ModelConfig, PeerQuantizer
-from modules.config import QUANTIZERS, even_levels, implied_flags
-from modules.quantizers.library import PEERS
+from modules import VQVAE, LibraryQuantizer, LooCQuantizer, ModelConfig
+from modules.config import implied_flags
+from modules.quantizers.lookup_free import even_levels
+from modules.quantizers.registry import QUANTIZERS
 from tests.conftest import Outcome, refusal
 from tests.scripts.test_cli import error_line, train
 from utils.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
@@ -28,9 +29,10 @@ from utils.report.files import find
 from utils.training.trainer import check_parts
 
 Script = Callable[..., Outcome]
-SIZE = {"hidden_size": 24, "num_residual_hidden": 4}  # which d of every kind divides
+SIZE = {"hidden_size": 24, "num_residual_hidden": 4}  # divided by d of every quantiser
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{name: {"quantizer": name, "num_embedding": 64} for name in PEERS},
+    **{name: {"quantizer": name, "num_embedding": 64}
+       for name, spec in QUANTIZERS.items() if spec.library},
     **{f"{name}-kmeans": {"quantizer": name, "num_embedding": 8, "codebook_start": "kmeans"}
        for name in ("ema-vq", "cosine-vq", "multihead-vq", "product-vq", "residual-vq")},
     **{f"{name}-straight": {"quantizer": name, "gradient": "straight_through"}
@@ -60,10 +62,10 @@ def make(name: str) -> VQVAE:
     return VQVAE(build_model_config({**SIZE, **flags}, 1))
 
 
-def peer(name: str) -> tuple[PeerQuantizer, torch.Tensor]:
+def peer(name: str) -> tuple[LibraryQuantizer, torch.Tensor]:
     """A quantiser, and latents for it that no layout favours."""
     model = make(name)
-    assert isinstance(model.quantizer, PeerQuantizer)
+    assert isinstance(model.quantizer, LibraryQuantizer)
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(3, model.config.channels, 5, 4, generator=generator)
     return model.quantizer, z.to(memory_format=torch.channels_last)
@@ -92,7 +94,7 @@ def test_latents_are_normalised_as_loocs(
     dim = channels if name == "none" else model.config.embedding_dim
     looc = LooCQuantizer(8, dim, latent_norm=norm, latent_channels=channels)
     seen = []
-    if isinstance(quantizer, PeerQuantizer):
+    if isinstance(quantizer, LibraryQuantizer):
         forward = quantizer.library.forward
 
         def watch(positions: torch.Tensor) -> Any:
@@ -104,13 +106,14 @@ def test_latents_are_normalised_as_loocs(
     for training in (True, True, False):  # the averages have moved before they are put to use
         z = 3 + 2 * torch.randn(3, channels, 5, 4, generator=generator)
         expected = looc._cut(z, training).flatten(3).flatten(1, 2)
-        latents = quantizer.train(training)(z).latents
+        model.train(training)
+        latents = quantizer(z).latents
         found = seen[-1] if seen else latents.permute(0, 2, 3, 1).flatten(1, 2)
         torch.testing.assert_close(found, expected)
     quantizer.encode(z)
     for buffer, value in looc.named_buffers():
         if buffer.startswith("latent_"):
-            torch.testing.assert_close(quantizer.get_buffer(buffer), value)
+            torch.testing.assert_close(model.get_buffer(f"quantizer.{buffer}"), value)
 
 
 @every_setting
@@ -148,7 +151,7 @@ def test_no_image_is_a_batch_too(name: str) -> None:
     model = make(name)
     for mode in (True, False):
         z = torch.zeros(0, model.config.channels, 5, 4, requires_grad=True)
-        latents, loss, indices = model.quantizer.train(mode)(z)
+        latents, loss, indices = model.train(mode).quantizer(z)
         assert latents.shape == z.shape
         assert indices.shape == (0, 5, 4, model.config.num_slots)
         (latents.sum() + loss).backward()
@@ -162,7 +165,7 @@ def test_every_unit_decodes_to_its_codevector(name: str) -> None:
     dim, slots = quantizer.embedding_dim, indices.shape[-1]
     tables = quantizer.codebook.view(-1, quantizer.num_embedding, dim)  # (1 or m, K, d)
     chosen = tables.expand(slots, -1, -1)[torch.arange(slots), indices]  # (B, H, W, m, d)
-    joined = chosen.sum(-2) if quantizer.kind == "residual-vq" else chosen.flatten(-2)
+    joined = chosen.sum(-2) if name.startswith("residual-vq") else chosen.flatten(-2)
     torch.testing.assert_close(quantizer.decode(indices), joined.permute(0, 3, 1, 2))
 
 
@@ -375,7 +378,7 @@ def test_a_batch_in_parts_is_refused_where_it_cannot_be(
 ) -> None:
     config = build_model_config({"quantizer": name}, 1)
     check_parts(config, 1)
-    if config.kind.parts:
+    if config.spec.parts:
         check_parts(config, 4)
         return
     takers = "needs --quantizer looc, cvq, vq, none, fsq, not " + name

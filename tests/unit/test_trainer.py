@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import utils.training.trainer
 from datasets import BatchLoader, TensorImages
-from modules import VQVAE, ModelConfig
+from modules import VQVAE, LooCQuantizer, ModelConfig
 from tests.conftest import refusal
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.devices import resolve_device, seed_everything
@@ -297,7 +297,9 @@ def test_a_batch_in_parts_equals_the_whole_batch(
     for parts in (1, accumulate):
         few = replace(SMALL, num_embedding=4)
         trainer = make(tmp_path / str(parts), replace(TRAIN, accumulate=parts), few)
-        trainer.model.double().quantizer.search = "torch"
+        quantizer = trainer.model.double().quantizer
+        assert isinstance(quantizer, LooCQuantizer)
+        quantizer.search = "torch"
         trainer.fit()
         ends.append([*weights(trainer), torch.tensor(trainer.best)])
     for one, other in zip(*ends):

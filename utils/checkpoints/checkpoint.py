@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from modules import Autoencoder, ModelConfig, make_model
-from modules.config import default_groups, implied_flags
-from modules.registry import need_libraries
+from modules.config import implied_flags
+from modules.vqgan import default_groups
 from utils.checkpoints.unpickle import read_pickle
 from utils.errors import UserError, one_line
 from utils.files import whole_file
@@ -113,7 +113,7 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
             raise UserError(f"--{name} {value} contradicts {path}, which has {known[name]}")
     try:
         config = ModelConfig(**{**flags, **known})
-        need_libraries(config)
+        config.need_libraries()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if not content:

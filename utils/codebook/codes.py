@@ -26,6 +26,7 @@ from torch import Tensor
 
 from modules import VQGAN, Autoencoder, LooCQuantizer, ModelConfig
 from modules.options import option
+from modules.vqgan import num_groups
 from utils.distributed import from_first, gather, num_ranks, rank
 from utils.errors import UserError, one_line
 from utils.files import whole_file
@@ -162,7 +163,7 @@ def fingerprint(model: Autoencoder) -> str:
         weights = quantizer.state_dict()
     weights = {**weights, **model.decoder.state_dict()}
     if isinstance(model, VQGAN):
-        digest.update(f"{config.num_groups}".encode())
+        digest.update(f"{num_groups(config)}".encode())
         weights |= model.post_vq_conv.state_dict(prefix="post_vq_conv.")
     for name, value in weights.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

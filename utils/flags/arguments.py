@@ -10,7 +10,6 @@ from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from modules.config import ModelConfig, implied_flags
-from modules.registry import need_libraries
 from utils.errors import UserError, printable, unknown_name
 
 Group = TypeVar("Group")
@@ -159,7 +158,7 @@ def build_model_config(flags: Mapping[str, Any], in_channels: int) -> ModelConfi
     """
     config = build(ModelConfig, {**flags, **implied_flags(flags), "in_channels": in_channels})
     try:
-        need_libraries(config)
+        config.need_libraries()
     except ValueError as error:
         raise UserError(str(error)) from error
     return config

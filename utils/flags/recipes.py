@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modules.config import QUANTIZER_FLAGS, QUANTIZERS, ModelConfig, implied_flags
+from modules.config import ModelConfig, implied_flags
+from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 
 RECIPES: dict[str, dict[str, Any]] = {
     # As published, and as the golden files have it.

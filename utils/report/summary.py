@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.config import QUANTIZERS
+from modules.quantizers.registry import QUANTIZERS
 from utils.errors import UserError, one_line, run
 from utils.evaluation.metrics import METRICS
 

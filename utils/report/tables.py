@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from modules.config import QUANTIZER_FLAGS, QUANTIZERS, Kind, ModelConfig
+from modules.config import ModelConfig
+from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
+from modules.quantizers.spec import QuantizerSpec
 from utils.evaluation.metrics import FID_ENOUGH, METRICS
 from utils.report.files import Found, evaluation_command, finite, joined, part, stale, test_command
 from utils.report.markup import Missing, Rows, command, shown, table, text
@@ -31,8 +33,8 @@ RATES = {
 def lead(found: Found) -> str:
     """What this is, and quality with its rate, in two sentences."""
     model, data = part(found.analysis, "model"), part(found.analysis, "data")
-    kind = kind_of(found)
-    quantizer = kind.label if kind else "a vector-quantised autoencoder"
+    spec = spec_of(found)
+    quantizer = spec.label if spec else "a vector-quantised autoencoder"
     size = (
         f" (K = {model['num_embedding']}, d = {model['embedding_dim']})"
         if {"num_embedding", "embedding_dim"} <= model.keys() and quantised(found)
@@ -54,8 +56,8 @@ def lead(found: Found) -> str:
     return f'<p class="lead">{text(content)}</p>'
 
 
-def kind_of(found: Found) -> Kind | None:
-    """What is known of the quantiser."""
+def spec_of(found: Found) -> QuantizerSpec | None:
+    """The spec of the quantiser."""
     return QUANTIZERS.get(str(part(found.analysis, "model").get("quantizer")))
 
 
@@ -238,8 +240,8 @@ def configuration(found: Found) -> str:
 
 def model_flags(found: Found) -> dict[str, Any]:
     """The model's flags that its quantiser reads."""
-    kind = kind_of(found)
-    unread = QUANTIZER_FLAGS - kind.reads if kind else set()
+    spec = spec_of(found)
+    unread = QUANTIZER_FLAGS - spec.reads if spec else set()
     model = part(found.analysis, "model")
     return {name: value for name, value in model.items() if name not in unread}
 
@@ -262,11 +264,11 @@ def train_command(found: Found) -> str:
     if found.checkpoint is None or not train:
         return ""
     model = part(found.analysis, "model") or vars(found.checkpoint.model_config)
-    kind = QUANTIZERS.get(str(model.get("quantizer")))
+    spec = QUANTIZERS.get(str(model.get("quantizer")))
     words = ["python", "main.py"]
     for group, base in (
         (data, {}),
-        (model, {**defaults(ModelConfig), **(kind.implies if kind else {})}),
+        (model, {**defaults(ModelConfig), **(spec.implies if spec else {})}),
         (part(content, "objective_config"), defaults(ObjectiveConfig)),
         (train, defaults(TrainConfig)),
     ):

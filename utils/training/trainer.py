@@ -22,9 +22,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from modules import Autoencoder, ModelConfig
-from modules.config import QUANTIZERS
 from modules.options import option
 from modules.quantizers.looc.quantizer import num_ranks, sum_over_ranks
+from modules.quantizers.registry import QUANTIZERS
 from utils.checkpoints.checkpoint import Checkpoint, check_tensors, model_content, write_checkpoint
 from utils.codebook.plots import draw_all
 from utils.codebook.statistics import CodebookStatistics, in_words, use_of
@@ -188,9 +188,9 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast
 
 def check_parts(model: ModelConfig, accumulate: int) -> None:
     """Raise UserError where the quantiser needs the batch whole, and it comes in parts."""
-    if model.kind.parts:
+    if model.spec.parts:
         return
-    takers = ", ".join(name for name, kind in QUANTIZERS.items() if kind.parts)
+    takers = ", ".join(name for name, spec in QUANTIZERS.items() if spec.parts)
     if accumulate > 1:
         raise UserError(
             f"--accumulate {accumulate} needs --quantizer {takers}, not {model.quantizer}"

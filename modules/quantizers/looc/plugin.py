@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.quantizers.looc.quantizer import LooCQuantizer, count_indices
+from .quantizer import LooCQuantizer, count_indices
 
 Info = tuple[Tensor, None, Tensor]
 

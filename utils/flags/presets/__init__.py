@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.config import QUANTIZER_FLAGS, QUANTIZERS, ModelConfig
+from modules.config import ModelConfig
+from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 from utils.errors import UserError, one_line, unknown_name
 from utils.flags.arguments import parse_flags
 
@@ -48,8 +49,8 @@ def without_quantizer(preset: Mapping[str, Any], other: str) -> dict[str, Any]:
 
     The number of codevectors stays where that reads it, and the channels where they may be any.
     """
-    kind = QUANTIZERS[other]
-    dropped = QUANTIZER_FLAGS - (kind.reads & {"num_embedding"})
-    if not kind.any_channels:
+    spec = QUANTIZERS[other]
+    dropped = QUANTIZER_FLAGS - (spec.reads & {"num_embedding"})
+    if not spec.any_channels:
         dropped |= {"latent_channels"}
     return {name: value for name, value in preset.items() if name not in dropped}

@@ -1,0 +1,161 @@
+"""FSQ and LFQ of vector-quantize-pytorch, whose codebooks are fixed: a grid, not learnt vectors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .library import PACKAGE, LibraryQuantizer, import_package, wrap
+from .spec import COMMON_FLAGS, LARGEST_CODEBOOK, QuantizerSpec, check_units, units
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+
+LEAST_LEVEL, LARGEST_LEVEL = 3, 16  # of a dimension of FSQ, where levels are chosen here
+
+
+def decode_grid(library: Any, indices: Tensor) -> Tensor:
+    codes: Tensor = library.indices_to_codes(indices)
+    return codes
+
+
+# Finite scalar quantisation
+
+
+def even_levels(product: int, count: int, largest: int = LARGEST_LEVEL) -> tuple[int, ...] | None:
+    """Return `count` levels of this product, falling and as even as possible; None without any."""
+    if not count:
+        return () if product == 1 else None
+    found = []
+    for level in range(LEAST_LEVEL, min(largest, product) + 1):
+        rest = even_levels(product // level, count - 1, level) if product % level == 0 else None
+        if rest is not None:
+            found.append((level, *rest))
+    return min(found, key=sum, default=None)
+
+
+def parse_levels(text: str) -> tuple[int, ...]:
+    """Parse a list like 8,5,5,5; empty if the text is no such list."""
+    matches = re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6}){0,11}", text)
+    return tuple(map(int, text.split(","))) if matches else ()
+
+
+def derive_levels(flags: Mapping[str, Any], defaults: type[ModelConfig]) -> dict[str, Any]:
+    """Derive K and d from the levels if these are given, else levels from K and d.
+
+    With neither levels nor d given, d is near its default and divides the channels.
+    """
+    if flags.get("levels") is not None:
+        levels = parse_levels(flags["levels"])
+        return {"num_embedding": math.prod(levels), "embedding_dim": len(levels)} if levels else {}
+    channels = flags.get("latent_channels") or flags.get("hidden_size", defaults.hidden_size)
+    near = sorted(range(1, 13), key=lambda dim: abs(dim - defaults.embedding_dim))
+    dims = sorted(near, key=lambda dim: channels % dim > 0)
+    for dim in [flags["embedding_dim"]] if "embedding_dim" in flags else dims:
+        chosen = even_levels(flags.get("num_embedding", defaults.num_embedding), dim)
+        if chosen is not None:
+            return {"levels": ",".join(map(str, chosen)), "embedding_dim": dim}
+    return {}
+
+
+def check_levels(config: ModelConfig) -> None:
+    """Check that there are d levels whose product is K."""
+    if config.levels is None:
+        raise ValueError(
+            f"--num_embedding {config.num_embedding} is no product of levels from {LEAST_LEVEL} to "
+            f"{LARGEST_LEVEL}, --embedding_dim {config.embedding_dim} of them; give --levels"
+        )
+    levels = parse_levels(config.levels)
+    if not levels or min(levels) < LEAST_LEVEL:
+        raise ValueError(
+            f"--levels {config.levels} is no list of up to 12 numbers from {LEAST_LEVEL} on, "
+            "like 8,5,5,5"
+        )
+    product = math.prod(levels)
+    if product > LARGEST_CODEBOOK:
+        raise ValueError(
+            f"--levels {config.levels} makes {product} codevectors, more than {LARGEST_CODEBOOK}"
+        )
+    if product != config.num_embedding:
+        raise ValueError(
+            f"--levels {config.levels} makes {product} codevectors, "
+            f"not --num_embedding {config.num_embedding}"
+        )
+    if len(levels) != config.embedding_dim:
+        raise ValueError(
+            f"--levels {config.levels} has {len(levels)} dimensions, "
+            f"not --embedding_dim {config.embedding_dim}"
+        )
+
+
+def make_fsq(config: ModelConfig) -> LibraryQuantizer:
+    package = import_package(config)
+    with torch.device("cpu"):  # its constructor reads values, which device "meta" does not have
+        library = package.FSQ(
+            list(parse_levels(config.levels or "")),
+            num_codebooks=config.channels // config.embedding_dim,
+            keep_num_codebooks_dim=True,
+        )
+    return wrap(config, library, decode_grid, "implicit_codebook")
+
+
+FSQ = QuantizerSpec(
+    "FSQ",
+    make_fsq,
+    COMMON_FLAGS | {"levels"},
+    {"anchor": "none"},
+    derive_levels,
+    checks=(check_levels, check_units),
+    any_channels=True,
+    slots=units,
+    parts=True,
+    library=PACKAGE,
+)
+
+# Lookup-free quantisation
+
+
+def derive_bits(flags: Mapping[str, Any], defaults: type[ModelConfig]) -> dict[str, Any]:
+    """Derive K or d, whichever is not given, from K = 2^d."""
+    dim = flags.get("embedding_dim")
+    if dim is None:
+        num_embedding = flags.get("num_embedding", defaults.num_embedding)
+        return {"embedding_dim": max(1, num_embedding.bit_length() - 1)}
+    return {"num_embedding": 2**dim} if 2**dim <= LARGEST_CODEBOOK else {}
+
+
+def check_bits(config: ModelConfig) -> None:
+    """Check that K = 2^d."""
+    if config.num_embedding != 2**config.embedding_dim:
+        raise ValueError(
+            f"--num_embedding {config.num_embedding} is not 2 to the power of --embedding_dim "
+            f"{config.embedding_dim}, as --quantizer lfq needs it"
+        )
+
+
+def make_lfq(config: ModelConfig) -> LibraryQuantizer:
+    library = import_package(config).LFQ(
+        codebook_size=config.num_embedding,
+        num_codebooks=config.channels // config.embedding_dim,
+        keep_num_codebooks_dim=True,
+        commitment_loss_weight=config.commitment_cost,
+    )
+    return wrap(config, library, decode_grid)
+
+
+LFQ = QuantizerSpec(
+    "LFQ",
+    make_lfq,
+    COMMON_FLAGS | {"commitment_cost"},
+    {"anchor": "none", "commitment_cost": 0.0},
+    derive_bits,
+    checks=(check_bits, check_units),
+    any_channels=True,
+    slots=units,
+    library=PACKAGE,
+)

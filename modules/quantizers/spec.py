@@ -1,0 +1,118 @@
+"""The interface of a quantiser, and its spec: how it is configured, checked and made."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from .looc.quantizer import Quantized
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+
+LARGEST_CODEBOOK = 2**20
+
+
+class Quantizer(Protocol):
+    """A module between encoder and decoder; in training mode a call also learns from its input."""
+
+    defer_update: bool  # if set, training calls only collect statistics; the next one uses them
+
+    @property
+    def codebook(self) -> Tensor:
+        """All codevectors, (K, d); where each slot has its own codebook, one after another."""
+
+    def __call__(self, z: Tensor) -> Quantized:
+        """Quantise latents z (B, C, H, W)."""
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Latents (B, C, H, W) → indices (B, H, W, m), int64. Writes nothing."""
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices (B, H, W, m) → latents (B, C, H, W)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and buffers by name."""
+
+    def named_buffers(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Buffers by name."""
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """A choice of --quantizer.
+
+    Args:
+        label: its name in reports.
+        make: builds it for a model's configuration.
+        reads: the flags that it reads.
+        implies: its own defaults of flags.
+        derive: further defaults, from the flags given and the defaults of the others.
+        checks: each raises ValueError naming flags that contradict each other.
+        any_channels: True if it takes latents of any number of channels, not d only.
+        slots: indices m per position.
+        codebooks: 1 if all slots share a codebook, m if each has its own, 0 without any.
+        parts: True if a batch may be split over several calls or processes.
+        library: the optional package that it needs.
+    """
+
+    label: str
+    make: Callable[[ModelConfig], Quantizer]
+    reads: frozenset[str]
+    implies: Mapping[str, Any] = field(default_factory=dict)
+    derive: Callable[[Mapping[str, Any], type[ModelConfig]], dict[str, Any]] = lambda *_: {}
+    checks: Sequence[Callable[[ModelConfig], None]] = ()
+    any_channels: bool = False
+    slots: Callable[[ModelConfig], int] = lambda _: 1
+    codebooks: Callable[[ModelConfig], int] = lambda _: 1
+    parts: bool = False
+    library: str | None = None
+
+
+def import_library(package: str, flag: str) -> ModuleType:
+    """Import an optional package. Raises ValueError naming the flag if it is not installed."""
+    try:
+        return importlib.import_module(package.replace("-", "_"))
+    except ImportError as error:
+        raise ValueError(f"{flag} needs {package}: pip install {package}") from error
+
+
+# Flags and checks that several quantisers share
+
+COMMON_FLAGS = frozenset({"num_embedding", "embedding_dim", "latent_norm"})
+
+
+def units(config: ModelConfig) -> int:
+    """m = C·max(β,1)²/d."""
+    return config.channels * max(config.interpolation_scale, 1) ** 2 // config.embedding_dim
+
+
+def check_units(config: ModelConfig) -> None:
+    """Check that d divides the channels."""
+    scale = max(config.interpolation_scale, 1)
+    if config.channels * scale**2 % config.embedding_dim:
+        flag = "--hidden_size" if config.latent_channels is None else "--latent_channels"
+        times = f" times {scale}² of --interpolation_scale" if scale > 1 else ""
+        raise ValueError(
+            f"--embedding_dim {config.embedding_dim} does not divide "
+            f"the {config.channels} channels of {flag}{times}"
+        )
+
+
+def check_position(config: ModelConfig) -> None:
+    """Check that a position has the channels of one codevector."""
+    if config.channels != config.embedding_dim:
+        raise ValueError(
+            f"--latent_channels {config.latent_channels} is not --embedding_dim "
+            f"{config.embedding_dim}, the channels of --quantizer {config.quantizer}"
+        )
+    if config.interpolation_scale > 1:
+        raise ValueError(
+            f"--interpolation_scale {config.interpolation_scale} needs --quantizer looc, "
+            f"not {config.quantizer}"
+        )
