@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from modules import VQVAE, ModelConfig
+from tests.conftest import Outcome
 from utils.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils.errors import UserError
 
@@ -31,6 +33,32 @@ def test_reference_checkpoint_reconstructs_the_same_image(name: str) -> None:
     np.testing.assert_allclose(reconstruction, data["reconstruction"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(quantized.loss, data["loss"], rtol=1e-5)
     assert np.array_equal(quantized.indices.flatten(), data["indices"])
+
+
+def test_an_older_checkpoint_opens_and_resumes(
+    script: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """Written before the redesign, by the command in golden/README.md."""
+    model, data = load_model(GOLDEN / "last_step3.pt"), np.load(GOLDEN / "last_step3_io.npz")
+    with torch.no_grad():
+        reconstruction, quantized = model(torch.from_numpy(data["images"]))
+    np.testing.assert_allclose(reconstruction, data["reconstruction"], rtol=1e-5, atol=1e-6)
+    assert np.array_equal(quantized.indices, data["indices"])
+
+    models = tmp_path / "output" / "models" / "old"
+    models.mkdir(parents=True)
+    shutil.copy(GOLDEN / "last_step3.pt", models / "last.pt")
+    shutil.copy(GOLDEN / "last_step3.pt", models / "best.pt")
+    flags = "--hidden_size 8 --num_residual_hidden 4 --num_embedding 16 --embedding_dim 2 "
+    flags += "--recipe best --weight_ema 0.9 --batch_size 64 --device cpu --exp_name old"
+    resumed = script("main.py", *flags.split(), "--max_steps", "5")
+    assert resumed.code == 0, resumed.err
+    assert "steps 3 to 5" in resumed.err
+    checkpoint = read_checkpoint(models / "last.pt")
+    assert checkpoint.count("step") == 5
+    for name, key in (("codebook", "quantizer.codebook"), ("decoder", "decoder.conv_1.weight")):
+        value = checkpoint.state_dict[key]
+        np.testing.assert_allclose(value, data[f"{name}_at_5"], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("anchor", ["closest", "random"])
