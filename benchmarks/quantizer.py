@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.measure import both_thread_counts, interleaved, seeded
 from modules import LooCQuantizer
-from modules.quantizers.looc.quantizer import USAGE_DECAY, reinit_rate
+from modules.quantizers.looc.usage import USAGE_DECAY, reinit_rate
 from utils.codebook.plots import new_figure, save_figure
 from utils.tables import Table
 

@@ -9,8 +9,7 @@ from .config import ModelConfig
 from .discriminator import PatchDiscriminator
 from .quantizers.identity import NoQuantizer
 from .quantizers.library import LibraryQuantizer
-from .quantizers.looc.plugin import LooCPlugin
-from .quantizers.looc.quantizer import LooCQuantizer, Quantized
+from .quantizers.looc import LooCPlugin, LooCQuantizer, Quantized
 from .quantizers.spec import Quantizer
 from .registry import make_model
 from .vqgan import VQGAN

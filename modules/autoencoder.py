@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .quantizers.looc.quantizer import Quantized
+from .quantizers.looc import Quantized
 from .quantizers.spec import Quantizer
 
 if TYPE_CHECKING:

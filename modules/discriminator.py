@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantizers.looc.quantizer import SumOverRanks, num_ranks, sum_over_ranks
+from .quantizers.looc.ranks import SumOverRanks, num_ranks, sum_over_ranks
 
 
 class PatchDiscriminator(nn.Module):

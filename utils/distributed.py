@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from modules.quantizers.looc.quantizer import num_ranks
+from modules.quantizers.looc.ranks import num_ranks
 from utils.devices import resolve_device
 from utils.errors import UserError
 from utils.files import whole_folder

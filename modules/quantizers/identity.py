@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .looc.quantizer import WITH_AVERAGES, LatentNorm, Quantized
+from .looc import Quantized
+from .looc.norms import WITH_AVERAGES, LatentNorm
 from .spec import QuantizerSpec
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .looc.quantizer import WITH_AVERAGES, LatentNorm, Quantized
+from .looc import Quantized
+from .looc.norms import WITH_AVERAGES, LatentNorm
 from .spec import (
     COMMON_FLAGS,
     QuantizerSpec,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .looc.quantizer import LooCQuantizer
+from .looc import LooCQuantizer
 from .spec import COMMON_FLAGS, QuantizerSpec, check_position, check_units, units
 
 if TYPE_CHECKING:

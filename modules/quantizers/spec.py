@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from .looc.quantizer import Quantized
+from .looc import Quantized
 
 if TYPE_CHECKING:
     from ..config import ModelConfig

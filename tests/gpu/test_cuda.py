@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modules import LooCQuantizer, make_model
-from modules.quantizers.looc.quantizer import failed_searches, search
+from modules.quantizers.looc.search import failed_searches, search
 from modules.quantizers.registry import QUANTIZERS
 from tests.conftest import Outcome, run_process
 from tests.unit.test_golden import QUANTIZER_FILES, three_training_calls

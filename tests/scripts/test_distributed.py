@@ -21,7 +21,7 @@ from torch import multiprocessing
 import utils.training.trainer
 from datasets import BatchLoader, TensorImages
 from modules import VQGAN, LooCQuantizer, ModelConfig, make_model
-from modules.quantizers.looc.quantizer import ANCHORS
+from modules.quantizers.looc.anchors import ANCHORS
 from tests.conftest import ROOT, Outcome, run_process
 from utils.devices import seed_everything
 from utils.distributed import rank, seed_rank

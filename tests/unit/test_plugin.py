@@ -216,17 +216,17 @@ def test_remap(unknown: str | int, units: int, tmp_path: Path) -> None:
         ({"beta": -1}, "beta -1 is less than 0"),
         ({"embedding_dim": 0}, "embedding_dim 0 is less than 1"),
         ({"interpolation_scale": -1}, "interpolation_scale -1 is less than 0"),
-        ({"embedding_dim": 3}, "embedding_dim 3 does not divide 8, e_dim 8 times the square of in"),
-        ({"embedding_dim": 5, "interpolation_scale": 2}, "embedding_dim 5 does not divide 32"),
+        ({"embedding_dim": 3}, "embedding_dim 3 does not divide the 8 channels"),
+        ({"embedding_dim": 5, "interpolation_scale": 2}, "the 32 channels, 8 times 2²"),
         ({"legacy": True, "beta": 0}, "legacy True needs beta above 0, not 0"),
         ({"legacy": True, "contras_loss": True}, "contras_loss True does not go with legacy True"),
-        ({"legacy": True, "codebook_update": "ema"}, "which codebook_update 'ema' lacks"),
+        ({"legacy": True, "codebook_update": "ema"}, "which codebook_update 'ema' does not have"),
         ({"distance": "dot"}, "distance 'dot' is none of cos, l2"),
         ({"remap": "absent.npy"}, "remap absent.npy cannot be read"),
         ({"remap": __file__}, "test_plugin.py cannot be read"),
-        ({"remap": torch.tensor([0.5])}, r"remap of shape \(1,\) and torch.float32 is no list"),
-        ({"remap": torch.tensor([3, 16])}, "remap holds 3 … 16, beyond the 16 of n_e"),
-        ({"remap": torch.tensor([3, 3])}, "remap holds 2 indices, only 1 distinct"),
+        ({"remap": torch.tensor([0.5])}, r"remap of shape \(1,\) and torch.float32 is not a list"),
+        ({"remap": torch.tensor([3, 16])}, "remap has indices 3 … 16, not all below n_e 16"),
+        ({"remap": torch.tensor([3, 3])}, "remap has 2 indices, only 1 of them distinct"),
         ({"remap": torch.tensor([3]), "unknown_index": 1}, "unknown_index 1 is neither 'random'"),
         ({"remap": torch.tensor([3]), "unknown_index": "some"}, "unknown_index 'some' is neither"),
     ],
@@ -249,7 +249,7 @@ def test_wrong_inputs_are_named() -> None:
             plugin(latents(), **{name: value})
     plugin(latents(), temp=1.0, rescale_logits=False, return_logits=False)
     for shape in ((3,), (2, 3), (1, 2, 2), (2, 3, 5, 1), (1, 1, 1, 1, 2)):
-        with pytest.raises(ValueError, match="are not of 2 a position"):
+        with pytest.raises(ValueError, match="are not 2 per position"):
             plugin.get_codebook_entry(index.expand(shape))
     for grid in ((1, 3, 5, 8), (2, 3, 5, 4)):
         with pytest.raises(ValueError, match=r"\(60,\) and shape .* e_dim is 8, with 2 indices"):

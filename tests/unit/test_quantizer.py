@@ -15,16 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import modules.quantizers.looc.quantizer as module
 from modules import LooCQuantizer
-from modules.quantizers.looc.quantizer import (
-    ANCHORS,
-    DISTANCES,
-    SEARCHES,
-    SPLITS,
-    contrastive_terms,
-    most_similar_features,
-)
+from modules.quantizers.looc import counting, distances, search
+from modules.quantizers.looc.anchors import ANCHORS, closest_anchor, most_similar_features
+from modules.quantizers.looc.contrastive import contrastive_terms
+from modules.quantizers.looc.distances import DISTANCES
+from modules.quantizers.looc.search import SEARCHES
+from modules.quantizers.looc.units import SPLITS, extrapolate, interpolate_back
+from modules.quantizers.looc.usage import code_bits, reinit_rate
 
 SCALES = (0, 1, 2, 3, 4)
 SETTINGS = [
@@ -67,7 +65,7 @@ def test_gradient_passes_straight_through(setting: dict[str, Any]) -> None:
     (gradient,) = torch.autograd.grad((output * direction).sum(), z)
     # What passes is the gradient of extrapolation and its inverse without a match between them.
     scale = setting["interpolation_scale"]
-    smooth = module.interpolate_back(module.extrapolate(z, scale), scale)
+    smooth = interpolate_back(extrapolate(z, scale), scale)
     (expected,) = torch.autograd.grad((smooth * direction).sum(), z)
     torch.testing.assert_close(gradient, expected)
 
@@ -104,9 +102,9 @@ def test_a_dead_codevector_lands_on_a_feature(setting: dict[str, Any]) -> None:
         quantizer.codebook[1] = torch.tensor(-1e3)
     quantizer(z)
     scale = setting["interpolation_scale"]
-    channels_last = module.extrapolate(z, scale).permute(0, 2, 3, 1)
+    channels_last = extrapolate(z, scale).permute(0, 2, 3, 1)
     features = SPLITS[setting["split"]].cut(channels_last, 4).reshape(-1, 4)
-    rate = module.reinit_rate(quantizer.usage)[1]
+    rate = reinit_rate(quantizer.usage)[1]
     anchor = (quantizer.codebook[1].detach() - (1 - rate) * torch.tensor(-1e3)) / rate
     assert (features - anchor).abs().amax(dim=1).min() < 1e-2
 
@@ -118,13 +116,13 @@ def test_match_and_anchors_agree_with_the_whole_matrix(
     features, codebook = torch.randn(1000, 4), torch.randn(37, 4)
     prepare, similarity_of, _ = DISTANCES[distance]
     whole = similarity_of(prepare(features), prepare(codebook))
-    monkeypatch.setattr(module, "block_elements", lambda *_: 1000)  # many blocks
-    assert torch.equal(module.search(features, codebook, distance), whole.argmax(1))
+    monkeypatch.setattr(distances, "block_elements", lambda *_: 1000)  # many blocks
+    assert torch.equal(search.search(features, codebook, distance), whole.argmax(1))
     closest = features[whole.argmax(0)]
     for backend in SEARCHES:
         quantizer = LooCQuantizer(37, 4, distance=distance)
         quantizer.search = backend
-        assert torch.equal(module.closest_anchor(quantizer, features, codebook).vectors, closest)
+        assert torch.equal(closest_anchor(quantizer, features, codebook).vectors, closest)
     found = most_similar_features(features, codebook, distance, None, gumbel=False)
     assert torch.equal(found.vectors, closest)
 
@@ -132,7 +130,7 @@ def test_match_and_anchors_agree_with_the_whole_matrix(
 def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chi-square over 20,000 draws, streamed in several blocks."""
     torch.manual_seed(3)
-    monkeypatch.setattr(module, "block_elements", lambda *_: 3 * 20_000)
+    monkeypatch.setattr(distances, "block_elements", lambda *_: 3 * 20_000)
     features = F.normalize(torch.randn(10, 3), dim=1)
     codevector = torch.randn(1, 3)
     codevectors = codevector.expand(20_000, 3)
@@ -177,7 +175,7 @@ def test_contrastive_ties_share_the_lower_half() -> None:
 def test_interpolation_follows_the_stated_channel_order() -> None:
     z = latents(1, 3, 4, 5)
     upsampled = F.interpolate(z, scale_factor=2, mode="bilinear", align_corners=False)
-    extrapolated = module.extrapolate(z, 2)
+    extrapolated = extrapolate(z, 2)
     for c, i, j in itertools.product(range(3), range(2), range(2)):
         assert torch.equal(extrapolated[:, c * 4 + i * 2 + j], upsampled[:, c, i::2, j::2])
 
@@ -333,15 +331,15 @@ def test_every_search_is_exact(
     prepare, similarity_of, _ = DISTANCES[distance]
     for scale in SCALES_OF_FEATURES:
         features = torch.randn(num_features, dim) * scale
-        indices = module.search(features, codebook, distance, backend)
+        indices = search.search(features, codebook, distance, backend)
         whole = similarity_of(prepare(features.double()), prepare(codebook.double()))
         found = whole.gather(1, indices[:, None])[:, 0]
         tolerance = 1e-6 * (1 if distance == "cos" else max(1, scale**2))
         assert (whole.amax(1) - found).max() <= 10 * tolerance
-    if module.failed_searches == {"compiled"} and torch.__version__.startswith("2.11"):
-        module.failed_searches.clear()
+    if search.failed_searches == {"compiled"} and torch.__version__.startswith("2.11"):
+        search.failed_searches.clear()
         pytest.skip("this PyTorch's compiled kernel is wrong, and so torch was used")
-    assert not module.failed_searches
+    assert not search.failed_searches
 
 
 @pytest.mark.parametrize("wrong", ["last", "beyond"])
@@ -353,15 +351,15 @@ def test_a_wrong_kernel_is_found_out(
     def broken(columns: torch.Tensor, keys: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return torch.full((columns.shape[1],), len(keys) - (wrong == "last"))
 
-    monkeypatch.setattr(module, "compiled_argmax", lambda: broken)
-    monkeypatch.setattr(module, "proven_kernels", set())
-    monkeypatch.setattr(module, "failed_searches", set())
+    monkeypatch.setattr(search, "compiled_argmax", lambda: broken)
+    monkeypatch.setattr(search, "verified_kernels", set())
+    monkeypatch.setattr(search, "failed_searches", set())
     torch.manual_seed(0)
     features, codebook = torch.randn(9000, 3), torch.randn(33, 3)
     codebook[0] = 100
-    module.search(torch.full_like(features, torch.nan), codebook, "l2", "compiled")
-    found = module.search(features, codebook, "l2", "compiled")
-    assert torch.equal(found, module.search(features, codebook, "l2", "torch"))
+    search.search(torch.full_like(features, torch.nan), codebook, "l2", "compiled")
+    found = search.search(features, codebook, "l2", "compiled")
+    assert torch.equal(found, search.search(features, codebook, "l2", "torch"))
     (told,) = caplog.messages
     assert "search by compiled failed (the compiled kernel is wrong for (33, 3)" in told
 
@@ -369,9 +367,9 @@ def test_a_wrong_kernel_is_found_out(
 def test_the_compiled_search_holds_no_matrix() -> None:
     """1.6 GB of similarities, found with less than a tenth of it."""
     features, codebook = torch.randn(200_000, 2), torch.randn(2000, 2)
-    module.search(features[:9000], codebook, "l2", "compiled")
+    search.search(features[:9000], codebook, "l2", "compiled")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    module.search(features, codebook, "l2", "compiled")
+    search.search(features, codebook, "l2", "compiled")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160_000  # KiB
 
 
@@ -382,11 +380,11 @@ def test_a_search_that_fails_is_replaced_once(
         raise RuntimeError("no\ncompiler")
 
     monkeypatch.setitem(SEARCHES, "compiled", broken)
-    monkeypatch.setattr(module, "failed_searches", set())
+    monkeypatch.setattr(search, "failed_searches", set())
     features, codebook = torch.randn(50, 4), torch.randn(8, 4)
-    expected = module.search(features, codebook, "cos", "torch")
+    expected = search.search(features, codebook, "cos", "torch")
     for _ in range(2):
-        assert torch.equal(module.search(features, codebook, "cos", "compiled"), expected)
+        assert torch.equal(search.search(features, codebook, "cos", "compiled"), expected)
     assert [record.getMessage() for record in caplog.records] == [
         "search by compiled failed (no compiler); using torch instead"
     ]
@@ -436,17 +434,17 @@ def test_a_model_around_it_can_be_exported(setting: dict[str, Any]) -> None:
     host(images)
     exported = torch.export.export(host.eval(), (images,), strict=False).module()
     torch.testing.assert_close(exported(images), host(images), rtol=1e-6, atol=1e-6)
-    assert not module.failed_searches
+    assert not search.failed_searches
 
 
 @pytest.mark.parametrize("shares", [2, 5, 7])
 def test_sums_in_shares(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, where rows that are long take long."""
     features, indices = torch.randn(33, 3, dtype=torch.float64), torch.randint(4, (33,))
-    expected = module.sums_by_index(features, indices, 5)
-    monkeypatch.setattr(module, "num_shares", lambda *_: shares)
-    torch.testing.assert_close(module.sums_by_index(features, indices, 5), expected)
-    keys, _ = module.spread(indices, 5)
+    expected = counting.sums_by_index(features, indices, 5)
+    monkeypatch.setattr(counting, "num_shards", lambda *_: shares)
+    torch.testing.assert_close(counting.sums_by_index(features, indices, 5), expected)
+    keys, _ = counting.shard_keys(indices, 5)
     assert torch.equal(keys % 5, indices)
     assert torch.bincount(keys, minlength=5 * shares).view(shares, 5).sum(1).max() <= -(
         -33 // shares
@@ -456,7 +454,7 @@ def test_sums_in_shares(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("groups", [1, 16])
 def test_row_argmax(groups: int) -> None:
     scores = torch.randn(40, 3 * groups)
-    assert torch.equal(module.row_argmax(scores), scores.argmax(1))
+    assert torch.equal(search.row_argmax(scores), scores.argmax(1))
 
 
 def test_usage_that_is_settled_needs_no_look() -> None:
@@ -471,8 +469,8 @@ def test_usage_that_is_settled_needs_no_look() -> None:
         direction = -1 if step < 40 and step % 2 else 1  # from step 40 on codevector 1 is dead
         for quantizer in (one, other):
             quantizer(direction * z)
-        looks += one._settled_steps == 0
-        other._settled_steps = 0
+        looks += one._safe_steps == 0
+        other._safe_steps = 0
         assert torch.equal(one.codebook, other.codebook)
     assert looks < 790
     assert one.codebook[1].sum() > 0  # it was pulled over to the features
@@ -509,7 +507,7 @@ def test_a_narrow_codebook(dtype: torch.dtype) -> None:
     narrow = quantizer.to(dtype)(z.to(dtype))
     assert expected * z.numel() > 65504
     torch.testing.assert_close(narrow.loss, expected, rtol=0.02, atol=0)
-    assert not module.failed_searches
+    assert not search.failed_searches
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
@@ -537,9 +535,8 @@ def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch)
         seen.append(result.numel())
         return result
 
-    monkeypatch.setattr(module, "block_elements", lambda *_: 2000)
-    distances = {"cos": DISTANCES["cos"]._replace(similarity=spy)}
-    monkeypatch.setattr(module, "DISTANCES", distances)
+    monkeypatch.setattr(distances, "block_elements", lambda *_: 2000)
+    monkeypatch.setitem(DISTANCES, "cos", DISTANCES["cos"]._replace(similarity=spy))
     quantizer = LooCQuantizer(50, 4, anchor="probrandom")
     quantizer.search = "torch"
     quantizer(latents(4, 8, 8, 8))
@@ -663,15 +660,15 @@ def test_the_match_weighs_distance_against_bits(backend: str) -> None:
     found = quantizer.encode(z).flatten()
     assert not torch.equal(found, squared.argmin(1))
     torch.testing.assert_close(cost.gather(1, found[:, None])[:, 0], cost.amin(1))
-    assert not module.failed_searches
+    assert not search.failed_searches
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_bits_are_equal_before_any_use_and_always_finite(dtype: torch.dtype) -> None:
-    assert module.code_bits(torch.zeros(16, dtype=dtype)).tolist() == pytest.approx([4.0] * 16)
+    assert code_bits(torch.zeros(16, dtype=dtype)).tolist() == pytest.approx([4.0] * 16)
     once = torch.zeros(2**20, dtype=dtype)
     once[0] = 0.5
-    assert module.code_bits(once).isfinite().all()
+    assert code_bits(once).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -900,7 +897,7 @@ def test_faiss_searches_in_a_forked_process() -> None:
         ({"latent_norm": "running"}, "latent_norm 'running' needs latent_channels"),
         ({"latent_channels": 0}, "latent_channels 0 is less than 1"),
         ({"latent_norm": "batch", "latent_channels": 6}, "does not divide the 6 channels"),
-        ({"latent_norm": "unit", "embedding_dim": 1}, "units of embedding_dim 1"),
+        ({"latent_norm": "unit", "embedding_dim": 1}, "all units of embedding_dim 1"),
         ({"gradient": "none"}, "gradient 'none'"),
         ({"contras_loss": True, "codebook_update": "ema"}, "contras_loss has no effect"),
         ({"rate_weight": -1.0}, "rate_weight -1.0 is less than 0"),

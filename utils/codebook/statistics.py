@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.quantizers.looc.quantizer import sum_over_ranks
+from modules.quantizers.looc.ranks import sum_over_ranks
 from utils.distributed import gather
 
 

@@ -8,7 +8,7 @@ import torch
 
 from modules import Autoencoder, LooCQuantizer
 from modules.options import option
-from modules.quantizers.looc.quantizer import SEARCHES, faiss_installed
+from modules.quantizers.looc.search import SEARCHES, faiss_installed
 from utils.errors import UserError
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from modules.quantizers.looc.quantizer import count_indices, sum_over_ranks
+from modules.quantizers.looc.counting import count_indices
+from modules.quantizers.looc.ranks import sum_over_ranks
 from utils.codebook.statistics import numbered, use_of
 
 

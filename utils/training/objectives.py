@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modules import VQGAN, Autoencoder, ModelConfig, PatchDiscriminator
 from modules.options import option
-from modules.quantizers.looc.quantizer import sum_over_ranks
+from modules.quantizers.looc.ranks import sum_over_ranks
 from utils.checkpoints.checkpoint import check_tensors
 from utils.distributed import first_goes_ahead
 from utils.errors import UserError

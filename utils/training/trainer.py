@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from modules import Autoencoder, ModelConfig
 from modules.options import option
-from modules.quantizers.looc.quantizer import num_ranks, sum_over_ranks
+from modules.quantizers.looc.ranks import num_ranks, sum_over_ranks
 from modules.quantizers.registry import QUANTIZERS
 from utils.checkpoints.checkpoint import Checkpoint, check_tensors, model_content, write_checkpoint
 from utils.codebook.plots import draw_all

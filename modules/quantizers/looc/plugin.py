@@ -1,8 +1,7 @@
-"""LooC's quantiser for the models of taming-transformers, latent-diffusion and diffusers.
+"""LooCPlugin: LooCQuantizer in the models of taming-transformers, latent-diffusion and diffusers.
 
-Arguments, results and attributes are those that the models of these projects expect of their
-VectorQuantizer2 or VectorQuantizer; docs/plugin.md has a recipe for each. Symbols as in
-quantizer.py; c are the channels of the latents.
+Arguments, results and attributes are those of VectorQuantizer2 or VectorQuantizer in these
+projects; docs/plugin.md has a recipe for each. c is the number of channels of the latents.
 """
 
 from __future__ import annotations
@@ -15,38 +14,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .quantizer import LooCQuantizer, count_indices
+from .checks import check_conditions, check_minima
+from .counting import count_indices
+from .quantizer import LooCQuantizer
+from .units import num_units
 
 Info = tuple[Tensor, None, Tensor]
 
 
 class LooCPlugin(nn.Module):
-    """A LooCQuantizer called as the quantiser of a VQGAN is.
+    """LooCQuantizer with the interface of a VQGAN's quantiser.
 
     Args:
-        n_e: codevectors K.
+        n_e: number of codevectors K.
         e_dim: channels c of the latents.
-        beta: commitment weight λ, on mean((sg[z_q] − z)²).
-        remap: the K' codevectors that are in use, in the order of their new indices: an .npy file
-            of them or a tensor (K',). Indices outside are then in [0, re_embed).
-        unknown_index: what stands for a codevector that remap lacks: "random", one of the K' drawn
-            anew at each call; "extra", the further index K'; or an index.
-        sane_index_shape: indices as (B, H, W, m), or (B, H, W) where m is 1, rather than flat.
-        legacy: put beta on mean((z_q − sg[z])²) instead, as VQGAN has it by default.
+        beta: commitment weight λ, of mean((sg[z_q] − z)²).
+        remap: the K' codevectors in use, in the order of their new indices: a tensor (K',) or an
+            .npy file. Indices outside this module are then in [0, re_embed).
+        unknown_index: new index of a codevector that is not in remap: "random" (one of the K',
+            drawn in each call), "extra" (the additional index K'), or an index.
+        sane_index_shape: return indices as (B, H, W, m), or (B, H, W) if m is 1, instead of flat.
+        legacy: put beta on mean((z_q − sg[z])²) instead, the default of VQGAN.
         embedding_dim: dimension d of a codevector; divides c·β².
         interpolation_scale: β; 0 or 1 is off.
-        distance: "cos" or "l2", the similarity of the match.
+        distance: "cos" or "l2", for the match.
         anchor: "closest", "random", "probrandom" or "none", the re-initialisation rule.
-        settings: further keywords of LooCQuantizer: split, first_batch, contras_loss,
+        settings: other keywords of LooCQuantizer: split, first_batch, contras_loss,
             codebook_update, ema_decay, codebook_start, latent_norm, gradient and rate_weight.
 
-    Attributes: the arguments up to legacy; `vq_embed_dim`, which is e_dim; `re_embed`, how many
-    indices there are outside; `embedding`; `units`, the m indices of a position; and `quantizer`,
-    the LooCQuantizer, whose parameter `quantizer.codebook` is all that is trained. In evaluation
-    mode a call writes nothing.
+    Attributes:
+        n_e, e_dim, beta, remap, unknown_index, sane_index_shape, legacy: the arguments.
+        vq_embed_dim: e_dim.
+        re_embed: number of indices outside this module.
+        units: number m of indices per position.
+        embedding: the codebook as an nn.Embedding.
+        quantizer: the LooCQuantizer. `quantizer.codebook` is the only parameter.
+
+    A call in evaluation mode changes nothing.
 
     Raises:
-        ValueError: for arguments out of range, or inputs of another shape.
+        ValueError: for arguments out of range, or inputs of a wrong shape.
     """
 
     used: Tensor
@@ -68,30 +75,6 @@ class LooCPlugin(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        for name, number, least in (
-            ("n_e", n_e, 1),
-            ("e_dim", e_dim, 1),
-            ("beta", beta, 0),
-            ("embedding_dim", embedding_dim, 1),
-            ("interpolation_scale", interpolation_scale, 0),
-        ):
-            if not number >= least:
-                raise ValueError(f"{name} {number} is less than {least}")
-        extrapolated = e_dim * max(interpolation_scale, 1) ** 2
-        if extrapolated % embedding_dim:
-            raise ValueError(
-                f"embedding_dim {embedding_dim} does not divide {extrapolated}, "
-                f"e_dim {e_dim} times the square of interpolation_scale {interpolation_scale}"
-            )
-        if legacy and beta == 0:
-            raise ValueError(f"legacy {legacy} needs beta above 0, not {beta}")
-        if legacy and settings.get("contras_loss"):
-            raise ValueError(f"contras_loss True does not go with legacy {legacy}")
-        if legacy and settings.get("codebook_update") == "ema":
-            raise ValueError(
-                f"legacy {legacy} puts beta on the codebook's term, "
-                "which codebook_update 'ema' lacks"
-            )
         self.n_e = n_e
         self.e_dim = self.vq_embed_dim = e_dim
         self.beta = beta
@@ -100,11 +83,23 @@ class LooCPlugin(nn.Module):
         self.unknown_index = unknown_index
         self.sane_index_shape = sane_index_shape
         self.legacy = legacy
-        self.units = extrapolated // embedding_dim
+        check_minima(self, n_e=1, e_dim=1, beta=0)
+        check_conditions(
+            (legacy and beta == 0, f"legacy {legacy} needs beta above 0, not {beta}"),
+            (
+                legacy and bool(settings.get("contras_loss")),
+                f"contras_loss True does not go with legacy {legacy}",
+            ),
+            (
+                legacy and settings.get("codebook_update") == "ema",
+                f"legacy {legacy} puts beta on the loss of the codebook, "
+                "which codebook_update 'ema' does not have",
+            ),
+        )
         self.quantizer = LooCQuantizer(
             n_e,
             embedding_dim,
-            # beta on the codebook's term is 1/beta on the other, and all of it times beta.
+            # legacy: 1/beta on the commitment term; `forward` then multiplies both terms by beta.
             commitment_cost=1 / beta if legacy else beta,
             interpolation_scale=interpolation_scale,
             distance=distance,
@@ -112,6 +107,7 @@ class LooCPlugin(nn.Module):
             latent_channels=e_dim,
             **settings,
         )
+        self.units = num_units(e_dim, interpolation_scale, embedding_dim)
         if remap is not None:
             self.register_buffer("used", read_remap(remap, n_e))
             self.re_embed = len(self.used)
@@ -121,7 +117,7 @@ class LooCPlugin(nn.Module):
             elif unknown_index != "random" and unknown_index not in range(self.re_embed):
                 raise ValueError(
                     f"unknown_index {unknown_index!r} is neither 'random' nor 'extra' "
-                    f"nor one of the {self.re_embed} of remap"
+                    f"nor one of the {self.re_embed} indices of remap"
                 )
 
     def extra_repr(self) -> str:
@@ -129,7 +125,7 @@ class LooCPlugin(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """A view of the codebook, for those who read `embedding.weight`, (K, d)."""
+        """View of the codebook, for code that reads `embedding.weight`, (K, d)."""
         embedding = nn.Embedding(self.n_e, self.quantizer.embedding_dim, device="meta")
         embedding.weight = self.quantizer.codebook
         return embedding
@@ -143,9 +139,9 @@ class LooCPlugin(nn.Module):
     ) -> tuple[Tensor, Tensor, Info]:
         """Quantise z (B, c, H, W) → latents (B, c, H, W), scalar loss, (perplexity, None, indices).
 
-        The perplexity is that of the codevectors used in this call, a scalar; indices are int64,
-        (B·H·W·m,) unless `sane_index_shape`. temp, rescale_logits and return_logits are there for
-        those who call a Gumbel quantiser alike, and have to be None or 1, False and False.
+        The perplexity is that of the indices of this call, a scalar; indices are int64, (B·H·W·m,)
+        unless `sane_index_shape`. temp, rescale_logits and return_logits are those of a Gumbel
+        quantiser; they have to be None or 1, False and False.
         """
         for name, value, allowed in (
             ("temp", temp, (None, 1)),
@@ -169,10 +165,10 @@ class LooCPlugin(nn.Module):
         return latents, loss, (perplexity, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """The latents of indices: (n·m,), (b, h·w·m) or (b, h, w, m), or (b, h, w) where m is 1.
+        """Get the latents of indices (n·m,), (b, h·w·m), (b, h, w, m), or (b, h, w) if m is 1.
 
-        With shape (b, h, w, c) they are (b, c, h, w); without, channels come last, in place of the
-        m indices of a position: (n, c), (b, h·w, c) or (b, h, w, c).
+        With shape (b, h, w, c), the latents are (b, c, h, w). Without it, channels come last, in
+        place of the m indices of a position: (n, c), (b, h·w, c) or (b, h, w, c).
         """
         if shape is None:
             positions = self._positions(indices)
@@ -182,19 +178,19 @@ class LooCPlugin(nn.Module):
         if channels != self.e_dim or indices.numel() != batch * height * width * self.units:
             raise ValueError(
                 f"indices of shape {tuple(indices.shape)} and shape {tuple(shape)} do not match: "
-                f"e_dim is {self.e_dim}, with {self.units} indices a position"
+                f"e_dim is {self.e_dim}, with {self.units} indices per position"
             )
         return self._decode(indices.reshape(batch, height, width, self.units))
 
     def embed_code(self, code: Tensor) -> Tensor:
-        """The latents (b, c, h, w) of indices (b, h, w, m), or (b, h, w) where m is 1."""
+        """Get the latents (b, c, h, w) of indices (b, h, w, m), or (b, h, w) if m is 1."""
         positions = self._positions(code)
         if len(positions) != 3:
             raise ValueError(f"code of shape {tuple(code.shape)} is not (b, h, w, {self.units})")
         return self._decode(code.reshape(*positions, self.units))
 
     def remap_to_used(self, indices: Tensor) -> Tensor:
-        """Indices in [0, K) to those outside, in [0, re_embed); of any shape."""
+        """Map indices in [0, K) to [0, re_embed), any shape."""
         places = indices.new_full((self.n_e,), -1)
         places[self.used] = torch.arange(len(self.used), device=indices.device)
         found = places[indices]
@@ -205,17 +201,17 @@ class LooCPlugin(nn.Module):
         return torch.where(found < 0, unknown, found)
 
     def unmap_to_all(self, indices: Tensor) -> Tensor:
-        """Indices outside to those in [0, K), the extra one to the first used; of any shape."""
+        """Map indices in [0, re_embed) to [0, K), any shape; the extra one to the first in use."""
         return self.used[torch.where(indices < len(self.used), indices, 0)]
 
     def _perplexity(self, indices: Tensor) -> Tensor:
-        """exp(−Σ u_k log u_k), u_k the share of codevector k."""
+        """exp(−Σ u_k log u_k), where u_k is the share of codevector k in the indices."""
         counts = count_indices(indices.flatten(), self.n_e)
         terms: Tensor = torch.special.entr(counts / counts.sum().clamp_min(1))  # (K,)
         return terms.sum().exp()
 
     def _positions(self, indices: Tensor) -> tuple[int, ...]:
-        """The shape of indices without their units."""
+        """Shape of the positions: that of the indices without the units."""
         *positions, last = indices.shape
         if self.units == 1 and len(positions) == 2:
             return (*positions, last)
@@ -224,19 +220,19 @@ class LooCPlugin(nn.Module):
         if len(positions) in (0, 1) and last % self.units == 0:
             return (*positions, last // self.units)
         raise ValueError(
-            f"indices of shape {tuple(indices.shape)} are not of {self.units} a position: "
+            f"indices of shape {tuple(indices.shape)} are not {self.units} per position: "
             f"(n·{self.units},), (b, n·{self.units}) or (b, h, w, {self.units})"
         )
 
     def _decode(self, indices: Tensor) -> Tensor:
-        """Indices outside (b, h, w, m) → latents (b, c, h, w)."""
+        """Decode indices (b, h, w, m) in [0, re_embed) to latents (b, c, h, w)."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         return self.quantizer.decode(indices)
 
 
 def read_remap(remap: str | os.PathLike[str] | Tensor, n_e: int) -> Tensor:
-    """Distinct indices in [0, K), from an .npy file or a tensor: (K',), int64."""
+    """Read distinct indices in [0, K) from a tensor or an .npy file: (K',), int64."""
     if isinstance(remap, Tensor):
         name, used = "remap", remap.detach().clone()
     else:
@@ -251,12 +247,12 @@ def read_remap(remap: str | os.PathLike[str] | Tensor, n_e: int) -> Tensor:
             raise ValueError(f"{name} cannot be read: {error}") from error
     if used.dim() != 1 or not len(used) or used.is_floating_point() or used.is_complex():
         raise ValueError(
-            f"{name} of shape {tuple(used.shape)} and {used.dtype} is no list of indices"
+            f"{name} of shape {tuple(used.shape)} and {used.dtype} is not a list of indices"
         )
     used = used.long()
     if used.min() < 0 or used.max() >= n_e:
-        raise ValueError(f"{name} holds {used.min()} … {used.max()}, beyond the {n_e} of n_e")
+        raise ValueError(f"{name} has indices {used.min()} … {used.max()}, not all below n_e {n_e}")
     distinct = len(set(used.tolist()))
     if distinct < len(used):
-        raise ValueError(f"{name} holds {len(used)} indices, only {distinct} distinct")
+        raise ValueError(f"{name} has {len(used)} indices, only {distinct} of them distinct")
     return used
