@@ -43,16 +43,9 @@ $(VENV)/.installed: requirements.txt | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	@touch $@
-
-$(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	@touch $@
-
-$(VENV)/.installed-vqgan: requirements-vqgan.txt $(VENV)/.installed
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-vqgan.txt
+# The extras of pyproject.toml: dev, bench, vqgan.
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
 bench: $(VENV)/.installed-bench

@@ -1,4 +1,4 @@
-"""Measure reconstructions against originals, two folders of images; see docs/metrics.md.
+"""Measure reconstructions against originals, two folders of images; see docs/evaluation.md.
 
 Images are paired by name, without suffix, and compared as a viewer shows them; subfolders count,
 hidden files do not. Writes metrics.json (means, variances, settings), metrics.csv (a line a pair),

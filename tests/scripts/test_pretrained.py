@@ -1,6 +1,6 @@
 """Encoders and decoders of diffusers and taming-transformers, by their real classes, under ours.
 
-The classes are those of requirements-plugin.txt; their weights are random.
+The classes are those of the extra `plugin`; their weights are random.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The plug-in: its own properties, and the models of other projects with it in place.
 
-Those models are the real classes of diffusers and taming-transformers (requirements-plugin.txt).
+Those models are the real classes of diffusers and taming-transformers (the extra `plugin`).
 """
 
 from __future__ import annotations

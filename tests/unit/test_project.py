@@ -1,4 +1,4 @@
-"""The repository holds together: requirements, layers, the README's flags."""
+"""The repository holds together: requirements, layers, the table of flags, links."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from modules import VQVAE, ModelConfig
 from utils.checkpoints.checkpoint import save_checkpoint
-from utils.flags.table import updated
+from utils.flags.table import PAGE, page
 
 ROOT = Path(__file__).parents[2]
 # Each layer may import those before it.
@@ -25,12 +25,16 @@ def requirements(text: str) -> list[str]:
     return re.findall(r"^\s*(?:- )?([a-z][\w-]*[>=].*)$", text, re.MULTILINE)
 
 
-def test_environment_is_in_step_with_requirements() -> None:
+def test_requirements_agree() -> None:
+    """environment.yaml repeats requirements.txt, and pyproject.toml reads it."""
     environment = (ROOT / "environment.yaml").read_text()
     assert environment.startswith("name: looc\n")
     pip_part = environment.split("- pip:\n")[1]
     assert requirements(pip_part) == requirements((ROOT / "requirements.txt").read_text())
     assert len(requirements(pip_part)) > 9
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'dependencies = { file = ["requirements.txt"] }' in project
+    assert "packages = []" in project, "an installation puts no module on anybody's path"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -88,10 +92,10 @@ def test_every_file_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
 
 
-def test_the_readme_lists_the_flags_as_declared() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert updated(readme) == readme, "run: python -m utils.flags.table"
-    assert readme.count("| `--") > 30
+def test_the_table_lists_the_flags_as_declared() -> None:
+    text = PAGE.read_text()
+    assert page() == text, "run: python -m utils.flags.table"
+    assert text.count("| `--") > 30
 
 
 def test_the_readmes_python_runs(tmp_path: Path) -> None:
@@ -106,11 +110,24 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
     assert names["reconstruction"].shape == (2, 1, 8, 12)
 
 
-PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/**/*.md", "tests/**/*.md", "datasets/**/*.md")
+    for path in ROOT.glob(pattern)
+)
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (page.parent / link).exists(), f"{name}: {link}"
+    for link, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]+))?\)", page.read_text()):
+        target = page.parent / link if link else page
+        assert target.exists(), f"{name}: {link}"
+        if anchor:
+            assert anchor in anchors(target.read_text()), f"{name}: {link}#{anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}

@@ -1,8 +1,7 @@
-"""The README's tables of flags, written from the declarations: python -m utils.flags.table."""
+"""Write docs/flags.md from the declarations of all flags: python -m utils.flags.table."""
 
 from __future__ import annotations
 
-import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,24 @@ from utils.files import whole_file
 from utils.flags.arguments import flag_fields, names
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "flags.md"
 SCRIPTS = ("main.py", "test.py", "evaluation.py")
-MARKERS = "<!-- flags -->\n", "<!-- end of flags -->"
+HEAD = """# All flags
+
+Written by `python -m utils.flags.table` from the declarations in the code. A flag that is on can be
+turned off by its `--no-` form: `--no-flip`, `--no-cache`.
+"""
+
+
+def page() -> str:
+    """Return the text of docs/flags.md, one table per group of flags."""
+    users: dict[str, list[str]] = {}
+    found: dict[str, type] = {}
+    for script in SCRIPTS:
+        for group in groups(script):
+            users.setdefault(group.__name__, []).append(script)
+            found[group.__name__] = group
+    return "\n".join([HEAD, *(table(found[name], users[name]) for name in found)])
 
 
 def groups(script: str) -> Iterator[type]:
@@ -22,20 +37,10 @@ def groups(script: str) -> Iterator[type]:
             yield value
 
 
-def tables() -> str:
-    """One table a group, in Markdown."""
-    users: dict[str, list[str]] = {}
-    found: dict[str, type] = {}
-    for script in SCRIPTS:
-        for group in groups(script):
-            users.setdefault(group.__name__, []).append(script)
-            found[group.__name__] = group
-    return "\n".join(table(found[name], users[name]) for name in found)
-
-
 def table(group: type, scripts: list[str]) -> str:
+    """One group of flags as a table in Markdown."""
     lines = [
-        f"**{group.__name__.removesuffix('Config')}** ({', '.join(scripts)})",
+        f"## {group.__name__.removesuffix('Config')} ({', '.join(scripts)})",
         "",
         "| flag | default | |",
         "| --- | --- | --- |",
@@ -50,18 +55,9 @@ def table(group: type, scripts: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def updated(readme: str) -> str:
-    """The README with its tables written anew."""
-    before, after = map(re.escape, MARKERS)
-    return re.sub(
-        f"({before}).*?({after})", lambda match: match[1] + tables() + match[2], readme, flags=re.S
-    )
-
-
 def main() -> None:
-    path = ROOT / "README.md"
-    with whole_file(path) as temporary:
-        temporary.write_text(updated(path.read_text()))
+    with whole_file(PAGE) as temporary:
+        temporary.write_text(page())
 
 
 if __name__ == "__main__":
