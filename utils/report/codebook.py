@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import zip_longest
 
 import numpy as np
 import torch
-from PIL import Image
 
 from utils.codebook.plots import principal_components
 from utils.images import open_image, viewed
+from utils.report.charts import chart, draw_bars, draw_heat_map, draw_scatter
 from utils.report.files import Found, numbers, part, stale, test_command
 from utils.report.markup import Missing, command, details, figure, shown, spread, table, text
-from utils.report.pictures import colours, uri
-from utils.report.svg import picture_chart, scatter_chart, step_chart
+from utils.report.pictures import uri
 
 MAX_COLUMNS = 512  # of the map of slots
 
@@ -37,14 +37,18 @@ def usage_histogram(found: Found) -> str:
         f"{len(counts):,} codevectors, {unused:,} unused; the most used is used "
         f"{share[0]:.3g} times as often as equal use; {half:,} carry half of all codes"
     )
-    chart = step_chart(
+    histogram = chart(
         "Use of the codevectors, the most used first",
         described,
-        [float(part.mean()) for part in bins],
         "codevectors, most used first",
         "times equal use",
-        width=len(share) / len(bins),
-        mark=(1, "equal use"),
+        partial(
+            draw_bars,
+            values=[part.mean() for part in bins],
+            start=0,
+            width=len(share) / len(bins),
+            mark=(1, "equal use"),
+        ),
     )
     rows = [
         (f"{rank:,}", shown(int(counts[rank - 1])), f"{sum(counts[:rank]) / total:.1%}")
@@ -52,7 +56,7 @@ def usage_histogram(found: Found) -> str:
         if rank <= len(counts)
     ]
     return figure(
-        chart,
+        histogram,
         f"{text(described)}. <b>One should see</b> a line near equal use that falls gently to the "
         "right end. <b>Bad:</b> a few spikes on the left with a long tail near zero (the nominal "
         "rate is wasted), or an end at zero before the right edge: those codevectors are dead.",
@@ -80,26 +84,21 @@ def codebook_map(found: Found) -> str:
             "test.py puts them in step:" + command(test_command(found))
         )
     points, variance = principal_components(codebook)
-    places = [(round(x, 5), round(y, 5)) for x, y in points.tolist()]
-    sizes = (1 + 4 * (counts / counts.max()).sqrt()).round() * 2  # (K,) 2, 4 … 10
-    dots = {
-        size: [place for place, own, n in zip(places, sizes.tolist(), counts) if own == size and n]
-        for size in sorted(set(sizes[counts > 0].tolist()))
-    }
-    unused = [place for place, n in zip(places, counts) if not n]
+    used = counts > 0
+    diameters = (1 + 4 * (counts / counts.max()).sqrt()).round() * 2  # (K,) 2, 4 … 10
+    dots = {float(d): points[used & (diameters == d)].numpy() for d in (2, 4, 6, 8, 10)}
     described = (
-        f"{len(counts) - len(unused):,} used and {len(unused):,} unused codevectors; the two axes "
+        f"{int(used.sum()):,} used and {int((~used).sum()):,} unused codevectors; the two axes "
         f"explain {variance.sum():.0%} of the variance"
     )
-    chart = scatter_chart(
+    plane = chart(
         "Map of the codebook",
         described,
-        dots,
-        unused,
         f"first axis ({variance[0]:.0%} of variance)",
         f"second axis ({variance[1]:.0%})",
+        partial(draw_scatter, dots=dots, crosses=points[~used].numpy()),
     )
-    return stale(found) + figure(chart, f"{text(described)}. {caption}", beside=True)
+    return stale(found) + figure(plane, f"{text(described)}. {caption}", beside=True)
 
 
 def codebook_picture(found: Found) -> str:
@@ -142,16 +141,15 @@ def unit_slots(found: Found) -> str:
         else f"; a codevector is used in {np.median(reach):.0f} slots in the median, "
         f"{int((reach == len(slots)).sum()):,} in all"
     )
-    chart = picture_chart(
+    heat_map = chart(
         "Use of the codevectors by unit slot",
         described,
-        uri(Image.fromarray(colours(ordered / top))),
-        (slots.shape[1], len(slots)),
         "codevectors, most used first",
         "unit slot",
+        partial(draw_heat_map, values=ordered, size=(slots.shape[1], len(slots))),
     )
-    heat = figure(
-        chart,
+    content = figure(
+        heat_map,
         f"{text(described)}. Black is never; pale yellow is {top**2:.1%} of a slot's codes (the "
         "colour follows the root of the share, so that rare use can be seen). <b>One should "
         "see</b> every row lit over most of its length. <b>Bad:</b> rows with a few bright cells "
@@ -164,19 +162,18 @@ def unit_slots(found: Found) -> str:
     )
     if len(slots) > 1 and not own:
         bars = np.bincount(reach, minlength=len(slots) + 1)
-        chart = step_chart(
+        histogram = chart(
             "Slots in which a codevector is used",
             f"from 0 to {len(slots)} slots; {int(bars[0]):,} codevectors in none, "
             f"{int(bars[-1]):,} in all",
-            [float(bar) for bar in bars],
             "slots in which a codevector is used",
             "codevectors",
-            start=-0.5,
+            partial(draw_bars, values=bars, start=-0.5, width=1, mark=None),
         )
-        heat = (
-            f'<div class="columns">{heat}'
+        content = (
+            f'<div class="columns">{content}'
             + figure(
-                chart,
+                histogram,
                 "<b>One should see</b> most codevectors on the right: they serve many slots. "
                 "<b>Bad:</b> a bar at 0 (dead) or a heap at 1 (codevectors of a single slot).",
             )
@@ -185,7 +182,7 @@ def unit_slots(found: Found) -> str:
     columns = (numbers(codebook.get(key)) for key in ("slot_usage_percent", "slot_perplexity"))
     values = list(zip_longest(*columns))
     table_rows = [(i, *(shown(value, 3) for value in values[i])) for i in spread(len(values), 64)]
-    return heat + details(
+    return content + details(
         "Slots as a table",
         table(
             "Unit slots",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
+from utils.report.charts import Point, chart, draw_lines
 from utils.report.files import Found
 from utils.report.markup import Missing, details, figure, shown, spread, table, text
-from utils.report.svg import Point, line_chart
 
 MAX_POINTS = 400  # of a curve
 MAX_ROWS = 12  # of a curve's table
@@ -74,18 +75,17 @@ def training_curves(found: Found) -> str:
             for group, points in series.items()
         )
         described = f"{ends}, steps {points_range(series)}"
-        chart = line_chart(
+        lines = {group: thinned(points) for group, points in series.items()}
+        curves = chart(
             title,
             described,
-            {group: thinned(points) for group, points in series.items()},
             "step",
             f"{unit}, logarithmic" if log else unit,
-            log=log,
-            low=low,
+            partial(draw_lines, series=lines, log=log, low=low),
         )
         charts.append(
             f"<div><h3>{title}</h3>"
-            + figure(chart, caption)
+            + figure(curves, caption)
             + details(f"{title} as a table", curve_table(title, series))
             + "</div>"
         )

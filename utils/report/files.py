@@ -16,8 +16,8 @@ import numpy as np
 from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import one_line
 from utils.images import image_names
+from utils.report.charts import Point
 from utils.report.markup import Missing, command, text
-from utils.report.svg import Point
 
 TO_BE_FILLED_IN = ("<output_folder>", "<experiment>/best.pt")  # where they are not known
 
