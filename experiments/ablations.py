@@ -1,13 +1,14 @@
-"""What each part of the method brings, one table a question.
+"""Measure what each part of the method contributes, one table per question.
 
-Trains the variants of a table with the same budget and measures them on the test images: python
-experiments/ablations.py --table codebook. Variants that stand in several tables are trained once.
+Trains the variants of a table with the same budget, measures them on the test images and writes the
+table to docs/results: python experiments/ablations.py --table codebook. Variants that are in
+several tables are trained once.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,50 +20,34 @@ from experiments.options import (
     LRS,
     SETUPS,
     add_options,
-    checked,
     chosen,
     settings_of,
     shared_training,
 )
-from experiments.runs import Contender, contests, run_all
-from experiments.tables import Document, collect, earlier_page, with_kept
+from experiments.page import Experiment
+from experiments.runs import Contender, words
 from utils.errors import UserError, run
 from utils.flags.arguments import Parser
 from utils.flags.recipes import RECIPES
 from utils.logger import start_logging
 from utils.training.trainer import TrainConfig
 
-UNITS = {"num_embedding": 256, "embedding_dim": 16}  # 8 units a position: 4 bits a pixel
+UNITS = {"num_embedding": 256, "embedding_dim": 16}  # 8 units per position: 4 bits per pixel
 LARGE = {"num_embedding": 512, "embedding_dim": 64}  # some codevectors die without anchors
 SETTINGS = ((256, 4), (1024, 16), (1024, 64), (512, 128))
 SHORT = {"num_embedding": "K", "embedding_dim": "d", "interpolation_scale": "scale"}
 
 
 def variant(recipe: str, **flags: Any) -> Contender:
-    """A recipe with some flags, and the name that these make."""
+    """A recipe with some flags, which also make its name."""
     parts = [f"{SHORT[name]}{value}" for name, value in flags.items() if name in SHORT]
     parts += [f"{name}-{value}" for name, value in flags.items() if name not in SHORT]
     return Contender("-".join([recipe, *parts]), recipe, {"recipe": recipe, **flags})
 
 
-def codebook(recipe: str) -> Iterator[Contender]:
-    for size in (32, 64, 128, 256, 512, 1024):
-        yield variant(recipe, **{**UNITS, "num_embedding": size})
-
-
-def dimension(recipe: str) -> Iterator[Contender]:
-    for dim in (4, 8, 16, 32, 64, 128):
-        yield variant(recipe, **{**UNITS, "embedding_dim": dim})
-
-
-def anchor(recipe: str) -> Iterator[Contender]:
-    for rule in ("closest", "random", "probrandom", "none"):
-        yield variant(recipe, **LARGE, anchor=rule)
-
-
-def offline(recipe: str) -> Iterator[Contender]:
-    for first_batch in (False, True):
-        yield variant(recipe, **LARGE, first_batch=first_batch)
+def varied(flag: str, values: Iterable[Any], **fixed: Any) -> Callable[[str], Iterator[Contender]]:
+    """Variants of a recipe that differ in one flag."""
+    return lambda recipe: (variant(recipe, **{**fixed, flag: value}) for value in values)
 
 
 def contrastive(recipe: str) -> Iterator[Contender]:
@@ -71,13 +56,8 @@ def contrastive(recipe: str) -> Iterator[Contender]:
         yield variant(recipe, **LARGE, **needed, contras_loss=contras_loss)
 
 
-def interpolation(recipe: str) -> Iterator[Contender]:
-    for scale in (0, 2, 3, 4):
-        yield variant(recipe, **UNITS, interpolation_scale=scale)
-
-
 def ingredients(_recipe: str) -> Iterator[Contender]:
-    """Each entry of the best recipe alone added to the published one, and left out of the best."""
+    """Each entry of the best recipe added alone to the published one, or left out of the best."""
     best = RECIPES["best"]
     yield variant("paper", **UNITS)
     for name, value in best.items():
@@ -90,7 +70,7 @@ def ingredients(_recipe: str) -> Iterator[Contender]:
 
 
 def headline(_recipe: str) -> Iterator[Contender]:
-    """LooC as published, by the best recipe, and the library's quantiser that is most like it."""
+    """LooC as published and by the best recipe, and the library's most similar quantiser."""
     sizes = {"num_embedding": 256, "embedding_dim": 4}
     yield Contender("paper", "paper", {"recipe": "paper", **sizes, "lr": TrainConfig.lr})
     yield Contender("best", "best", {"recipe": "best", **sizes})
@@ -110,42 +90,46 @@ def recipes(_recipe: str) -> Iterator[Contender]:
 
 @dataclass(frozen=True)
 class Question:
-    """A table: its heading, what is asked, and the variants that answer."""
+    """A table: its heading, the question, and the variants that answer it."""
 
     title: str
     about: str
     variants: Callable[[str], Iterator[Contender]]
-    lrs: tuple[float, ...] | None = ()  # unless others are asked for; None: those of the rows alone
-    recipe: bool = True  # whether --recipe says what is varied
+    lrs: tuple[float, ...] | None = ()  # default of --lrs; None: the rows have their own
+    recipe: bool = True  # whether --recipe may be given
 
 
 TABLES = {
     "codebook": Question(
-        "Codevectors K", "`--num_embedding`. The rate grows with log2 K.", codebook
+        "Codevectors K",
+        "`--num_embedding`. The rate grows with log2 K.",
+        varied("num_embedding", (32, 64, 128, 256, 512, 1024), **UNITS),
     ),
     "dimension": Question(
         "Dimension d",
         "`--embedding_dim`. The number of codes, and so the rate, is channels / d.",
-        dimension,
+        varied("embedding_dim", (4, 8, 16, 32, 64, 128), **UNITS),
     ),
     "anchor": Question(
-        "Re-initialisation", "`--anchor`: where unused codevectors are drawn to.", anchor
+        "Re-initialisation",
+        "`--anchor`: where unused codevectors are drawn to.",
+        varied("anchor", ("closest", "random", "probrandom", "none"), **LARGE),
     ),
     "offline": Question(
         "Offline re-initialisation",
         "`--first_batch`: re-initialise on the first training batch only.",
-        offline,
+        varied("first_batch", (False, True), **LARGE),
     ),
     "contrastive": Question("Contrastive loss", "`--contras_loss`.", contrastive),
     "interpolation": Question(
         "Extrapolation-by-interpolation",
         "`--interpolation_scale`. The rate grows with its square: compare at equal rate with other "
         "d, not across rows.",
-        interpolation,
+        varied("interpolation_scale", (0, 2, 3, 4), **UNITS),
     ),
     "ingredients": Question(
         "Ingredients of the recipe",
-        "Each entry of `--recipe best` alone added to `--recipe paper`, and each left out of "
+        "Each entry of `--recipe best` added alone to `--recipe paper`, and each left out of "
         "`best`, that is, as in `paper`.",
         ingredients,
         lrs=None,
@@ -171,42 +155,39 @@ def main() -> None:
     parser.add_argument("--table", choices=tuple(TABLES), required=True)
     parser.add_argument("--images", choices=tuple(SETUPS), default="fashion-mnist")
     parser.add_argument(
-        "--recipe", choices=tuple(RECIPES), default="paper", help="what is varied (default: paper)"
+        "--recipe", choices=tuple(RECIPES), default="paper", help="recipe to vary (default: paper)"
     )
     add_options(parser, "output/ablations")
     arguments = parser.parse_args()
     start_logging()
     name, images, question = arguments.table, arguments.images, TABLES[arguments.table]
+    recipe = arguments.recipe
     if arguments.lrs and question.lrs is None:
         raise UserError(
             f"--lrs {arguments.lrs[0]} has no effect with --table {name}, of fixed rates"
         )
-    if arguments.recipe != "paper" and not question.recipe:
-        raise UserError(f"--recipe {arguments.recipe} has no effect with --table {name}")
+    if recipe != "paper" and not question.recipe:
+        raise UserError(f"--recipe {recipe} has no effect with --table {name}")
+    variants = list(question.variants(recipe))
+    selected = chosen(variants, arguments.only)
     setup = replace(SETUPS[images], lrs=question.lrs or ())
     settings = settings_of(arguments, setup, images)
-    variants = list(question.variants(arguments.recipe))
-    selected = chosen(variants, settings.only)
-    settings = checked(setup, settings)
-    suffix = "" if arguments.recipe == "paper" else f" --recipe {arguments.recipe}"
-    page = f"ablation-{images}-{name}-{settings.steps}" + suffix.replace(" --recipe ", "-")
-    earlier = earlier_page(page, settings)
-    failures = run_all(contests(selected, setup, settings), settings)
-    about = f"{question.about} K = `--num_embedding`, d = `--embedding_dim`."
-    rows = collect(contests(variants, setup, settings), settings)
-    document = Document(
-        page,
+    other = [] if recipe == "paper" else [recipe]
+    experiment = Experiment(
+        "-".join(["ablation", images, name, str(settings.steps), *other]),
         f"{question.title}: {setup.title}",
-        about,
-        command=f"python experiments/ablations.py --table {name} --images {images}{suffix}",
-        setup=setup,
+        f"{question.about} K = `--num_embedding`, d = `--embedding_dim`.",
+        command=" ".join(
+            [
+                "python experiments/ablations.py",
+                *words({"table": name, "images": images}),
+                *(f"--recipe {recipe}" for recipe in other),
+            ]
+        ),
         settings=settings,
-        rows=with_kept(rows, variants, setup, settings, earlier),
-        expected=len(variants),
-        failures=failures,
+        contenders=variants,
     )
-    sys.stdout.write("".join(f"{path}\n" for path in document.write()))
-    sys.exit(1 if failures else 0)
+    sys.exit(1 if experiment.run(selected) else 0)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Rate and distortion of LooC and of its peers under one protocol.
+"""Compare rate and distortion of LooC and its peers under one protocol.
 
 Trains every contender of a suite with the same budget, measures it on the test images and writes
-tables and curves: python experiments/compare.py --suite fashion-mnist. The same command again goes
-on where it was interrupted.
+tables and curves to docs/results: python experiments/compare.py --suite fashion-mnist. The same
+command continues an interrupted run.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,21 @@ from experiments.options import (
     ALIVE,
     SETUPS,
     add_options,
-    checked,
     chosen,
     settings_of,
     shared_training,
 )
-from experiments.runs import Contender, contests, run_all
-from experiments.tables import Document, Row, collect, earlier_page, with_kept
+from experiments.page import Experiment, Extras
+from experiments.runs import Contender
+from experiments.tables import Row
 from utils.errors import run
 from utils.flags.arguments import Parser
 from utils.logger import start_logging
 from utils.training.trainer import TrainConfig
 
 CHANNELS = 128  # of encoder and decoder, and of LooC's latents
-UNITS = (1, 2, 4, 8, 16, 32)  # codes a position; with K = 256 0.5 to 16 bits a pixel
-FEWER = (2, 4, 8)  # of slow quantisers
-SIZES = (32, 1024)  # codevectors of quantisers with one code a position
-FSQ = (("8,4", 1), ("8,6,5", 1), *(("8,5,5,5", m) for m in UNITS[1:]))  # levels, and units
+UNITS = (1, 2, 4, 8, 16, 32)  # codes per position; with K = 256, 0.5 to 16 bits per pixel
+SIZES = (32, 1024)  # codevectors of quantisers with one code per position
 
 STYLES = {
     "looc": Style("LooC, d = 128/m", RED, "o", main=True),
@@ -83,7 +82,7 @@ def contender(family: str, point: str, **flags: Any) -> Contender:
 def looc(**flags: Any) -> Iterator[Contender]:
     """LooC by dimension, by channels, by interpolation and by K; and as published.
 
-    The flags are those that the images ask for, besides the best recipe's.
+    The flags, which depend on the images, are added to those of the best recipe.
     """
     best: dict[str, Any] = {"recipe": "best", **flags}
     for size in (32, 128):
@@ -99,11 +98,11 @@ def looc(**flags: Any) -> Iterator[Contender]:
     ):
         narrow = {"num_embedding": size, "embedding_dim": 4, "latent_channels": 4 * m}
         yield contender("looc-narrow", f"K{size}-m{m}", **best, **narrow)
-    # At the lowest rates fewer channels still.
+    # The lowest rates need still fewer channels.
     for size, dim in ((32, 2), (48, 2), (64, 2), (96, 2), (128, 2), (32, 3), (96, 3)):
         narrower = {"num_embedding": size, "embedding_dim": dim, "latent_channels": dim}
         yield contender("looc-narrow", f"K{size}-d{dim}-m1", **best, **narrower)
-    # More codevectors than bits: the match weighs what a bit costs.
+    # More codevectors than the rate allows: the match weighs the cost of their bits.
     for size, m, weight in (
         *((256, 1, 0.2), (256, 1, 0.15), (256, 1, 0.1), (256, 1, 0.06), (256, 1, 0.03)),
         *((1024, 1, 0.03), (256, 2, 0.1), (256, 4, 0.1)),
@@ -122,25 +121,17 @@ def looc(**flags: Any) -> Iterator[Contender]:
         yield contender("looc-paper", f"K{size}-d{dim}", **published)
 
 
-def fsq(family: str, levels: str, m: int, **flags: Any) -> Contender:
-    """FSQ of so many units a position, of one channel a level."""
-    dim = levels.count(",") + 1
-    scalar = {"levels": levels, "embedding_dim": dim, "latent_channels": m * dim}
-    return contender(family, f"{levels.replace(',', 'x')}-m{m}", **flags, quantizer="fsq", **scalar)
-
-
 def peers() -> Iterator[Contender]:
-    """Other quantisers, each over its own sizes, trained as LooC's best."""
+    """Other quantisers, each over its own sizes, with the training flags of LooC's best recipe."""
     shared = shared_training("best")
-    for family, dim in (("sim-vq", 64), ("cvq", 64), ("vq", 64)):
-        for size in SIZES:
-            one = {"quantizer": family, "num_embedding": size, "embedding_dim": dim}
-            yield contender(family, f"K{size}", **shared, **one)
     alive = {**shared, **ALIVE}
-    for family, dim in (("ema-vq", 64), ("cosine-vq", 16)):
+    for family, dim, training in (
+        *(("sim-vq", 64, shared), ("cvq", 64, shared), ("vq", 64, shared)),
+        *(("ema-vq", 64, alive), ("cosine-vq", 16, alive)),
+    ):
         for size in SIZES:
             one = {"quantizer": family, "num_embedding": size, "embedding_dim": dim}
-            yield contender(family, f"K{size}", **alive, **one)
+            yield contender(family, f"K{size}", **training, **one)
     for distance, several in (("cos", UNITS[1:]), ("l2", (4, 32))):
         for m in several:
             parts = {"num_embedding": 256, "embedding_dim": CHANNELS // m, "distance": distance}
@@ -149,11 +140,8 @@ def peers() -> Iterator[Contender]:
     for m in (4, 16):
         product = {"num_embedding": 256, "embedding_dim": CHANNELS // m, "distance": "cos"}
         yield contender("product-vq", f"K256-m{m}", **alive, quantizer="product-vq", **product)
-    for m in FEWER:
-        residual = {"num_embedding": 256, "embedding_dim": 64, "num_quantizers": m}
-        yield contender("residual-vq", f"K256-m{m}", **alive, quantizer="residual-vq", **residual)
-    for levels, m in FSQ:
-        yield fsq("fsq", levels, m, **shared)
+    yield from residual("residual-vq", **alive)
+    yield from fsq("fsq", **shared)
     for dim, m in ((5, 1), (8, 1), (8, 2)):
         signs = {"num_embedding": 2**dim, "embedding_dim": dim, "latent_channels": m * dim}
         signs["lr"] = 3e-4  # it collapses at higher ones
@@ -162,26 +150,36 @@ def peers() -> Iterator[Contender]:
 
 
 def normalised_peers(latent_norm: str) -> Iterator[Contender]:
-    """The strongest peers and none with what LooC's best has besides: normalised latents."""
+    """The strongest peers, and no quantiser, with the normalised latents of LooC's best recipe."""
     shared = {**shared_training("best"), "latent_norm": latent_norm}
-    alive = {**shared, **ALIVE, "num_embedding": 256}
+    alive = {**shared, **ALIVE}
     for m in UNITS[:4]:
         heads = {"embedding_dim": 4, "latent_channels": 4 * m, "distance": "l2"}
-        yield contender(
-            "multihead-vq-norm", f"K256-m{m}", **alive, quantizer="multihead-vq", **heads
-        )
-    for m in FEWER:
-        residual = {"embedding_dim": 64, "num_quantizers": m}
-        yield contender(
-            "residual-vq-norm", f"K256-m{m}", **alive, quantizer="residual-vq", **residual
-        )
-    for levels, m in FSQ:
-        yield fsq("fsq-norm", levels, m, **shared)
+        flags = {**alive, "num_embedding": 256, "quantizer": "multihead-vq", **heads}
+        yield contender("multihead-vq-norm", f"K256-m{m}", **flags)
+    yield from residual("residual-vq-norm", **alive)
+    yield from fsq("fsq-norm", **shared)
     yield contender("none-norm", "", **shared, quantizer="none")
 
 
+def residual(family: str, **flags: Any) -> Iterator[Contender]:
+    """Residual VQ with several codes per position."""
+    for m in (2, 4, 8):
+        sizes = {"num_embedding": 256, "embedding_dim": 64, "num_quantizers": m}
+        yield contender(family, f"K256-m{m}", **flags, quantizer="residual-vq", **sizes)
+
+
+def fsq(family: str, **flags: Any) -> Iterator[Contender]:
+    """FSQ with m units per position, which have one channel per level."""
+    for levels, m in (("8,4", 1), ("8,6,5", 1), *(("8,5,5,5", m) for m in UNITS[1:])):
+        dim = levels.count(",") + 1
+        scalar = {"levels": levels, "embedding_dim": dim, "latent_channels": m * dim}
+        point = f"{levels.replace(',', 'x')}-m{m}"
+        yield contender(family, point, **flags, quantizer="fsq", **scalar)
+
+
 def smoke() -> Iterator[Contender]:
-    """A few tiny ones, to see that everything works."""
+    """A few tiny contenders, to see that everything works."""
     best: dict[str, Any] = {"recipe": "best", "num_embedding": 16}
     yield contender("looc", "m1", **best, embedding_dim=16)
     yield contender("looc", "m4", **best, embedding_dim=4)
@@ -197,6 +195,20 @@ SUITES = {
 }
 
 
+ABOUT = """\
+The rate is what an ideal entropy coder with one frequency table per code slot needs for the indices
+of the test images; *nominal* counts log2 K bits per code. m is the number of codes per position;
+there is one position for every 4×4 pixels. LooC is trained by `--recipe best` (on photographs with
+`--latent_norm running`) and, with its own learning rate, by `--recipe paper`, for the same steps.
+Peers share the training flags of `--recipe best`; those whose codevectors are running means start
+by k-means and replace dead codes, as their library recommends. Families whose name ends in norm
+also have LooC's `--latent_norm`, and multi-head VQ its widths and distance too. The width of the
+latents is in the flags; `none` has 128 channels. Contenders of one family differ in the flags of
+the last column. Points of a curve are joined in order of rate. Times per step are those of runs
+that shared the machine, as noted below. Margins compare upper hulls, over log2 of the rate, of the
+means over seeds; beyond its last point a hull stays level."""
+
+
 def main() -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--suite", choices=tuple(SUITES), required=True)
@@ -204,52 +216,34 @@ def main() -> None:
     arguments = parser.parse_args()
     start_logging()
     name, setup, contenders = arguments.suite, SETUPS[arguments.suite], SUITES[arguments.suite]
+    selected = chosen(contenders, arguments.only)
     settings = settings_of(arguments, setup, name)
-    selected = chosen(contenders, settings.only)
-    settings = checked(setup, settings)
-    page = f"compare-{name}-{settings.steps}"
-    earlier = earlier_page(page, settings)
-    failures = run_all(contests(selected, setup, settings), settings)
-    rows = collect(contests(contenders, setup, settings), settings)
-    rows = with_kept(rows, contenders, setup, settings, earlier)
-    document = Document(
-        page,
+    experiment = Experiment(
+        f"compare-{name}-{settings.steps}",
         f"Rate and distortion: {setup.title}",
         ABOUT,
         command=f"python experiments/compare.py --suite {name}",
-        setup=setup,
         settings=settings,
-        rows=rows,
-        expected=len(contenders),
-        failures=failures,
-        pictures=draw_curves(rows, f"{setup.title}; {settings.steps:,} steps", settings.docs, page),
-        summaries=[margins_table(rows, OURS, [name for name in STYLES if name not in OURS])],
+        contenders=contenders,
     )
-    sys.stdout.write("".join(f"{path}\n" for path in document.write()))
-    sys.exit(1 if failures else 0)
+    sys.exit(1 if experiment.run(selected, partial(extras, experiment)) else 0)
 
 
-ABOUT = """\
-The rate is what an ideal entropy coder with one table of frequencies a code slot needs for the
-indices of the test images; *nominal* counts log2 K bits a code. m is the number of codes a
-position; there is one position for every 4×4 pixels. LooC is trained by `--recipe best` (on
-photographs with `--latent_norm running`) and, with its own learning rate, by `--recipe paper`, for
-the same steps. Peers share the training flags of `--recipe best`; those whose codevectors are
-running means start by k-means and replace dead ones, as their library recommends. Families whose
-name ends in norm have LooC's `--latent_norm` besides, and multi-head VQ its widths and distance
-too. The width of the latents is in the flags, `none` has 128 channels. Contenders of one family
-differ in the flags of the last column. Points of a curve are joined in order of rate. Times a step
-are those of runs beside others, as told below. Each curve whose height is compared is the upper
-hull over log2 of the rate of the means over seeds; beyond its last point it stays level."""
+def extras(experiment: Experiment, rows: list[Row]) -> Extras:
+    """The curves and the margins."""
+    settings = experiment.settings
+    what = f"{settings.setup.title}; {settings.steps:,} steps"
+    pictures = draw_curves(rows, what, settings.docs, experiment.page)
+    return pictures, [margins_table(rows, OURS, [name for name in STYLES if name not in OURS])]
 
 
 def draw_curves(rows: list[Row], what: str, docs: Path, page: str) -> Mapping[str, str]:
-    """The curves that there are figures for: file name → what it shows."""
+    """Draw the curves that have figures; return captions by file name."""
     pictures = {}
     for quality, label in (("psnr", "PSNR"), ("lpips", "LPIPS")):
         file = f"{page}-{quality}.png"
         if draw(rows, STYLES, quality, f"{label} against rate\n{what}", docs / file):
-            pictures[file] = f"{label} against bits a pixel, one curve a family"
+            pictures[file] = f"{label} against bits per pixel, one curve per family"
     return pictures
 
 

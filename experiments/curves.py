@@ -1,4 +1,4 @@
-"""Rate–distortion curves: quality against the bits a pixel that were really needed."""
+"""Rate–distortion curves: quality against bits per pixel by the entropy of the indices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.codebook.plots import new_figure, save_figure
 
 @dataclass(frozen=True)
 class Style:
-    """How a family is drawn: its label, colour, marker and line. Main ones are drawn thicker."""
+    """Label, colour, marker and line of a family; main ones are drawn thicker."""
 
     label: str
     colour: str
@@ -23,21 +23,21 @@ class Style:
     main: bool = False
 
 
-# Okabe and Ito's colours, told apart by readers with any colour vision; with the marker and the
-# line each family is also told apart without colour.
+# Okabe and Ito's colours, distinct for any colour vision; marker and line distinguish the families
+# without colour too.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A900", "#0072B2", "#D55E00", "#CC79A7"),
 )
-LEAST_RATE = 0.1  # bits a pixel
+LEAST_RATE = 0.1  # bits per pixel
 AXES = {"psnr": "PSNR, dB", "lpips": "LPIPS (VGG), lower is better"}
 
 
 def draw(
     rows: Sequence[Row], styles: Mapping[str, Style], quality: str, title: str, path: Path
 ) -> bool:
-    """One curve a family in order of rate; returns whether there was anything to draw.
+    """Draw one curve per family in order of rate; return whether there was anything to draw.
 
-    A family whose rate is not known is a horizontal line.
+    A family without a rate is a horizontal line.
     """
     families = {
         family: points
@@ -52,7 +52,7 @@ def draw(
     axes.set_xscale("log", base=2)
     axes.set_xlim(left=LEAST_RATE)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(title=title, xlabel="bits a pixel, entropy of the indices", ylabel=AXES[quality])
+    axes.set(title=title, xlabel="bits per pixel, entropy of the indices", ylabel=AXES[quality])
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
@@ -63,7 +63,7 @@ def draw(
 
 
 def draw_family(axes: Any, points: Sequence[Row], style: Style, quality: str) -> None:
-    """The points of one family joined, with the sample standard deviation over seeds."""
+    """Draw the points of a family, joined, with the sample standard deviation over seeds."""
     look = {
         "color": style.colour,
         "linestyle": style.line,
@@ -74,7 +74,7 @@ def draw_family(axes: Any, points: Sequence[Row], style: Style, quality: str) ->
     if style.marker == "":
         axes.axhline(statistics.mean(points[0].figures[quality]), **look)
         return
-    # A codebook of which one codevector is used needs no bits, for which this axis has no place.
+    # A collapsed codebook needs 0 bits, which a logarithmic axis cannot show.
     placed = sorted(
         (point for point in points if (point.mean("entropy") or 0) >= LEAST_RATE),
         key=lambda point: statistics.mean(point.figures["entropy"]),

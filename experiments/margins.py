@@ -1,4 +1,4 @@
-"""How far LooC's curve is above each peer's, at equal rate."""
+"""Margins of LooC's curve over each peer's, at equal rate."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from operator import itemgetter
 from experiments.tables import Row
 from utils.tables import Table
 
-LEAST_RATE, MOST_RATE = 0.3, 16.0  # bits a pixel
+LEAST_RATE, MOST_RATE = 0.3, 16.0  # bits per pixel
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The upper hull of some points over log2 of the rate, level from the best one on."""
+    """The upper hull of some points over log2 of the rate; level from the best point on."""
 
-    points: Sequence[tuple[float, float]]  # bits a pixel, dB
+    points: Sequence[tuple[float, float]]  # bits per pixel, dB
 
     @property
     def rates(self) -> list[float]:
         return [rate for rate, _ in self.points]
 
     def at(self, rate: float) -> float | None:
-        """PSNR at a rate: straight lines over log2 of the rate. None below the first point.
+        """PSNR at a rate: straight lines over log2 of the rate; None below the first point.
 
-        Beyond the last one it is the last one's, as more bits need not be used.
+        Beyond the last point it is that point's PSNR, as more bits need not be used.
         """
         if not self.points or rate < self.points[0][0]:
             return None
@@ -39,7 +39,7 @@ class Curve:
 
 
 def curve(rows: Iterable[Row]) -> Curve:
-    """The curve over the means over seeds of the rows: no point lies above it."""
+    """The curve of the rows' means over seeds: no point lies above it."""
     measured = []
     for row in rows:
         rate, psnr = row.mean("entropy"), row.mean("psnr")
@@ -59,7 +59,7 @@ def curve(rows: Iterable[Row]) -> Curve:
 
 
 def sags(points: Sequence[tuple[float, float]]) -> bool:
-    """Whether the middle one of three is not above the line through the others."""
+    """Return whether the middle one of three points is not above the line through the others."""
     if len(points) < 3:
         return False
     outer = Curve([points[0], points[2]]).at(points[1][0])
@@ -67,9 +67,9 @@ def sags(points: Sequence[tuple[float, float]]) -> bool:
 
 
 def margins(ours: Curve, peer: Curve) -> list[tuple[float, float]]:
-    """Rate and how far ours is above the peer, where both are known, at the points of either.
+    """Rates and margins of ours over the peer, at the points of either where both are known.
 
-    Between them both are straight lines, so that the least is among these.
+    Between these points both curves are straight lines, so the least margin is among them.
     """
     last = min([MOST_RATE, *(max(LEAST_RATE, rate) for rate in peer.rates[-1:])])
     rates = {LEAST_RATE, last, *ours.rates, *peer.rates}
@@ -82,10 +82,10 @@ def margins(ours: Curve, peer: Curve) -> list[tuple[float, float]]:
 
 
 def margins_table(rows: Sequence[Row], ours: Sequence[str], peers: Sequence[str]) -> Table:
-    """For each family of peers the least and the greatest margin, and at which rates."""
+    """The least and the greatest margin over each family of peers, and their rates."""
     table = Table(
-        f"LooC's curve above each peer's, from {LEAST_RATE:g} to {MOST_RATE:g} bits a pixel",
-        ["", "bits a pixel", "least, dB", "at", "greatest, dB", "at"],
+        f"LooC's curve above each peer's, from {LEAST_RATE:g} to {MOST_RATE:g} bits per pixel",
+        ["", "bits per pixel", "least, dB", "at", "greatest, dB", "at"],
     )
     best = curve(row for row in rows if row.family in ours)
     for family in peers:

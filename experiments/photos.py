@@ -1,8 +1,8 @@
-"""Crops of real photographs, split by photograph: python experiments/photos.py.
+"""Cut real photographs into crops, split by photograph: python experiments/photos.py.
 
-Takes the photographs out of the package ai-benchmark, halves them and cuts them into squares of
-64×64, or of --side: <output>/train and <output>/test, for --dataset folder. No photograph has crops
-in both, whatever the side. The photographs may be measured with, not republished.
+Takes the photographs of the package ai-benchmark, halves them and cuts them into squares of 64×64,
+or of --side: <output>/train and <output>/test, for --dataset folder. No photograph has crops in
+both, whatever the side. The photographs may be used for measurements, but not republished.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ PACKAGE = Package(
     sha256="e97fd54be8e62227a10bf4fad48ba3bf7d116604e11767f0c6307680760dff98",
 )
 FOLDERS = ("classification", "enhancement", "segmentation")
-MASK = "_segmented"  # in the names of pictures that are none
+MASK = "_segmented"  # in the names of masks
 SIDE = 64  # of a crop
-REDUCTION = 2  # pixels averaged in each direction, which keeps the traces of JPEG out
-TEST_SHARE = 6  # one photograph in so many is held out
+REDUCTION = 2  # pixels averaged in each direction, which removes JPEG artefacts
+TEST_SHARE = 6  # one photograph in six is held out
 SEED = 0
 
 
 def main() -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("data/photos"))
-    parser.add_argument("--side", type=natural, default=SIDE, help=f"of a crop (default: {SIDE})")
+    parser.add_argument(
+        "--side", type=natural, default=SIDE, help=f"side of a crop (default: {SIDE})"
+    )
     arguments = parser.parse_args()
     output: Path = arguments.output
     start_logging()
@@ -61,7 +63,7 @@ def main() -> None:
 
 
 def photographs(archive: Path) -> dict[str, bytes]:
-    """The photographs' files by a name that tells folder and number."""
+    """The photographs' files, by a name made of folder and number."""
     with zipfile.ZipFile(archive) as wheel:
         paths = [PurePosixPath(name) for name in wheel.namelist()]
         return {
@@ -72,14 +74,14 @@ def photographs(archive: Path) -> dict[str, bytes]:
 
 
 def splits(names: list[str]) -> dict[str, list[str]]:
-    """The photographs to train and to test on, drawn by a fixed seed."""
+    """Names of the photographs to train and to test on, drawn by a fixed seed."""
     order = np.random.default_rng(SEED).permutation(sorted(names)).tolist()
     held_out = len(order) // TEST_SHARE
     return {"test": order[:held_out], "train": order[held_out:]}
 
 
 def write_crops(files: Mapping[str, bytes], folder: Path, side: int = SIDE) -> dict[str, int]:
-    """Write the crops of all photographs into train and test; returns how many there are."""
+    """Write the crops of all photographs into train and test; return their numbers."""
     counts = dict.fromkeys(("train", "test"), 0)
     with tqdm(total=len(files), unit="photograph", leave=False) as bar:
         for split, names in splits(list(files)).items():
@@ -93,7 +95,7 @@ def write_crops(files: Mapping[str, bytes], folder: Path, side: int = SIDE) -> d
 
 
 def crops(photograph: Image.Image, side: int = SIDE) -> Iterator[tuple[str, Image.Image]]:
-    """Squares that do not overlap, from the halved photograph, with their row and column."""
+    """Yield non-overlapping squares of the halved photograph, with row and column."""
     halved = photograph.convert("RGB").reduce(REDUCTION)
     for row in range(halved.height // side):
         for column in range(halved.width // side):

@@ -1,8 +1,8 @@
-"""Training and measuring many models, each by main.py, test.py and evaluation.py.
+"""Train and measure many models, each by main.py, test.py and evaluation.py.
 
-A run lies in the output folder under one name in models/, logs/ and results/. run.json tells what
-is trained, result.json, written last, what was measured. What is done with the same flags is not
-done again, and what was interrupted goes on.
+A run has one name in models/, logs/ and results/ of the output folder. run.json records the flags
+that it is trained with; result.json, written last, its figures. Finished work is not repeated for
+the same flags, and an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from utils.training.trainer import TrainConfig
 from utils.weights.sources import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 60.0  # seconds that a child has to end in good order
+PATIENCE = 60.0  # seconds a child has to end after it was asked to
 PIXEL_METRICS = ("l1", "ssim", "psnr")
 Flags = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to measure: its name, the family whose curve it lies on, its flags of main.py."""
+    """A model to measure: its name, the family whose curve it lies on, and its flags of main.py."""
 
     name: str
     family: str
@@ -54,20 +54,21 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setup:
-    """Images and budget that all contenders share."""
+    """Images and budget shared by all contenders."""
 
     title: str  # of the images
     flags: Flags
-    steps: int
-    lrs: tuple[float, ...]  # unless others are asked for; none: those of the recipes
+    lrs: tuple[float, ...]  # default of --lrs; none: those of the recipes
+    steps: int = 1000
     data_folder: str | None = None
-    missing: str = ""  # what helps where the data folder does not exist
+    missing: str = ""  # what to do if the data folder does not exist
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says."""
+    """A setup, and what the command line says about it."""
 
+    setup: Setup
     steps: int
     seeds: tuple[int, ...]
     lrs: tuple[float, ...]  # none: that of the contender's recipe
@@ -78,13 +79,17 @@ class Settings:
     data_folder: str | None
     weights_dir: str | None
     num_test: int | None  # pairs that LPIPS is measured on; None: all
-    only: tuple[str, ...]
-    keep: bool = False  # what the page that is there holds of the same flags
-    images: str = ""  # tells them from others
+    keep: bool = False  # keep rows of the existing page that have the same flags
+    images: str = ""  # a fingerprint
+
+    @property
+    def flags(self) -> Flags:
+        """The flags of main.py shared by all contenders."""
+        return {**self.setup.flags, "max_steps": self.steps}
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What evaluation.py can measure: LPIPS where its weights are there."""
+        """The metrics to measure: LPIPS only if its weights are there."""
         weights = WEIGHTS[METRIC_WEIGHTS["lpips"]]
         has_lpips = find(weights, weights_folder(self.weights_dir)) is not None
         return (*PIXEL_METRICS, "lpips") if has_lpips else PIXEL_METRICS
@@ -95,14 +100,13 @@ class Run:
     """One training of one contender."""
 
     contender: Contender
-    flags: Flags  # all that decide what is trained
-    seed: int
+    flags: Flags  # all that decide the result
     output: Path
     images: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The flags with those of the recipe, and the images, as they are stored."""
+        """The flags, those of the recipe, and the images, as stored in JSON."""
         whole = {**with_recipe(self.flags), "images": self.images}
         stored: dict[str, Any] = json.loads(json.dumps(whole))
         return stored
@@ -113,8 +117,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        steps = self.flags["max_steps"]
-        return f"{self.contender.name}-steps{steps}-lr{self.lr:g}-seed{self.seed}"
+        steps, seed = self.flags["max_steps"], self.flags["seed"]
+        return f"{self.contender.name}-steps{steps}-lr{self.lr:g}-seed{seed}"
 
     @property
     def folder(self) -> Path:
@@ -126,7 +130,7 @@ class Run:
 
 
 class Failure(Exception):
-    """A run that ended badly; its message is one line."""
+    """A run has failed; the message is one line."""
 
 
 # ---------------------------------------------------------------------------------------- children
@@ -134,7 +138,7 @@ class Failure(Exception):
 
 @dataclass
 class Children:
-    """The scripts that are running; once they are stopped no other starts."""
+    """The running scripts. Once they are stopped, no other starts."""
 
     threads: int
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
@@ -142,7 +146,7 @@ class Children:
     lock: Lock = field(default_factory=Lock)
 
     def run(self, log_file: Path, script: str, flags: Flags) -> float:
-        """Run a script of this repository to its end; returns its seconds.
+        """Run a script of this repository to its end; return its seconds.
 
         Raises Failure with the last line it wrote.
         """
@@ -167,7 +171,7 @@ class Children:
         return time.perf_counter() - start
 
     def stop(self) -> None:
-        """Ask all to end, which has main.py save its state first; kill those that do not."""
+        """Ask all to end, so that main.py saves its state first; kill those that do not."""
         with self.lock:
             self.stopped = True
             children = list(self.running)
@@ -182,22 +186,19 @@ class Children:
 
 
 def words(flags: Flags) -> list[str]:
-    """Flags as words of a command line; those that are None are left out."""
-    return [word for name, value in flags.items() for word in words_of(name, value)]
-
-
-def words_of(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, (list, tuple)):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}", str(value)]
+    """The words of a command line with these flags; those that are None are left out."""
+    found = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            found.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            several = value if isinstance(value, (list, tuple)) else [value]
+            found += [f"--{name}", *map(str, several)]
+    return found
 
 
 def last_line(log_file: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that is not blank."""
     lines = log_file.read_text(errors="replace").splitlines()
     return printable(next((line for line in reversed(lines) if line.strip()), "no output"))
 
@@ -206,14 +207,14 @@ def last_line(log_file: Path) -> str:
 
 
 def trained(run: Run) -> dict[str, Any] | None:
-    """What was noted of a training of these flags that has ended well, or None."""
+    """The record of a finished training with these flags, or None."""
     state = read_json(run.folder / "run.json")
     whole = state.get("flags") == run.identity and run.checkpoint.exists()
     return state.get("training") if whole else None
 
 
 def train(run: Run, settings: Settings, children: Children) -> None:
-    """Train, unless it was done; note validation PSNR, seconds and seconds a step."""
+    """Train unless that is done; record validation PSNR, seconds and seconds per step."""
     if trained(run) is not None:
         return
     before = read_json(run.folder / "run.json").get("flags")
@@ -242,12 +243,12 @@ def train(run: Run, settings: Settings, children: Children) -> None:
 
 
 def validation_psnr(run: Run) -> float:
-    """The best over the validations of the training, by which best.pt was chosen."""
+    """The validation PSNR of best.pt."""
     return float(read_checkpoint(run.checkpoint).content["best"])
 
 
 def seconds_per_step(run: Run) -> float:
-    """The median over the looks at the loss, the first left out, as it waits for compilers."""
+    """The median over the logged steps; the first, which includes compilation, is left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(run.output / "logs" / run.name)).Reload()
@@ -256,7 +257,7 @@ def seconds_per_step(run: Run) -> float:
 
 
 def measure(run: Run, settings: Settings, children: Children) -> None:
-    """Reconstruct the test images, measure them, keep the figures and leave out the pictures."""
+    """Reconstruct and measure the test images; keep the figures and remove the pictures."""
     if finished(run, settings) is not None:
         return
     results, log_file = run.folder / "best.pt", run.folder / "log.txt"
@@ -294,7 +295,7 @@ def measure(run: Run, settings: Settings, children: Children) -> None:
 def evaluate(
     pictures: tuple[Path, Path], settings: Settings, evaluation: Callable[[Flags], object]
 ) -> dict[str, float | None]:
-    """The mean of each metric: LPIPS over the first num_test pairs, the others over all."""
+    """Mean of each metric: LPIPS over the first num_test pairs, the others over all."""
     original, rec = pictures
     common: Flags = {
         "gt_path": original,
@@ -314,7 +315,7 @@ def evaluate(
 
 
 def finished(run: Run, settings: Settings) -> dict[str, Any] | None:
-    """The result of a run of these flags that has all metrics that are asked for, or None."""
+    """The result of a run with these flags and all metrics asked for, or None."""
     result = read_json(run.folder / "result.json")
     if result.get("flags") != run.identity or not set(settings.metrics) <= set(result["metrics"]):
         return None
@@ -323,7 +324,7 @@ def finished(run: Run, settings: Settings) -> dict[str, Any] | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file; empty where there is none or it is damaged."""
+    """The JSON object in a file; empty if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -342,7 +343,7 @@ class Contest:
     runs: list[Run]
 
     def scores(self) -> dict[float, list[float]]:
-        """Validation PSNR of the runs that are trained, by learning rate."""
+        """Validation PSNR of the trained runs, by learning rate."""
         scores: dict[float, list[float]] = {}
         for run in self.runs:
             training = trained(run)
@@ -351,9 +352,10 @@ class Contest:
         return scores
 
     def winners(self) -> list[Run]:
-        """The trained runs of the learning rate that is best on validation images.
+        """The trained runs of the best learning rate.
 
-        The one that most seeds were trained with; among equals, the mean PSNR decides.
+        That is the one with most trained seeds; among equals, the one with the highest mean
+        validation PSNR.
         """
         scores = self.scores()
         if not scores:
@@ -362,17 +364,15 @@ class Contest:
         return [run for run in self.runs if run.lr == best and trained(run) is not None]
 
 
-def contests(contenders: Iterable[Contender], setup: Setup, settings: Settings) -> list[Contest]:
+def contests(contenders: Iterable[Contender], settings: Settings) -> list[Contest]:
     """The runs of each contender. One that names its learning rate has no other."""
     found = []
     for contender in contenders:
-        rates = [None] if "lr" in contender.flags else settings.lrs or [None]
-        runs = []
-        for lr in rates:
-            for seed in settings.seeds:
-                flags = {**setup.flags, **contender.flags, "max_steps": settings.steps}
-                flags |= {"seed": seed} if lr is None else {"seed": seed, "lr": lr}
-                runs.append(Run(contender, flags, seed, settings.output, settings.images))
+        flags = {**settings.flags, **contender.flags}
+        lrs = () if "lr" in contender.flags else settings.lrs
+        rates: list[Flags] = [{"lr": lr} for lr in lrs] or [{}]
+        whole = [{**flags, "seed": seed, **rate} for rate in rates for seed in settings.seeds]
+        runs = [Run(contender, flags, settings.output, settings.images) for flags in whole]
         found.append(Contest(contender, runs))
     return found
 
@@ -387,7 +387,7 @@ class Task:
 
 
 def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
-    """Train all runs, and measure those that won, so many at a time; returns what failed.
+    """Train all runs and measure the winners, settings.jobs at a time; return the failures.
 
     A contender is measured as soon as its last training has ended.
     """
@@ -419,7 +419,8 @@ def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
             while waiting and len(running) < settings.jobs:
                 task = waiting.popleft()
                 running[pool.submit(task.work, task.run, settings, children)] = task
-            bar.set_postfix_str(", ".join(describe(task) for task in running.values()))
+            names = (f"{task.run.name} ({task.work.__name__})" for task in running.values())
+            bar.set_postfix_str(", ".join(names))
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 ended(running.pop(future), future.exception())
@@ -427,17 +428,13 @@ def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
     return failures
 
 
-def describe(task: Task) -> str:
-    return f"{task.run.name} ({task.work.__name__})"
-
-
 @contextmanager
 def stopping(children: Children) -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM end the children before they end this process."""
+    """End the children before Ctrl-C or SIGTERM ends this process."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         del frame
-        raise Stopped(signal.Signals(number), "interrupted; the same command goes on")
+        raise Stopped(signal.Signals(number), "interrupted; the same command continues")
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:

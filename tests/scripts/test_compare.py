@@ -1,4 +1,4 @@
-"""Comparing many models: their flags, what is done again and what is not, tables and curves."""
+"""Comparing many models: flags, runs that are repeated or not, tables and curves."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from experiments.ablations import TABLES
 from experiments.compare import STYLES, SUITES, draw_curves
 from experiments.margins import curve, margins, margins_table
 from experiments.options import SETUPS, chosen, fingerprint
+from experiments.page import Experiment, Page
 from experiments.runs import (
     Children,
     Contender,
@@ -37,16 +38,7 @@ from experiments.runs import (
     run_all,
     words,
 )
-from experiments.tables import (
-    Document,
-    Row,
-    collect,
-    earlier_page,
-    figures_table,
-    merged_validation,
-    spread,
-    with_kept,
-)
+from experiments.tables import Row, collect, figures_table, merged_validation, spread
 from modules import ModelConfig
 from tests.conftest import ROOT, refusal, run_process
 from utils.files import write_json
@@ -104,6 +96,7 @@ def test_ingredients_follow_the_recipe() -> None:
 
 def make_settings(folder: Path, **changes: Any) -> Settings:
     settings = Settings(
+        setup=SETUPS["smoke"],
         steps=10,
         seeds=(1, 2),
         lrs=(0.1, 0.2),
@@ -114,13 +107,12 @@ def make_settings(folder: Path, **changes: Any) -> Settings:
         data_folder=None,
         weights_dir=str(folder),
         num_test=None,
-        only=(),
     )
     return replace(settings, **changes)
 
 
 class Scripts:
-    """Stands for the three scripts: leaves what they leave, and remembers what it was asked."""
+    """Stands for the three scripts: writes their files and records the calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, Mapping[str, Any]]] = []
@@ -152,7 +144,7 @@ class Scripts:
 
     @staticmethod
     def validation_psnr(run: Run) -> float:
-        """The higher of two learning rates is better."""
+        """A PSNR that grows with the learning rate."""
         return float(run.checkpoint.read_text()) * 100
 
     def count(self, script: str) -> int:
@@ -165,11 +157,11 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
 
 
 def run_abc(settings: Settings) -> list[str]:
-    return run_all(contests(ABC, SETUPS["smoke"], settings), settings)
+    return run_all(contests(ABC, settings), settings)
 
 
 def rows_of(settings: Settings) -> list[Row]:
-    return collect(contests(ABC, SETUPS["smoke"], settings), settings)
+    return collect(contests(ABC, settings), settings)
 
 
 def test_the_learning_rate_that_validates_best_is_measured(
@@ -238,7 +230,7 @@ def test_missing_lpips_is_measured_later(
     monkeypatch.setattr(runs, "evaluate", lambda *_: dict.fromkeys(settings.metrics, 1.0))
     run_abc(settings)
     assert (scripts.count("main.py"), scripts.count("test.py")) == (3, 6)
-    run = contests(ABC, SETUPS["smoke"], settings)[0].runs[0]
+    run = contests(ABC, settings)[0].runs[0]
     assert finished(run, settings) is not None
     assert finished(run, replace(settings, num_test=None)) is None
     (tmp_path / "vgg16-features-rebuilt.pth").unlink()
@@ -247,8 +239,8 @@ def test_missing_lpips_is_measured_later(
 
 def test_a_contenders_own_learning_rate_stays(tmp_path: Path) -> None:
     own = Contender("own", "own", {"lr": 0.5})
-    found = contests([own], SETUPS["smoke"], make_settings(tmp_path))
-    assert [(run.lr, run.seed) for run in found[0].runs] == [(0.5, 1), (0.5, 2)]
+    found = contests([own], make_settings(tmp_path))
+    assert [(run.lr, run.flags["seed"]) for run in found[0].runs] == [(0.5, 1), (0.5, 2)]
 
 
 def test_a_script_that_fails_is_told_by_its_last_line(tmp_path: Path) -> None:
@@ -287,7 +279,7 @@ def test_flags_become_words() -> None:
 
 
 def canned() -> Iterator[Row]:
-    """Figures of the whole suite that are made up: quality grows with the rate."""
+    """Made-up figures of the whole suite: quality grows with the rate."""
     for number, contender in enumerate(SUITES["fashion-mnist"]):
         bits = 0.3 * 2 ** (number % 6)
         figures = {"entropy": [bits, bits * 1.1], "psnr": [20 + bits, 21 + bits]}
@@ -349,22 +341,15 @@ def test_the_least_margin_of_each_peer_is_told() -> None:
 
 def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
     rows = list(canned())[:3]
-    settings = make_settings(tmp_path, steps=1234)
-    document = Document(
-        *("page", "Title", "About."),
-        command="python experiments/compare.py",
-        setup=SETUPS["fashion-mnist"],
-        settings=settings,
-        rows=rows,
-        expected=5,
-        failures=["vq-K32-steps10-lr0.1-seed1: broken"],
-        pictures={"page.png": "a picture"},
-    )
-    paths = document.write()
+    settings = make_settings(tmp_path, setup=SETUPS["fashion-mnist"], steps=1234)
+    command, contenders = "python experiments/compare.py", SUITES["fashion-mnist"][:5]
+    experiment = Experiment("page", "Title", "About.", command, settings, contenders)
+    failures, pictures = ["vq-K32-steps10-lr0.1-seed1: broken"], {"page.png": "a picture"}
+    paths = Page(experiment, rows, failures, pictures, tables=[]).write()
     text = paths[0].read_text()
     assert "1,234 steps; seeds 1, 2: mean ± sample standard deviation." in text
     assert "the one of 0.1, 0.2 with the best mean validation PSNR" in text
-    assert "2 of 5 are not there" in text
+    assert "2 of 5 are missing" in text
     assert "vq-K32-steps10-lr0.1-seed1" in text
     assert "LPIPS was not measured" in text
     assert f"--only {' '.join(row.name for row in rows)}`" in text
@@ -379,16 +364,9 @@ def test_the_document_tells_how_it_came_about(tmp_path: Path) -> None:
 
 
 def write_page(folder: Path, contenders: list[Contender], **changes: Any) -> dict[str, Any]:
-    """Run some of ABC and write their page; what its JSON holds."""
+    """Run some of ABC and write their page; return its JSON."""
     settings = make_settings(folder, **{"lrs": (0.1,), **changes})
-    setup, earlier = SETUPS["smoke"], earlier_page("page", settings)
-    run_all(contests(contenders, setup, settings), settings)
-    rows = collect(contests(ABC, setup, settings), settings)
-    rows = with_kept(rows, ABC, setup, settings, earlier)
-    Document(
-        *("page", "Title", "About.", "compare.py"), setup=setup, settings=settings, rows=rows,
-        expected=3,
-    ).write()  # fmt: skip
+    Experiment("page", "Title", "About.", "compare.py", settings, ABC).run(contenders)
     content: dict[str, Any] = json.loads((folder / "docs" / "page.json").read_text())
     return content
 
@@ -471,7 +449,7 @@ def test_cells_are_mean_and_sample_deviation() -> None:
     assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
     assert spread([1.0], 1) == "1.0"
     assert spread([], 1) == "–"
-    table = figures_table("x", list(canned()))
+    table = figures_table(list(canned()))
     assert "LPIPS" not in table.columns
     assert all(len(row) == len(table.columns) for row in table.rows)
 
@@ -581,7 +559,7 @@ def test_a_signal_ends_the_children_and_the_same_command_goes_on(tmp_path: Path)
         parent.send_signal(signal.SIGTERM)
         _, errors = parent.communicate()
     assert parent.returncode == 143
-    assert errors.strip().endswith("compare.py: interrupted; the same command goes on")
+    assert errors.strip().endswith("compare.py: interrupted; the same command continues")
     assert len(list(tmp_path.glob("output/compare/smoke/models/*/last.pt"))) == 1
 
 
