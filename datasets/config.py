@@ -1,4 +1,4 @@
-"""The flags that say which images to use."""
+"""Flags of the data set."""
 
 from __future__ import annotations
 
@@ -11,29 +11,33 @@ from modules.options import option
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they are read."""
+    """The data set and how its images are read."""
 
     dataset: str = option("fashion-mnist-sample", "data set", choices=tuple(DATASETS))
-    data_folder: str | None = option(None, "where the data set lies (default: data/<dataset>)")
+    data_folder: str | None = option(None, "folder of the data set (default: data/<dataset>)")
     image_size: int | None = option(
-        None, "side of the square images, for sets that can be resized", minimum=4, maximum=8192
+        None,
+        "side in pixels to which images are cropped and resized, for data sets on disk",
+        minimum=4,
+        maximum=8192,
     )
     num_workers: int = option(
-        4, "processes that decode images, for sets on disk", minimum=0, maximum=1024
+        4, "processes that decode images, for data sets on disk", minimum=0, maximum=1024
     )
     skip_bad_images: bool = option(
-        False, "leave out images that cannot be decoded; they are counted and listed"
+        False, "skip images that cannot be decoded; they are counted and listed"
     )
-    flip: bool = option(False, "mirror half of the training images, others in every epoch")
+    flip: bool = option(
+        False, "flip half of the training images horizontally, chosen anew in every epoch"
+    )
     crop: str = option(
         "centre",
-        "where the square is cut out of a training image, along its longer side, for sets on disk; "
-        "square images are taken whole",
+        "position of the square crop of a training image, for data sets on disk",
         choices=CROPS,
     )
     image_cache: str | None = option(
         None,
-        "folder that keeps the decoded images, for sets on disk, so that none is decoded twice "
+        "folder in which decoded images are kept for later epochs and runs, for data sets on disk "
         "(default: none)",
     )
 

@@ -1,4 +1,4 @@
-"""The model's hyper-parameters, each declared once: flags, checkpoint and checks come from here."""
+"""The model's hyper-parameters, each declared once for flags, checkpoint and checks."""
 
 from __future__ import annotations
 
@@ -24,100 +24,119 @@ from .registry import MODELS, NETWORK_FLAGS
 class ModelConfig:
     """Everything needed to rebuild the model.
 
-    Raises ValueError, naming the flags and both values, where fields contradict each other.
+    Raises ValueError, naming the flags and both values, if fields contradict each other.
     """
 
     model: str = option("vqvae", "network around the quantiser", choices=tuple(MODELS))
     quantizer: str = option("looc", "quantiser", choices=tuple(QUANTIZERS))
     num_embedding: int = option(
-        256, "codevectors K in a codebook", minimum=1, maximum=LARGEST_CODEBOOK
+        256, "number of codevectors K in a codebook", minimum=1, maximum=LARGEST_CODEBOOK
     )
-    embedding_dim: int = option(4, "dimension d of one codevector", minimum=1, maximum=2**14)
-    distance: str = option("cos", "similarity of the match", choices=tuple(DISTANCES))
-    anchor: str = option("closest", "re-initialisation rule", choices=tuple(ANCHORS))
-    split: str = option("fixed", "how channels are cut into units", choices=tuple(SPLITS))
+    embedding_dim: int = option(4, "dimension d of a codevector", minimum=1, maximum=2**14)
+    distance: str = option(
+        "cos", "similarity by which codevectors are searched", choices=tuple(DISTANCES)
+    )
+    anchor: str = option(
+        "closest", "anchor for re-initialising unused codevectors", choices=tuple(ANCHORS)
+    )
+    split: str = option(
+        "fixed",
+        "channels of a unit: contiguous (fixed) or every m-th (interval)",
+        choices=tuple(SPLITS),
+    )
     interpolation_scale: int = option(
-        0, "spatial scale of extrapolation-by-interpolation (0 or 1: off)", minimum=0, maximum=8
+        0, "scale β of extrapolation-by-interpolation (0 or 1: off)", minimum=0, maximum=8
     )
     first_batch: bool = option(False, "re-initialise on the first training batch only")
     contras_loss: bool = option(False, "add the contrastive loss")
     commitment_cost: float = option(0.25, "commitment weight λ", minimum=0, maximum=1e6)
     codebook_update: str = option(
-        "gradient", "what moves codevectors in use", choices=CODEBOOK_UPDATES
+        "gradient",
+        "update of the codebook: by gradients or exponential moving averages",
+        choices=CODEBOOK_UPDATES,
     )
     ema_decay: float = option(
-        0.8, "decay of the running mean of --codebook_update ema", minimum=0, maximum=1 - 1e-6
+        0.8, "decay of the moving averages that update a codebook", minimum=0, maximum=1 - 1e-6
     )
-    codebook_start: str = option("uniform", "where codevectors begin", choices=tuple(STARTS))
+    codebook_start: str = option(
+        "uniform",
+        "initial codevectors: random, features of the first batch, or their k-means centres",
+        choices=tuple(STARTS),
+    )
     latent_norm: str = option(
-        "none", "what of the latents is brought to mean square one", choices=tuple(LATENT_NORMS)
+        "none",
+        "normalisation of the latents: per unit, per position (layer), or per channel over the "
+        "batch or by running averages",
+        choices=tuple(LATENT_NORMS),
     )
     gradient: str = option(
-        "straight_through", "gradient through the match", choices=tuple(GRADIENTS)
+        "straight_through", "gradient estimator through the quantiser", choices=tuple(GRADIENTS)
     )
     rate_weight: float = option(
         0.0,
-        "squared distance that a bit of a code is worth in the match; needs --distance l2",
+        "weight of the rate in the search, as squared distance per bit; needs --distance l2",
         minimum=0,
         maximum=1e6,
     )
     levels: str | None = option(
-        None, "levels of --quantizer fsq, like 8,5,5,5 (default: d of them, as K asks for)"
+        None,
+        "levels per dimension of --quantizer fsq, like 8,5,5,5 (default: derived from K and d)",
     )
     num_quantizers: int = option(
-        4, "codebooks of --quantizer residual-vq, one after another", minimum=1, maximum=64
+        4, "number of codebooks of --quantizer residual-vq", minimum=1, maximum=64
     )
     dead_code_threshold: int = option(
         0,
-        "mean matches a step below which the library's EMA quantisers replace a codevector",
+        "matches per step, on average, below which the library's EMA quantisers replace a "
+        "codevector",
         minimum=0,
         maximum=10**6,
     )
     latent_channels: int | None = option(
         None,
-        "channels of the latents (default: those of --hidden_size where they are cut into units, "
-        "else d)",
+        "channels C of the latents (default: d for quantisers with one codevector per position, "
+        "else --hidden_size)",
         minimum=1,
         maximum=2**14,
     )
     hidden_size: int = option(
         128,
-        "channels of encoder and decoder; of --model vqgan at the full resolution",
+        "channels of encoder and decoder; for --model vqgan at full resolution",
         minimum=2,
         maximum=2**14,
     )
     num_residual_hidden: int = option(
-        32, "channels inside a residual block of --model vqvae", minimum=1, maximum=2**14
+        32, "channels inside the residual blocks of --model vqvae", minimum=1, maximum=2**14
     )
     num_residual_layers: int = option(
         2,
-        "residual blocks in encoder and decoder; of --model vqgan at each resolution, with one "
-        "more in the decoder",
+        "residual blocks in encoder and decoder; for --model vqgan per resolution, and one more "
+        "in the decoder",
         minimum=0,
         maximum=1024,
     )
     channel_multipliers: str = option(
         "1,1,2,2,4",
-        "channels of --model vqgan at each resolution, in units of --hidden_size; each after the "
-        "first halves the side",
+        "channels of --model vqgan per resolution, as multiples of --hidden_size; each after the "
+        "first halves height and width",
     )
     attention_levels: int = option(
         1,
-        "lowest resolutions of --model vqgan with attention in their residual blocks",
+        "number of resolutions of --model vqgan with attention, from the lowest",
         minimum=0,
         maximum=8,
     )
     norm_groups: int | None = option(
         None,
-        "groups of channels that --model vqgan normalises, each together (default: at most 32, of "
-        "at least 4 channels of --hidden_size)",
+        "groups of the group normalisation of --model vqgan (default: up to 32, of at least 4 "
+        "channels each)",
         minimum=1,
         maximum=2**14,
     )
     z_channels: int | None = option(
         None,
-        "channels that encoder and decoder of --model vqgan have towards the quantiser, mapped to "
-        "its own by 1×1 convolutions (default: those of the latents)",
+        "channels between the encoder or decoder of --model vqgan and the 1×1 convolutions around "
+        "the quantiser (default: --latent_channels)",
         minimum=1,
         maximum=2**14,
     )
@@ -136,7 +155,7 @@ class ModelConfig:
             if item.name in NETWORK_FLAGS - self.network.reads and value != item.default:
                 raise ValueError(f"--{item.name} {value} has no effect with --model {self.model}")
         if self.latent_norm == "unit" and self.embedding_dim == 1:
-            raise ValueError("--latent_norm unit makes ±1 of all units of --embedding_dim 1")
+            raise ValueError("--latent_norm unit turns all units of --embedding_dim 1 into ±1")
         for check in (*self.network.checks, *self.spec.checks):
             check(self)
 

@@ -10,10 +10,10 @@ from .quantizers.looc.ranks import SumOverRanks, num_ranks, sum_over_ranks
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, C, h, w) → logits (B, 1, h', w') of overlapping patches, high where they are real.
+    """Images (B, C, h, w) → logits (B, 1, h', w') of overlapping patches; high means real.
 
-    Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", CVPR 2017, as
-    VQGAN has it: `num_layers` convolutions of stride 2, then two of stride 1.
+    Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", CVPR 2017, in
+    the form of VQGAN: `num_layers` convolutions of stride 2, then two of stride 1.
     """
 
     def __init__(self, in_channels: int, width: int = 64, num_layers: int = 3) -> None:
@@ -41,10 +41,10 @@ class PatchDiscriminator(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Each channel to mean 0 and variance 1 over the images of all processes: (B, C, h, w).
+    """Normalise each channel of (B, C, h, w) over the images of all processes.
 
-    It keeps no running averages, as a discriminator is used in training alone. nn.SyncBatchNorm
-    needs GPUs, and images in every process.
+    There are no running averages, since a discriminator is used in training only. nn.SyncBatchNorm
+    would need GPUs, and images in every process.
     """
 
     def __init__(self, channels: int) -> None:
@@ -53,9 +53,9 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        if num_ranks() == 1 and x.numel() > x.shape[1]:  # of one value PyTorch makes an error
+        if num_ranks() == 1 and x.numel() > x.shape[1]:  # PyTorch refuses a single value
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
-        values = x.to(self.weight.dtype)  # sums would overflow in half precision
+        values = x.to(self.weight.dtype)  # sums overflow in half precision
         count = sum_over_ranks(values.new_tensor(float(x.numel() // x.shape[1]))).clamp_min(1)
         mean = SumOverRanks.apply(values.sum((0, 2, 3))) / count
         centred = values - mean[:, None, None]

@@ -1,4 +1,4 @@
-"""Flags declared as dataclass fields."""
+"""Declaration of flags as dataclass fields."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def option(
     aliases: Sequence[str] = (),
     flag: bool = True,
 ) -> Any:
-    """A dataclass field that is also a command-line flag.
+    """Return a dataclass field that is also a command-line flag.
 
-    minimum and maximum are inclusive bounds, above an exclusive lower one. A field with flag=False
-    is stored in checkpoints but not offered on the command line.
+    `minimum` and `maximum` are inclusive bounds, `above` is an exclusive lower bound. A field with
+    flag=False is stored in checkpoints but is not a flag.
     """
     metadata = {
         "help": help,

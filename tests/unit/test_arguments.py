@@ -93,7 +93,7 @@ def test_wrong_flags_are_one_line(
         ("--hidden_size 7 --embedding_dim 7", "--hidden_size 7 is odd"),
         ("--embedding_dim 7 --interpolation_scale 2", "--embedding_dim 7 does not divide"),
         ("--contras_loss --codebook_update ema", "--contras_loss has no effect with --codebook_up"),
-        ("--latent_norm unit --embedding_dim 1", "--latent_norm unit makes ±1"),
+        ("--latent_norm unit --embedding_dim 1", "--latent_norm unit turns all units"),
         ("--rate_weight 0.5", "--rate_weight 0.5 needs --distance l2, not cos"),
         ("--quantizer fsq --dead_code_threshold 2", "--dead_code_threshold 2 has no effect with"),
         ("--quantizer cvq --interpolation_scale 2", "--interpolation_scale 2 needs --quantizer"),

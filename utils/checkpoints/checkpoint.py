@@ -1,9 +1,8 @@
-"""Checkpoints that rebuild their model alone, and the reference's bare state dicts."""
+"""Checkpoints from which a model is rebuilt without further flags."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,10 +14,11 @@ from torch import Tensor
 from modules import Autoencoder, ModelConfig, make_model
 from modules.config import implied_flags
 from modules.vqgan import default_groups
+from utils.checkpoints.reference import flags_of_shapes, rename
 from utils.checkpoints.unpickle import read_pickle
 from utils.errors import UserError, one_line
 from utils.files import whole_file
-from utils.flags.arguments import value_problem
+from utils.flags.arguments import check_stored, value_problem
 
 FORMAT = "looc-1"
 LARGEST_COUNT = 10**12
@@ -54,16 +54,16 @@ class Checkpoint:
 
 
 def load_model(path: str | Path) -> Autoencoder:
-    """Open a checkpoint of ours or a state dict of the reference; returns it in evaluation mode.
+    """Load the model of a checkpoint, or of a state dict of the reference, in evaluation mode.
 
-    Raises UserError where the file is missing, damaged, of another architecture, or would execute
+    Raises UserError if the file is missing, damaged, of another architecture, or would execute
     code when opened.
     """
     return read_checkpoint(path).model()
 
 
 def save_checkpoint(path: Path, model: Autoencoder, content: Mapping[str, Any]) -> None:
-    """Write the model and everything in content (tensors and plain Python values), atomically."""
+    """Write the model and `content` (tensors and plain Python values) atomically."""
     write_checkpoint(path, {**model_content(model), **content})
 
 
@@ -77,9 +77,9 @@ def model_content(model: Autoencoder) -> dict[str, Any]:
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
-    """Write a checkpoint of tensors and plain Python values, atomically.
+    """Write a checkpoint of tensors and plain Python values atomically.
 
-    The file that was at path is kept at previous, where that is given.
+    If `previous` is given, the file that was at `path` is kept there.
     """
     with whole_file(path, previous) as temporary:
         try:
@@ -90,13 +90,14 @@ def write_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | No
 
 
 def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Open a checkpoint and check it against the model flags given.
+    """Open a checkpoint and check the model flags given against it.
 
-    A flag that contradicts the checkpoint raises UserError naming it and both values. A bare state
-    dict carries no configuration: what its shapes do not tell is taken from the flags.
+    A flag that contradicts the checkpoint raises UserError naming it and both values. A state dict
+    of the reference has no configuration: flags give what its shapes do not show.
     """
     path = Path(path)
-    flags = {name: value for name, value in (flags or {}).items() if name in MODEL_FIELDS}
+    names = {item.name for item in fields(ModelConfig)}
+    flags = {name: value for name, value in (flags or {}).items() if name in names}
     content = open_file(path)
     if content.get("format") == FORMAT:
         known = asdict(stored_group(path, ModelConfig, with_groups(content.get("model_config"))))
@@ -104,20 +105,18 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
         if not isinstance(state_dict, Mapping):
             raise UserError(f"checkpoint {path} is damaged: it holds no model")
     else:
-        state_dict = from_reference(path, content)
-        known = shapes_tell(path, state_dict)
+        state_dict = rename(path, content)
+        known = flags_of_shapes(path, state_dict)
         flags = {**implied_flags({**flags, **known}), **flags}
         content = {}
-    for name, value in flags.items():
-        if name in known and known[name] != value:
-            raise UserError(f"--{name} {value} contradicts {path}, which has {known[name]}")
+    check_stored(flags, known, path)
     try:
         config = ModelConfig(**{**flags, **known})
         config.need_libraries()
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if not content:
-        # The reference does not store every buffer; those start anew.
+        # The reference does not store every buffer; the others start anew.
         fresh = dict(make_model(config).quantizer.named_buffers(prefix="quantizer"))
         state_dict = {**fresh, **state_dict}
     checkpoint = Checkpoint(path, config, state_dict, content)
@@ -125,11 +124,8 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
     return checkpoint
 
 
-MODEL_FIELDS = {item.name: item for item in fields(ModelConfig)}
-
-
 def open_file(path: Path) -> dict[str, Any]:
-    """The dictionary in the file, opened without executing anything."""
+    """Open the dictionary in the file without executing anything."""
     if not path.is_file():
         raise UserError(f"checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
     content = read_pickle(f"checkpoint {path}", path)
@@ -139,9 +135,9 @@ def open_file(path: Path) -> dict[str, Any]:
 
 
 def stored_group(path: Path, group: type[Group], values: Any) -> Group:
-    """A dataclass of flags as a checkpoint of ours holds it, every value checked like a flag.
+    """Build a dataclass of flags from a checkpoint, with every value checked like a flag.
 
-    A flag that is newer than the checkpoint has its default.
+    A flag that is newer than the checkpoint gets its default.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"checkpoint {path} does not hold the flags of its {group.__name__}")
@@ -158,68 +154,13 @@ def stored_group(path: Path, group: type[Group], values: Any) -> Group:
 
 
 def with_groups(values: Any) -> Any:
-    """The flags of a VQGAN from before there was --norm_groups with those that it had."""
+    """Add --norm_groups to the flags of a VQGAN that was saved before this flag existed."""
     if not isinstance(values, Mapping) or values.get("model") != "vqgan":
         return values
     width = values.get("hidden_size")
     if type(width) is not int or width < 1 or math.gcd(32, width) == default_groups(width):
         return values
     return {"norm_groups": math.gcd(32, width), **values}
-
-
-def from_reference(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The reference's parameter names, translated into ours."""
-    renamed = {}
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(f"checkpoint {path} is neither ours nor a state dict")
-        name = re.sub(r"(^|\.)_", r"\1", key)
-        name = name.replace("vq_vae.embedding.weight", "quantizer.codebook")
-        name = name.replace("vq_vae.embed_prob", "quantizer.usage")
-        # The reference counts the leading ReLU of a residual block.
-        name = re.sub(r"block\.([13])\.", lambda match: f"block.{int(match[1]) - 1}.", name)
-        renamed[name] = value
-    return renamed
-
-
-def shapes_tell(path: Path, state_dict: StateDict) -> dict[str, Any]:
-    """The configuration, as far as the shapes of a bare state dict tell it."""
-    try:
-        hidden, in_channels = (
-            state_dict["encoder.conv_3.weight"].shape[0],
-            state_dict["encoder.conv_1.weight"].shape[1],
-        )
-        num_embedding, dim = state_dict["quantizer.codebook"].shape
-        channels = state_dict["pre_vq_conv.weight"].shape[0]
-        blocks = [
-            value.shape[0]
-            for key, value in state_dict.items()
-            if re.search(r"^encoder.*layers\.\d+\.block\.0\.weight", key)
-        ]
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {path} is of another architecture: "
-            f"{one_line(error)} is missing or misshapen"
-        ) from error
-    told: dict[str, Any] = {
-        "num_embedding": num_embedding,
-        "embedding_dim": dim,
-        "hidden_size": hidden,
-        "in_channels": in_channels,
-        "num_residual_layers": len(blocks),
-    }
-    if blocks:
-        told["num_residual_hidden"] = blocks[0]
-    if channels != dim:
-        told["quantizer"] = "looc"
-    elif channels != hidden:
-        # One unit a position: the reference's CVQ-VAE, or its VQ, which keeps no usage average.
-        told["quantizer"] = "cvq" if "quantizer.usage" in state_dict else "vq"
-    for name, value in told.items():
-        problem = value_problem(ModelConfig, MODEL_FIELDS[name], value)
-        if problem:
-            raise UserError(f"checkpoint {path} is of another architecture: {name}: {problem}")
-    return told
 
 
 def check_shapes(checkpoint: Checkpoint) -> None:
@@ -249,7 +190,7 @@ def check_tensors(expected: StateDict, given: Any) -> None:
 
 
 def check_averages(given: StateDict) -> None:
-    """Raise ValueError where what the quantiser counts and averages cannot have been."""
+    """Raise ValueError for impossible counts or averages of the quantiser."""
     for name in ("usage", "ema_count", "latent_variance", "latent_steps", "pool_size"):
         value = given.get(f"quantizer.{name}")
         if value is not None and (value < 0).any():
@@ -260,7 +201,7 @@ def check_averages(given: StateDict) -> None:
 
 
 def describe(value: Any) -> str:
-    """Shape and type of a tensor in words, "nothing" for anything else."""
+    """Describe shape and type of a tensor; anything else is "nothing"."""
     if not isinstance(value, Tensor):
         return "nothing"
     sparse = "" if value.layout == torch.strided else " sparse"

@@ -26,6 +26,7 @@ from utils.checkpoints.translate import (
 )
 from utils.checkpoints.unpickle import read_pickle
 from utils.errors import UserError, one_line
+from utils.flags.arguments import check_stored
 from utils.logger import log
 
 CLASSES = ("VQModel", "AutoencoderKL")
@@ -97,12 +98,7 @@ def with_pretrained(flags: Mapping[str, Any], pretrained: Pretrained | None) -> 
     if pretrained is None:
         return dict(flags)
     told = {"model": "vqgan", **pretrained.flags}
-    for name in [name for name in told if name in flags and name != "latent_channels"]:
-        if flags[name] != told[name]:
-            raise UserError(
-                f"--{name} {flags[name]} contradicts --pretrained {pretrained.path}, "
-                f"which has {told[name]}"
-            )
+    check_stored(flags, told, f"--pretrained {pretrained.path}", ignored={"latent_channels"})
     return {**told, **flags}
 
 

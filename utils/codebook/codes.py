@@ -30,7 +30,7 @@ from modules.vqgan import num_groups
 from utils.distributed import from_first, gather, num_ranks, rank
 from utils.errors import UserError, one_line
 from utils.files import whole_file
-from utils.flags.arguments import value_problem
+from utils.flags.arguments import check_stored, value_problem
 
 Array: TypeAlias = NDArray[Any]
 
@@ -423,11 +423,9 @@ class CodeFile:
         self.coder = Coder(tables.reshape(info.num_tables, info.num_embedding))
 
     def check_flags(self, flags: Mapping[str, Any]) -> None:
-        """Raise UserError where a flag that was given contradicts what the file was made with."""
-        for name in ("dataset", "image_size", "batch_size"):
-            own = getattr(self.info, name)
-            if flags.get(name, own) != own:
-                raise UserError(f"--{name} {flags[name]} contradicts {self.path}, which has {own}")
+        """Raise UserError if a flag contradicts the settings with which the file was made."""
+        own = {name: getattr(self.info, name) for name in ("dataset", "image_size", "batch_size")}
+        check_stored(flags, own, self.path)
 
     def check_model(self, model: Autoencoder, checkpoint: Path) -> None:
         """Raise UserError naming both files where the codes are not of this model."""

@@ -1,11 +1,11 @@
-"""Command lines made from dataclasses: each flag is one field, declared with `option`."""
+"""Command-line flags from dataclasses, in which each flag is a field declared with `option`."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -29,10 +29,10 @@ def parse_flags(
     argv: Sequence[str] | None = None,
     source: str | None = None,
 ) -> dict[str, Any]:
-    """The flags given on the command line, and only those, by field name.
+    """Return only the flags that are given on the command line, by field name.
 
-    Those of argv instead, where it is given; errors then name the source of its words. Exits with
-    code 2 and one line naming the flag where a flag is unknown or out of range.
+    If argv is given, it is parsed instead, and errors name its source. An unknown flag or a value
+    out of range ends the program with code 2 and one line naming the flag.
     """
     parser = Parser(
         prog=source,
@@ -55,18 +55,18 @@ def parse_flags(
             else f"unexpected argument {flag}"
         )
     for name, value in vars(given).items():
-        if value == []:  # argparse's reading of --name=--
-            parser.error(f"argument --{name}: -- is no value")
+        if value == []:  # argparse returns this for --name=--
+            parser.error(f"argument --{name}: -- is not a value")
     return vars(given)
 
 
 def flag_fields(group: type) -> list[Field[Any]]:
-    """The fields of a dataclass that are offered as flags."""
+    """Return the fields of a dataclass that are flags."""
     return [item for item in fields(group) if item.metadata.get("flag")]
 
 
 def names(item: Field[Any]) -> tuple[str, ...]:
-    """--name and its aliases."""
+    """Return --name and its aliases."""
     return (f"--{item.name}", *item.metadata["aliases"])
 
 
@@ -90,12 +90,12 @@ def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
 
 
 def number_kind(kind: Any) -> type:
-    """int, float or str, the type of one value of a field."""
+    """Return int, float or str, the type of one value of a field."""
     return next(base for base in (int, float, str) if base.__name__ in str(kind))
 
 
 def converter(item: Field[Any], kind: Any) -> Callable[[str], Any]:
-    """The function that turns a flag's text into its checked value."""
+    """Return a function that converts and checks the text of a flag."""
 
     def convert(text: str) -> Any:
         try:
@@ -112,7 +112,7 @@ def converter(item: Field[Any], kind: Any) -> Callable[[str], Any]:
 
 
 def out_of_range(value: Any, metadata: Mapping[str, Any]) -> str | None:
-    """What is wrong with a value of an option, or None."""
+    """Return the problem of a value of an option, or None."""
     if metadata["choices"] is not None and value not in metadata["choices"]:
         return unknown_name("choice", value, metadata["choices"])
     if isinstance(value, (int, float)):
@@ -128,7 +128,7 @@ def out_of_range(value: Any, metadata: Mapping[str, Any]) -> str | None:
 
 
 def value_problem(group: type, item: Field[Any], value: Any) -> str | None:
-    """What is wrong with a value, of any type, as this field of the group, or None."""
+    """Return the problem of a value of any type for a field of a dataclass, or None."""
     hint = get_type_hints(group)[item.name]
     kind = hint.__name__ if isinstance(hint, type) else str(hint)
     if value is None and "None" in kind:
@@ -139,10 +139,32 @@ def value_problem(group: type, item: Field[Any], value: Any) -> str | None:
     return out_of_range(value, item.metadata)
 
 
-def build(group: type[Group], flags: Mapping[str, Any]) -> Group:
-    """A dataclass of the flags that belong to it; absent ones take their defaults.
+def contradictions(
+    given: Mapping[str, Any], stored: Mapping[str, Any], ignored: Collection[str] = ()
+) -> list[tuple[str, Any]]:
+    """Return each flag given, as typed, whose stored value differs, with that value."""
+    return [
+        (f"no --{name}" if value is None else f"--{name} {value}", stored[name])
+        for name, value in given.items()
+        if name in stored and name not in ignored and stored[name] != value
+    ]
 
-    Raises UserError where fields contradict each other.
+
+def check_stored(
+    given: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    where: object,
+    ignored: Collection[str] = (),
+) -> None:
+    """Raise UserError if a flag contradicts its value stored in `where`, naming both values."""
+    for flag, value in contradictions(given, stored, ignored):
+        raise UserError(f"{flag} contradicts {where}, which has {value}")
+
+
+def build(group: type[Group], flags: Mapping[str, Any]) -> Group:
+    """Build a dataclass from the flags that belong to it; others keep their defaults.
+
+    Raises UserError if fields contradict each other.
     """
     own = {item.name for item in fields(group)}  # type: ignore[arg-type]
     try:
@@ -152,9 +174,9 @@ def build(group: type[Group], flags: Mapping[str, Any]) -> Group:
 
 
 def build_model_config(flags: Mapping[str, Any], in_channels: int) -> ModelConfig:
-    """The model of the given flags; what the quantiser implies fills the flags not given.
+    """Build the model's configuration; flags not given have the quantiser's own defaults.
 
-    Raises UserError where flags contradict each other, or a library that it needs is missing.
+    Raises UserError if flags contradict each other or a library that the model needs is missing.
     """
     config = build(ModelConfig, {**flags, **implied_flags(flags), "in_channels": in_channels})
     try:
