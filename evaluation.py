@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,10 +21,10 @@ from modules.options import option
 from utils.devices import keep_freed_memory, resolve_device
 from utils.distributed import launched
 from utils.errors import UserError, memory_for, run
-from utils.evaluation import metrics
+from utils.evaluation import metrics, schema
 from utils.evaluation.extremes import write_extremes
 from utils.evaluation.feature_cache import FeatureCache, cache_folder, content_key
-from utils.evaluation.metrics import CHOICES, DEFAULT_METRICS, METRICS, NEED_VECTORS, Summary
+from utils.evaluation.metrics import CHOICES, DEFAULT_METRICS, METRICS, NEED_VECTORS
 from utils.evaluation.networks import (
     LPIPS_BACKBONES,
     Network,
@@ -36,8 +35,9 @@ from utils.evaluation.networks import (
 from utils.evaluation.pairs import Pair, batches, open_pairs
 from utils.evaluation.protocols import PROTOCOLS
 from utils.evaluation.results import rate_of, remove_previous, set_aside, show, write_csv
+from utils.evaluation.schema import Metrics, Score
 from utils.evaluation.scores import Scores, check_number, check_sides, measure, summarise
-from utils.files import writable_folder, write_json
+from utils.files import writable_folder
 from utils.flags.arguments import build, parse_flags
 from utils.logger import log, start_logging
 from utils.report import write_report
@@ -144,10 +144,10 @@ def main() -> None:
     pictures = write_extremes(output, scores, pairs, protocol, folders)
     write_csv(output / "metrics.csv", scores)
     content = record(config, scores, skipped, networks, summaries)
-    write_json(output / "metrics.json", content)  # last: with it the results are whole
+    schema.write(output / "metrics.json", content)  # last: with it the results are whole
     remove_previous(output)
     report = write_report(output)
-    show(content, summaries, [*pictures, output / "metrics.json", output / "metrics.csv", report])
+    show(content, [*pictures, output / "metrics.json", output / "metrics.csv", report])
 
 
 def find_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
@@ -228,17 +228,17 @@ def record(
     scores: Scores,
     skipped: Mapping[str, str],
     networks: Mapping[str, Network],
-    summaries: Mapping[str, Summary],
-) -> dict[str, Any]:
+    summaries: Mapping[str, Score],
+) -> Metrics:
     """Results and everything needed to get them again."""
     used = {name: METRICS[CHOICES[name][0]].network for name in config.metrics}
-    return {
-        "metrics": {name: asdict(summary) for name, summary in summaries.items()},
-        "pairs": len(scores.names),
-        "skipped": skipped,
-        "rate": rate_of(Path(config.g_path)),
-        "protocol": {"name": config.protocol, **asdict(PROTOCOLS[config.protocol])},
-        "settings": {
+    return Metrics(
+        metrics=dict(summaries),
+        pairs=len(scores.names),
+        skipped=dict(skipped),
+        rate=rate_of(Path(config.g_path)),
+        protocol={"name": config.protocol, **asdict(PROTOCOLS[config.protocol])},
+        settings={
             "gt_path": config.gt_path,
             "g_path": config.g_path,
             "num_test": config.num_test,
@@ -246,13 +246,13 @@ def record(
             "ssim": {"window": metrics.SSIM_WINDOW, **PROTOCOLS[config.protocol].ssim},
             "lpips_net": config.lpips_net,
         },
-        "weights": {
+        weights={
             name: {"file": str(networks[network].path), "sha256": networks[network].sha256}
             for name, network in used.items()
             if network is not None
         },
-        "versions": versions(),
-    }
+        versions=versions(),
+    )
 
 
 if __name__ == "__main__":

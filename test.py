@@ -11,11 +11,10 @@ pictures of rec/ from such a file and the checkpoint, without the data set.
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,8 +51,10 @@ from utils.distributed import (
     stop_ranks,
 )
 from utils.errors import UserError, memory_for, run
-from utils.evaluation.results import rate_of, remove_results
-from utils.files import inside, writable_folder, write_json
+from utils.evaluation import schema
+from utils.evaluation.results import print_rows, rate_of, remove_results
+from utils.evaluation.schema import Analysis, Rate, SkippedImages
+from utils.files import inside, writable_folder
 from utils.flags.arguments import build, parse_flags
 from utils.flags.search import SearchConfig, apply_search
 from utils.images import save_comparison, save_picture, to_bytes, to_signed
@@ -140,19 +141,18 @@ def test(
         found = reconstruct(model, loader, config, original, rec, spool)
         rate = found.statistics.rate(images.image_size**2)
         if spool is not None:
-            rate |= save_codes(results / CODES, spool, found.bad_images)
+            rate = replace(rate, **save_codes(results / CODES, spool, found.bad_images))
     if rank() == 0:
-        analysis = {
-            "model": asdict(model.config),
-            "data": asdict(data),
-            "image_format": config.image_format,
-            "rate": rate,
-            "codebook": found.statistics.summary(),
-            "skipped_images": {
-                "count": len(found.bad_images),
-                "names": [images.name(position) for position in found.bad_images],
-            },
-        }
+        analysis = Analysis(
+            model=asdict(model.config),
+            data=asdict(data),
+            image_format=config.image_format,
+            rate=rate,
+            codebook=found.statistics.summary(),
+            skipped_images=SkippedImages(
+                len(found.bad_images), [images.name(position) for position in found.bad_images]
+            ),
+        )
         write_findings(results, model, found, analysis)
         show(analysis, [results / "analysis.json", write_report(results)])
 
@@ -183,8 +183,8 @@ def test_from_codes(
 
 def of_these_codes(results: Path, codes: Path) -> bool:
     """Whether the last test that is there is the one whose codes these are."""
-    own, rate = results / CODES, rate_of(results / "rec") or {}
-    if not (own.is_file() and "coded_bits_per_pixel" in rate):
+    own, rate = results / CODES, rate_of(results / "rec") or Rate()
+    if not own.is_file() or rate.coded_bits_per_pixel is None:
         return False
     return own.samefile(codes) or own.read_bytes() == codes.read_bytes()
 
@@ -339,50 +339,35 @@ def write_pictures(
     list(pool.map(write, numbers, images))
 
 
-def write_findings(
-    results: Path, model: Autoencoder, found: Findings, analysis: Mapping[str, Any]
-) -> None:
+def write_findings(results: Path, model: Autoencoder, found: Findings, analysis: Analysis) -> None:
     """Replace everything in the results but the pictures of the images."""
     remove_results(results)
     save_comparison(results / "reconstructions.png", found.shown[:, 0], found.shown[:, 1])
     for name, figure in draw_all(found.statistics, model.quantizer.codebook).items():
         save_figure(results / f"{name}.png", figure)
-    write_json(results / "analysis.json", analysis)
+    schema.write(results / "analysis.json", analysis)
 
 
-def show(analysis: Mapping[str, Any], paths: Sequence[Path]) -> None:
+def show(analysis: Analysis, paths: Sequence[Path]) -> None:
     """Print usage, rate and the paths of what was written."""
     results = paths[0].parent
-    rate, codebook = analysis["rate"], analysis["codebook"]
-    skipped = analysis["skipped_images"]["count"]
+    rate, codebook, skipped = analysis.rate, analysis.codebook, analysis.skipped_images.count
     rows = {
-        "images": f"{codebook['images']}",
-        **({"images left out": f"{skipped}"} if skipped else {}),
-        **(rows_of_codes(rate, codebook) if rate else {"rate": "not quantised"}),
+        "images": f"{codebook.images}",
+        **({"skipped images": f"{skipped}"} if skipped else {}),
+        **(codebook.rows() | rate.rows() if rate else {"rate": "not quantised"}),
     }
     written = ["original", "rec", *(name for name in PICTURES if (results / name).exists())]
-    if "coded_bytes" in rate:
-        rows["bits per pixel, coded"] = coded(rate)
+    if rate.coded_bytes is not None:
         written.append(CODES)
     print_rows(rows, [*(results / name for name in written), *paths])
 
 
-def rows_of_codes(rate: Mapping[str, float], codebook: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "codebook usage": f"{codebook['usage_percent']:.1f} %",
-        "perplexity": f"{codebook['perplexity']:.1f} of {codebook['codevectors']}",
-        "codes per image": f"{rate['codes_per_image']}",
-        "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",
-        "bits per pixel, entropy": f"{rate['entropy_bits_per_pixel']:.3f}",
-    }
-
-
 def show_codes(codes: CodeFile, same: bool, results: Path) -> None:
     """Print what the code file held and where its pictures are."""
-    rate = file_rate(codes.path, codes.info)
     rows = {
         "images": f"{codes.info.num_coded}",
-        "bits per pixel, coded": coded(rate),
+        **Rate(**file_rate(codes.path, codes.info)).rows(),
         "as when saved": "bit for bit" if same else "no",
     }
     if not same:
@@ -391,19 +376,6 @@ def show_codes(codes: CodeFile, same: bool, results: Path) -> None:
             "another device or version of PyTorch rounds otherwise"
         )
     print_rows(rows, [results / "rec"])
-
-
-def coded(rate: Mapping[str, float]) -> str:
-    """The real rate, and how many tables made it: one, or one for each slot (at each position)."""
-    tables = f"{rate['coded_tables']} table{'s' if rate['coded_tables'] > 1 else ''} of frequencies"
-    return f"{rate['coded_bits_per_pixel']:.3f} (with {tables})"
-
-
-def print_rows(rows: Mapping[str, str], paths: Sequence[Path]) -> None:
-    for name, value in rows.items():
-        sys.stdout.write(f"{name:24} {value}\n")
-    for path in paths:
-        sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":

@@ -622,7 +622,7 @@ def test_test_names_pictures_by_their_position(script: Script, tmp_path: Path) -
     assert analysis["codebook"]["images"] == 4
     lines = [line.split() for line in outcome.out.splitlines()]
     assert ["images", "4"] in lines
-    assert ["images", "left", "out", "2"] in lines
+    assert ["skipped", "images", "2"] in lines
 
 
 def test_test_says_nothing_of_none(script: Script, pictures: Path, tmp_path: Path) -> None:
@@ -630,7 +630,7 @@ def test_test_says_nothing_of_none(script: Script, pictures: Path, tmp_path: Pat
         (pictures / "test" / f"{number}.png").unlink()
     outcome = script("test.py", *TEST, "--skip_bad_images")
     assert outcome.code == 0, outcome.err
-    assert "left out" not in outcome.out
+    assert "skipped" not in outcome.out
     analysis = json.loads((tmp_path / "output/results/m.pt/analysis.json").read_text())
     assert analysis["skipped_images"] == {"count": 0, "names": []}
 
@@ -669,7 +669,7 @@ def test_evaluation_leaves_bad_pairs_out(
     flags = ("--skip_bad_images", "--num_workers", workers, "--batch_size", batch_size)
     outcome = script("evaluation.py", *pairs, *flags)
     assert outcome.code == 0, outcome.err
-    assert outcome.err == "left out 2 of 5 pairs, which cannot be decoded: c, d\n"
+    assert outcome.err == "skipped 2 of 5 pairs, which cannot be decoded: c, d\n"
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert list(record["skipped"]) == ["c", "d"]
     assert record["skipped"]["c"].startswith("image y/c.png cannot be decoded: ")

@@ -580,15 +580,15 @@ def test_rate_of_tests_analysis(results: Path, evaluate: Evaluate) -> None:
     assert json.loads((results / "new" / "metrics.json").read_text())["rate"] == rate
     assert output.splitlines()[4:7] == [
         "codes per image          1568",
-        "bits per pixel, nominal  16",
-        "bits per pixel, entropy  14.5",
+        "bits per pixel, nominal  16.000",
+        "bits per pixel, entropy  14.500",
     ]
     (results / "rec").rename(results / "of_another_model")
     evaluate("--g_path", str(results / "of_another_model"))
     assert written(results)[0]["rate"] is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rate": {"codes_per_image": null}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rate": {"codes_per_image": "1"}}'])
 def test_a_damaged_analysis_is_one_line(text: str, results: Path, evaluate: Evaluate) -> None:
     (results / "analysis.json").write_text(text)
     code, _, errors = evaluate()

@@ -41,25 +41,25 @@ def test_rate_by_closed_form() -> None:
     second = torch.arange(4).repeat(4).view(4, 2, 2)
     statistics.add(torch.stack([torch.full_like(second, 3), second], dim=-1))
     rate = statistics.rate(num_pixels=16)
-    assert rate["codes_per_image"] == 8
-    assert rate["nominal_bits_per_pixel"] == pytest.approx(8 / 16 * 2)
+    assert rate.codes_per_image == 8
+    assert rate.nominal_bits_per_pixel == pytest.approx(8 / 16 * 2)
     shares = torch.tensor([1, 1, 1, 5]) / 8
-    assert rate["entropy_bits_per_pixel"] == pytest.approx(
+    assert rate.entropy_bits_per_pixel == pytest.approx(
         0.5 * float(-(shares * shares.log2()).sum()), rel=1e-6
     )
-    assert rate["entropy_bits_per_pixel_by_slot"] == pytest.approx(0.5 * 1)
+    assert rate.entropy_bits_per_pixel_by_slot == pytest.approx(0.5 * 1)
     summary = statistics.summary()
-    assert summary["usage_percent"] == 100
-    assert summary["slot_usage_percent"] == [25, 100]
-    assert summary["slots_per_codevector"] == [1, 1, 1, 2]
-    assert summary["slot_perplexity"] == pytest.approx([1, 4])
+    assert summary.usage_percent == 100
+    assert summary.slot_usage_percent == [25, 100]
+    assert summary.slots_per_codevector == [1, 1, 1, 2]
+    assert summary.slot_perplexity == pytest.approx([1, 4])
 
 
 def test_the_papers_example_rate() -> None:
     """K = 256, d = 4, C = 128 on 28 × 28 is 12,544 bits an image."""
     statistics = CodebookStatistics(256)
     statistics.add(torch.zeros(1, 7, 7, 32, dtype=torch.int64))
-    assert statistics.rate(28 * 28)["nominal_bits_per_pixel"] * 28 * 28 == 12_544
+    assert statistics.rate(28 * 28).nominal_bits_per_pixel == 12_544 / 28**2
 
 
 def test_principal_components() -> None:

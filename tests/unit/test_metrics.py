@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.evaluation import metrics, networks
 from utils.evaluation.metrics import METRICS, FeatureStatistics, Pixels
 from utils.evaluation.networks import LPIPS_BACKBONES
+from utils.evaluation.schema import Score
 from utils.weights.download import Downloads, Unavailable
 
 COMPARISONS = [name for name, metric in METRICS.items() if metric.compare is not None]
@@ -110,12 +111,12 @@ def test_smallest_side_is_the_smallest(name: str) -> None:
 
 
 def test_summary_is_the_population_variance() -> None:
-    assert metrics.summarise([1.0, 2.0, 6.0]) == metrics.Summary(3.0, 14 / 3, 3)
+    assert metrics.summarise([1.0, 2.0, 6.0]) == Score(3.0, 14 / 3, 3)
 
 
 def test_infinite_values_are_counted_not_averaged() -> None:
-    assert metrics.summarise([20.0, math.inf, 30.0]) == metrics.Summary(25.0, 25.0, 2, 1)
-    assert metrics.summarise([math.inf]) == metrics.Summary(None, None, 0, 1)
+    assert metrics.summarise([20.0, math.inf, 30.0]) == Score(25.0, 25.0, 2, 1)
+    assert metrics.summarise([math.inf]) == Score(None, None, 0, 1)
 
 
 # LPIPS

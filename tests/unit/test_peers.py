@@ -23,6 +23,7 @@ from utils.codebook import codes
 from utils.codebook.plots import draw_all
 from utils.codebook.statistics import CodebookStatistics
 from utils.errors import UserError
+from utils.evaluation.schema import CodebookUse
 from utils.flags.arguments import build_model_config
 from utils.report.codebook import unit_slots
 from utils.report.files import find
@@ -279,8 +280,8 @@ def test_what_is_not_quantised_has_no_rate() -> None:
     statistics = CodebookStatistics(256, 0)
     statistics.add(torch.empty(5, 3, 3, 0, dtype=torch.int64))
     statistics.sum_over_ranks()
-    assert statistics.summary() == {"images": 5}
-    assert statistics.rate(16) == {}
+    assert statistics.summary() == CodebookUse(images=5)
+    assert not statistics.rate(16)
     assert draw_all(statistics, torch.empty(0, 0)) == {}
 
 
@@ -289,10 +290,10 @@ def test_codebooks_of_slots_are_counted_apart() -> None:
     statistics.add(torch.tensor([[0, 0], [1, 0], [1, 0], [0, 0]]).view(1, 2, 2, 2))
     assert statistics.counts.tolist() == [2, 2, 0, 0, 4, 0, 0, 0]
     summary = statistics.summary()
-    assert summary["codevectors"] == 8
-    assert summary["usage_percent"] == 100 * 3 / 8
-    assert summary["slot_perplexity"] == [2, 1]
-    assert statistics.rate(16)["entropy_bits_per_pixel_by_slot"] == 4 * 1 / 16
+    assert summary.codevectors == 8
+    assert summary.usage_percent == 100 * 3 / 8
+    assert summary.slot_perplexity == [2, 1]
+    assert statistics.rate(16).entropy_bits_per_pixel_by_slot == 4 * 1 / 16
     assert sorted(draw_all(statistics, torch.randn(8, 3))) == ["codebook", "slots", "usage"]
 
 

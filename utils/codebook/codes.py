@@ -301,7 +301,7 @@ def spooled(path: Path, info: CodesInfo) -> Iterator[Spool]:
         spool.path.unlink(missing_ok=True)
 
 
-def save_codes(path: Path, spool: Spool, left_out: Sequence[int]) -> dict[str, float]:
+def save_codes(path: Path, spool: Spool, left_out: Sequence[int]) -> dict[str, Any]:
     """Write the code file from the spools of all processes, which call this together.
 
     Process r holds the batches r, r + num_ranks, …, without the images left out; the file is the
@@ -367,7 +367,7 @@ def count_codes(info: CodesInfo, spools: Sequence[Path]) -> Array:
     return counts.reshape(num_tables, num_embedding)
 
 
-def file_rate(path: Path, info: CodesInfo) -> dict[str, float]:
+def file_rate(path: Path, info: CodesInfo) -> dict[str, Any]:
     """Size of a code file, of everything in it, in bytes and in bits per pixel; its tables."""
     size = path.stat().st_size
     return {

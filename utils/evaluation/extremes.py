@@ -88,7 +88,7 @@ def save_extremes(path: Path, metric: str, worst: Sequence[Shown], best: Sequenc
     font = ImageFont.load_default(13)
     draw.text(
         (GAP, GAP),
-        f"{METRICS[metric].label}, {METRICS[metric].direction}; "
+        f"{METRICS[metric].title}, {METRICS[metric].direction}; "
         f"error: |original - reconstruction|, black 0, white {peak:.0f} of 255",
         fill="black",
         font=font,

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from utils.evaluation.schema import Figure, Score
 from utils.images import in_colour, to_signed
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]  # (B, C, H, W), C = 1 or 3
@@ -198,66 +199,58 @@ def precision_recall(originals: Tensor, reconstructions: Tensor) -> PrecisionRec
 
 
 @dataclass(frozen=True)
-class Metric:
-    """How a metric is called, which way is better, and how it is computed."""
+class Metric(Figure):
+    """How a metric is shown, and how it is computed."""
 
-    label: str
-    direction: str
     smallest_side: int = 1  # of images
     smallest_set: int = 1  # of images
     compare: Callable[[Pixels, Pixels], Values] | None = None  # None: it needs a network
-    network: str | None = None  # whose values it takes: lpips, an image pair; inception, two sets
+    network: str | None = None  # lpips, which compares pairs, or inception, for sets
+    choice: str = ""  # value of --metrics that asks for it; empty: its name
 
     @property
     def lower_is_better(self) -> bool:
-        return self.direction.startswith("lower")
+        return self.better == "lower"
 
 
+INCEPTION: dict[str, Any] = {"network": "inception", "smallest_set": 4}
 METRICS: dict[str, Metric] = {
-    "l1": Metric("L1", "lower is better", compare=l1),
-    "ssim": Metric("SSIM", "higher is better", SSIM_WINDOW, compare=ssim),
-    "psnr": Metric("PSNR (dB)", "higher is better", compare=psnr),
-    "lpips": Metric("LPIPS", "lower is better", network="lpips"),
-    "fid": Metric("FID", "lower is better", smallest_set=2, network="inception"),
-    "kid": Metric("KID", "lower is better", smallest_set=4, network="inception"),
-    "precision": Metric("Precision", "higher is better", smallest_set=4, network="inception"),
-    "recall": Metric("Recall", "higher is better", smallest_set=4, network="inception"),
+    "l1": Metric("L1", better="lower", compare=l1),
+    "ssim": Metric("SSIM", better="higher", compare=ssim, smallest_side=SSIM_WINDOW),
+    "psnr": Metric("PSNR", 2, "dB", better="higher", compare=psnr),
+    "lpips": Metric("LPIPS", better="lower", network="lpips"),
+    "fid": Metric("FID", 2, better="lower", network="inception", smallest_set=2),
+    "kid": Metric("KID", 5, better="lower", **INCEPTION),
+    "precision": Metric("Precision", better="higher", choice="precision_recall", **INCEPTION),
+    "recall": Metric("Recall", better="higher", choice="precision_recall", **INCEPTION),
 }
 DEFAULT_METRICS = ("l1", "ssim", "psnr", "lpips", "fid")
-# What --metrics offers, and the metrics that each choice gives.
-CHOICES: dict[str, tuple[str, ...]] = {
-    **{name: (name,) for name in (*DEFAULT_METRICS, "kid")},
-    "precision_recall": ("precision", "recall"),
-}
-NEED_VECTORS = ("kid", "precision_recall")  # whose choice keeps all feature vectors in memory
+NEED_VECTORS = ("kid", "precision_recall")  # choices that keep all feature vectors in memory
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Mean and population variance over n images; None where there is nothing to average.
-
-    Identical images have an infinite PSNR: they are counted in `identical`, not averaged. FID,
-    precision and recall are one value for the whole set: the mean is that value, without variance.
-    KID's are over its subsets.
-    """
-
-    mean: float | None
-    variance: float | None
-    n: int
-    identical: int = 0
+def choices() -> dict[str, tuple[str, ...]]:
+    """The values of --metrics, and the metrics that each gives."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, metric in METRICS.items():
+        choice = metric.choice or name
+        found[choice] = (*found.get(choice, ()), name)
+    return found
 
 
-def summarise(values: Sequence[float]) -> Summary:
+CHOICES = choices()
+
+
+def summarise(values: Sequence[float]) -> Score:
     """The mean and population variance of per-image values."""
     finite = [value for value in values if not math.isinf(value)]
     identical = len(values) - len(finite)
     if not finite:
-        return Summary(None, None, 0, identical)
-    return Summary(float(np.mean(finite)), float(np.var(finite)), len(finite), identical)
+        return Score(None, None, 0, identical)
+    return Score(float(np.mean(finite)), float(np.var(finite)), len(finite), identical)
 
 
 def settings(num_images: int) -> dict[str, Any]:
-    """What was chosen where a definition leaves a choice."""
+    """The settings of each metric that its definition leaves open."""
     return {
         "data_range": DATA_RANGE,
         "variance": "population, over images; of KID over subsets",

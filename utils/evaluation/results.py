@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from utils.errors import one_line
-from utils.evaluation.metrics import METRICS, Summary
+from utils.errors import UserError, one_line
+from utils.evaluation import schema
+from utils.evaluation.metrics import METRICS
 from utils.evaluation.pairs import first_few
+from utils.evaluation.schema import Analysis, Metrics, Rate
 from utils.evaluation.scores import Scores
 from utils.files import whole_file
 from utils.logger import log
 
 PREVIOUS = "previous_metrics"
-RATES = {
-    "codes_per_image": "codes per image",
-    "nominal_bits_per_pixel": "bits per pixel, nominal",
-    "entropy_bits_per_pixel": "bits per pixel, entropy",
-    "coded_bits_per_pixel": "bits per pixel, coded",  # where test.py --save_codes has written them
-}
 
 
 def set_aside(output: Path) -> None:
@@ -77,41 +71,45 @@ def write_csv(path: Path, scores: Scores) -> None:
             writer.writerow([pair, *(scores.values[name][index] for name in columns)])
 
 
-def rate_of(reconstructions: Path) -> Mapping[str, float] | None:
-    """The rate in the analysis.json beside test.py's folder rec, by the keys of RATES, or None."""
+def rate_of(reconstructions: Path) -> Rate | None:
+    """The rate in the analysis.json beside test.py's folder rec; None where there is none."""
     folder = reconstructions.resolve()
     file = folder.parent / "analysis.json"
     if folder.name != "rec" or not file.is_file():
         return None
     try:
-        stored: Any = json.loads(file.read_text())["rate"]
-        return {name: float(stored[name]) for name in RATES if name in stored}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return schema.read(file, Analysis).rate.headline()
+    except (OSError, UserError) as error:
         log.warning("%s has no rate: %s", file, one_line(error))
         return None
 
 
-def show(content: Mapping[str, Any], summaries: Mapping[str, Summary], written: list[Path]) -> None:
+def show(content: Metrics, written: list[Path]) -> None:
     """Print the table, with the rate where it is known, and the paths of what was written."""
-    skipped = content["skipped"]
+    skipped = content.skipped
     if skipped:
         log.warning(
-            "left out %d of %d pairs, which cannot be decoded: %s",
-            *(len(skipped), len(skipped) + content["pairs"], first_few(list(skipped))),
+            "skipped %d of %d pairs, which cannot be decoded: %s",
+            *(len(skipped), len(skipped) + content.pairs, first_few(list(skipped))),
         )
     sys.stdout.write(f"{'metric':10} {'mean':>12} {'variance':>12}\n")
-    for name, summary in summaries.items():
-        mean = "inf" if summary.mean is None else f"{summary.mean:.6g}"
-        variance = "-" if summary.variance is None else f"{summary.variance:.6g}"
+    for name, score in content.metrics.items():
         metric = METRICS[name]
-        sys.stdout.write(f"{metric.label:10} {mean:>12} {variance:>12}  {metric.direction}\n")
-    for name, summary in summaries.items():
-        if summary.identical:
+        variance = "–" if score.variance is None else f"{score.variance:.4g}"
+        mean = metric.format(score.shown)
+        sys.stdout.write(f"{metric.title:10} {mean:>12} {variance:>12}  {metric.direction}\n")
+    for name, score in content.metrics.items():
+        if score.identical:
             sys.stdout.write(
-                f"{summary.identical} identical pairs, of infinite {METRICS[name].label}, "
+                f"{score.identical} identical pairs, of infinite {METRICS[name].label}, "
                 "are left out of its mean\n"
             )
-    for name, value in (content["rate"] or {}).items():
-        sys.stdout.write(f"{RATES[name]:24} {value:.6g}\n")
-    for path in written:
+    print_rows(content.rate.rows() if content.rate else {}, written)
+
+
+def print_rows(rows: Mapping[str, str], paths: Sequence[Path] = ()) -> None:
+    """Print labels with their values, then paths."""
+    for label, value in rows.items():
+        sys.stdout.write(f"{label:24} {value}\n")
+    for path in paths:
         sys.stdout.write(f"{path}\n")

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.evaluation import metrics
-from utils.evaluation.metrics import CHOICES, METRICS, FeatureStatistics, Summary
+from utils.evaluation.metrics import CHOICES, METRICS, FeatureStatistics
 from utils.evaluation.networks import LPIPS_BACKBONES, Network
 from utils.evaluation.pairs import Batch, Pair, first_few
+from utils.evaluation.schema import Score
 from utils.logger import log
 
 
@@ -105,7 +106,7 @@ def check_sides(chosen: Sequence[str], pairs: Sequence[Pair], lpips_net: str) ->
             )
 
 
-def summarise(chosen: Sequence[str], scores: Scores) -> dict[str, Summary]:
+def summarise(chosen: Sequence[str], scores: Scores) -> dict[str, Score]:
     """Mean and variance of the chosen metrics, in the order of METRICS."""
     found = {name: metrics.summarise(column) for name, column in scores.values.items()}
     for choice in chosen:
@@ -114,7 +115,7 @@ def summarise(chosen: Sequence[str], scores: Scores) -> dict[str, Summary]:
     return {name: found[name] for name in METRICS if name in found}
 
 
-def fid(scores: Scores) -> dict[str, Summary]:
+def fid(scores: Scores) -> dict[str, Score]:
     n = len(scores.names)
     if n < metrics.FID_ENOUGH:
         log.warning(
@@ -123,10 +124,10 @@ def fid(scores: Scores) -> dict[str, Summary]:
             n,
         )
     distance = metrics.frechet_distance(scores.originals, scores.reconstructions)
-    return {"fid": Summary(distance, None, n)}
+    return {"fid": Score(distance, None, n)}
 
 
-def kid(scores: Scores) -> dict[str, Summary]:
+def kid(scores: Scores) -> dict[str, Score]:
     n = len(scores.names)
     size = metrics.kid_subset_size(n)
     if size < metrics.KID_SUBSET_SIZE:
@@ -136,15 +137,13 @@ def kid(scores: Scores) -> dict[str, Summary]:
         )
     sets = scores.originals.vectors(), scores.reconstructions.vectors()
     mean, spread = metrics.kernel_distance(*sets)
-    return {"kid": Summary(mean, spread**2, n)}
+    return {"kid": Score(mean, spread**2, n)}
 
 
-def precision_recall(scores: Scores) -> dict[str, Summary]:
+def precision_recall(scores: Scores) -> dict[str, Score]:
     sets = scores.originals.vectors(), scores.reconstructions.vectors()
     found = metrics.precision_recall(*sets)
-    return {
-        name: Summary(value, None, len(scores.names)) for name, value in found._asdict().items()
-    }
+    return {name: Score(value, None, len(scores.names)) for name, value in found._asdict().items()}
 
 
 DISTANCES = {"fid": fid, "kid": kid, "precision_recall": precision_recall}  # of two sets

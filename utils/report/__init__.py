@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.files import whole_file
 from utils.report.codebook import codebook_map, unit_slots, usage_histogram
 from utils.report.curves import training_curves
-from utils.report.files import Found, experiment, find, part
+from utils.report.files import Found, experiment, find
 from utils.report.markup import section, text
 from utils.report.pictures import reconstructions, worst_images
 from utils.report.tables import commands, configuration, key_figures, lead, quantised
@@ -86,7 +86,7 @@ def page(found: Found, side: int) -> str:
 
 
 def made(found: Found) -> str:
-    stored = part(found.metrics, "versions")
+    stored = found.metrics.versions
     packages = stored or {name: version(name) for name in ("torch", "torchvision", "numpy")}
     versions = ", ".join(f"{name} {number}" for name, number in packages.items())
     return text(

@@ -11,7 +11,7 @@ import torch
 from utils.codebook.plots import principal_components
 from utils.images import open_image, viewed
 from utils.report.charts import chart, draw_bars, draw_heat_map, draw_scatter
-from utils.report.files import Found, numbers, part, stale, test_command
+from utils.report.files import Found, stale, test_command
 from utils.report.markup import Missing, command, details, figure, shown, spread, table, text
 from utils.report.pictures import uri
 
@@ -21,7 +21,7 @@ MAX_COLUMNS = 512  # of the map of slots
 def counts_of(found: Found) -> list[float]:
     """How often each codevector was used."""
     found.need("analysis.json", "test.py writes it:" + command(test_command(found)))
-    counts = numbers(part(found.analysis, "codebook").get("counts"))
+    counts = [float(count) for count in found.analysis.codebook.counts or ()]
     if not counts or sum(counts) <= 0:
         raise Missing("analysis.json holds no counts of codevectors.")
     return counts
@@ -120,11 +120,10 @@ def codebook_picture(found: Found) -> str:
 
 def unit_slots(found: Found) -> str:
     counts = np.array(counts_of(found))
-    codebook = part(found.analysis, "codebook")
-    rows = codebook.get("slot_counts")
-    if not isinstance(rows, list) or not rows or not all(numbers(row) for row in rows):
+    codebook = found.analysis.codebook
+    if not codebook.slot_counts or not all(codebook.slot_counts):
         raise Missing("analysis.json holds no counts by slot.")
-    slots = np.array(rows, dtype=float)  # (m, K)
+    slots = np.array(codebook.slot_counts, dtype=float)  # (m, K)
     share = slots / slots.sum(1, keepdims=True).clip(1)
     reach = (slots > 0).sum(0)  # (K,)
     own = slots.shape[1] < len(counts)  # each slot has a codebook of its own
@@ -179,7 +178,7 @@ def unit_slots(found: Found) -> str:
             )
             + "</div>"
         )
-    columns = (numbers(codebook.get(key)) for key in ("slot_usage_percent", "slot_perplexity"))
+    columns = codebook.slot_usage_percent or [], codebook.slot_perplexity or []
     values = list(zip_longest(*columns))
     table_rows = [(i, *(shown(value, 3) for value in values[i])) for i in spread(len(values), 64)]
     return content + details(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
-
 from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import one_line
+from utils.evaluation.schema import Analysis, Metrics, Rate, read
 from utils.images import image_names
 from utils.report.charts import Point
 from utils.report.markup import Missing, command, text
 
 TO_BE_FILLED_IN = ("<output_folder>", "<experiment>/best.pt")  # where they are not known
+
+
+def no_analysis() -> Analysis:
+    return Analysis(rate=Rate())
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Found:
 
     results: Path
     logs: Path | None = None
-    analysis: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    analysis: Analysis = field(default_factory=no_analysis)
+    metrics: Metrics = field(default_factory=Metrics)
     values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # name → metric → value
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)  # scalar → (step, value)
     checkpoint: Checkpoint | None = None
@@ -59,12 +61,12 @@ def find(results: Path, logs: Path | None) -> Found:
 
     model, guess = belongings(results)
     folder = guess if logs is None else logs
-    metrics = attempt("metrics.json", lambda: read_json(results / "metrics.json"), {})
+    metrics = attempt("metrics.json", lambda: read(results / "metrics.json", Metrics), Metrics())
     values = attempt("metrics.csv", lambda: read_values(results / "metrics.csv"), {})
     return Found(
         results,
         folder,
-        attempt("analysis.json", lambda: read_json(results / "analysis.json"), {}),
+        attempt("analysis.json", lambda: read(results / "analysis.json", Analysis), no_analysis()),
         metrics,
         values,
         attempt("TensorBoard's folder", lambda: read_curves(folder), {}),
@@ -91,13 +93,6 @@ def experiment(results: Path) -> str:
     if model is None:
         return place.name
     return str(place.relative_to(next(p for p in place.parents if p.name == "results")))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
-    return content
 
 
 def read_values(path: Path) -> dict[str, dict[str, float]]:
@@ -131,10 +126,10 @@ def read_curves(folder: Path | None) -> dict[str, list[Point]]:
 
 
 def find_pairs(
-    results: Path, metrics: Mapping[str, Any], values: Mapping[str, Any]
+    results: Path, metrics: Metrics, values: Mapping[str, Any]
 ) -> dict[str, tuple[Path, Path]]:
     """Original and reconstruction by name without suffix: those measured, else those here."""
-    settings = part(metrics, "settings")
+    settings = metrics.settings
     measured = [Path(str(settings.get(key) or "-")) for key in ("gt_path", "g_path")]
     own = [results / "original", results / "rec"]
     originals, others = (
@@ -150,15 +145,6 @@ def part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """What lies under a key, if that is a mapping, else nothing."""
     value = mapping.get(key)
     return value if isinstance(value, Mapping) else {}
-
-
-def numbers(value: object) -> list[float]:
-    """A list of finite numbers; empty where it is anything else."""
-    try:
-        array = np.array(value if isinstance(value, list) else [], dtype=float)
-    except (TypeError, ValueError, OverflowError):
-        return []
-    return array.tolist() if array.ndim == 1 and np.isfinite(array).all() else []
 
 
 def finite(value: object) -> TypeGuard[float]:
@@ -194,8 +180,8 @@ def test_command(found: Found) -> str:
 
 def evaluation_command(found: Found) -> str:
     """With the metrics that were measured, or all that need no weights."""
-    settings = part(found.metrics, "settings")
-    measured = list(part(found.metrics, "metrics")) or ["l1", "ssim", "psnr"]
+    settings = found.metrics.settings
+    measured = list(found.metrics.metrics) or ["l1", "ssim", "psnr"]
     paths = [
         str(settings.get(key) or (found.results / name).resolve())
         for key, name in (("gt_path", "original"), ("g_path", "rec"))

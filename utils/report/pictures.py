@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
-from utils.evaluation.metrics import METRICS
+from utils.evaluation.metrics import METRICS, Metric
 from utils.images import fitted, open_image, viewed
 from utils.report.files import Found, evaluation_command, test_command
-from utils.report.markup import Missing, command, figure, shown, spread, table, text
+from utils.report.markup import Missing, command, figure, spread, table, text
 
 NUM_SHOWN = 16
 NUM_WORST = 8
@@ -63,7 +63,7 @@ def tiles(found: Found, names: Sequence[str], side: int) -> str:
     for name in names:
         values = found.values.get(name, {})
         scores = ", ".join(
-            f"{METRICS[key].label.partition(' ')[0]} {shown(value, 3)}"
+            f"{METRICS[key].label} {METRICS[key].format(value)}"
             for key, value in values.items()
             if key in METRICS
         )
@@ -126,7 +126,7 @@ def worst_images(found: Found, side: int) -> str:
     for metric, way in WAYS.items():
         if metric not in measured:
             continue
-        label = METRICS[metric].label.partition(" ")[0]
+        label = METRICS[metric].label
         ranked = sorted(
             (way * values[metric], name)
             for name, values in found.values.items()
@@ -151,13 +151,11 @@ def quantiles(found: Found) -> str:
             if not math.isnan(value):
                 columns.setdefault(metric, []).append(value)
     steps = (0, 0.05, 0.5, 0.95, 1)
-    rows = [
-        (
-            METRICS[metric].label if metric in METRICS else metric,
-            *(shown(float(v), 3) for v in np.quantile(values, steps, method="nearest")),
-        )
-        for metric, values in columns.items()
-    ]
+    rows = []
+    for name, column in columns.items():
+        shown = METRICS.get(name, Metric(name))
+        numbers = np.quantile(column, steps, method="nearest").tolist()
+        rows.append((shown.title, *map(shown.format, numbers)))
     return table(
         f"Spread over {len(found.values):,} images",
         ("metric", "least", "5 %", "median", "95 %", "most"),

@@ -1,19 +1,18 @@
-"""One table of what test.py and evaluation.py found, and where everything lies.
+"""Print one table of the results of test.py and evaluation.py, and the places of all files.
 
 python -m utils.report.summary <output_folder> <model_name>
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from modules.quantizers.registry import QUANTIZERS
 from utils.errors import UserError, one_line, run
+from utils.evaluation import schema
 from utils.evaluation.metrics import METRICS
+from utils.evaluation.schema import Analysis, Metrics
 
 LABELS = {
     "checkpoint": "models/{name}",
@@ -32,11 +31,11 @@ def main() -> None:
     output, name = Path(sys.argv[1]), sys.argv[2]
     results = output / "results" / name
     try:
-        analysis = json.loads((results / "analysis.json").read_text())
-        metrics = json.loads((results / "metrics.json").read_text())
-        rows = table(analysis, metrics)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        analysis = schema.read(results / "analysis.json", Analysis)
+        metrics = schema.read(results / "metrics.json", Metrics)
+    except FileNotFoundError as error:
         raise UserError(f"{results} has no whole results: {one_line(error)}") from error
+    rows = table(analysis, metrics)
     lines = [f"{label:26} {value}" for label, value in rows.items()]
     places = [
         f"{label:26} {output / place.format(name=name, experiment=Path(name).parent)}"
@@ -45,32 +44,21 @@ def main() -> None:
     sys.stdout.write("\n" + "\n".join([*lines, "", *places]) + "\n")
 
 
-def table(analysis: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
+def table(analysis: Analysis, metrics: Metrics) -> dict[str, str]:
     """Quality with its rate, by label."""
-    model, data = analysis["model"], analysis["data"]
-    rate, codebook = analysis["rate"], analysis["codebook"]
-    quality = {
-        METRICS[name].label: "infinite" if score["mean"] is None else f"{score['mean']:.4f}"
-        for name, score in metrics["metrics"].items()
-    }
-    images = f"{metrics['pairs']} test images of {data['dataset']}"
-    if not rate:
-        name = QUANTIZERS[model["quantizer"]].label
-        return {"model": name, "images": images, **quality, "rate": "not quantised"}
+    model, rate = analysis.model, analysis.rate
+    kind = str(model.get("quantizer"))
+    size = f", K = {model.get('num_embedding')}, d = {model.get('embedding_dim')}"
+    label = QUANTIZERS[kind].label if kind in QUANTIZERS else kind
     return {
-        "model": "{quantizer}, K = {num_embedding}, d = {embedding_dim}".format(**model),
-        "images": images,
-        **quality,
-        "codes per image": f"{rate['codes_per_image']}",
-        "bits per pixel, nominal": f"{rate['nominal_bits_per_pixel']:.3f}",
-        "bits per pixel, entropy": f"{rate['entropy_bits_per_pixel']:.3f}",
-        **(
-            {"bits per pixel, coded": f"{rate['coded_bits_per_pixel']:.3f}"}
-            if "coded_bytes" in rate
-            else {}
-        ),
-        "codebook usage": f"{codebook['usage_percent']:.1f} %",
-        "perplexity": f"{codebook['perplexity']:.1f} of {len(codebook['counts'])}",
+        "model": f"{kind}{size}" if rate else label,
+        "images": f"{metrics.pairs} test images of {analysis.data.get('dataset')}",
+        **{
+            METRICS[name].label: METRICS[name].text(score.shown)
+            for name, score in metrics.metrics.items()
+            if name in METRICS
+        },
+        **(rate.rows() | analysis.codebook.rows() if rate else {"rate": "not quantised"}),
     }
 
 

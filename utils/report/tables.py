@@ -10,29 +10,15 @@ from typing import Any
 from modules.config import ModelConfig
 from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 from modules.quantizers.spec import QuantizerSpec
-from utils.evaluation.metrics import FID_ENOUGH, METRICS
+from utils.evaluation.metrics import FID_ENOUGH, METRICS, Metric
+from utils.evaluation.schema import CODEBOOK, RATES
 from utils.report.files import Found, evaluation_command, finite, joined, part, stale, test_command
 from utils.report.markup import Missing, Rows, command, shown, table, text
-
-OF_SETS = ("kid", "precision", "recall")  # metrics that may lie beside the others
-RATES = {
-    "codes_per_image": ("codes per image", "positions × unit slots"),
-    "nominal_bits_per_pixel": ("bits per pixel, nominal", "log2 K bits a code"),
-    "entropy_bits_per_pixel": (
-        "bits per pixel, entropy",
-        "an ideal entropy coder with one table of frequencies",
-    ),
-    "entropy_bits_per_pixel_by_slot": (
-        "bits per pixel, entropy by slot",
-        "the same with one table a unit slot",
-    ),
-    "coded_bits_per_pixel": ("bits per pixel, coded", "files as an entropy coder wrote them"),
-}
 
 
 def lead(found: Found) -> str:
     """What this is, and quality with its rate, in two sentences."""
-    model, data = part(found.analysis, "model"), part(found.analysis, "data")
+    model, data = found.analysis.model, found.analysis.data
     spec = spec_of(found)
     quantizer = spec.label if spec else "a vector-quantised autoencoder"
     size = (
@@ -40,8 +26,8 @@ def lead(found: Found) -> str:
         if {"num_embedding", "embedding_dim"} <= model.keys() and quantised(found)
         else ""
     )
-    images = part(found.analysis, "codebook").get("images", found.metrics.get("pairs"))
-    what = f"{shown(images)} images" if finite(images) else "Images"
+    images = found.analysis.codebook.images or found.metrics.pairs
+    what = f"{shown(images)} images" if images else "Images"
     source = f" of {data['dataset']}" if "dataset" in data else ""
     quality = [f"{label} {value}" for label, value, *_ in quality_rows(found)][:3]
     content = f"{what}{source}, encoded and reconstructed by {quantizer}{size}."
@@ -58,57 +44,53 @@ def lead(found: Found) -> str:
 
 def spec_of(found: Found) -> QuantizerSpec | None:
     """The spec of the quantiser."""
-    return QUANTIZERS.get(str(part(found.analysis, "model").get("quantizer")))
+    return QUANTIZERS.get(str(found.analysis.model.get("quantizer")))
 
 
 def quantised(found: Found) -> bool:
     """Whether latents are quantised, as far as that is known."""
-    return part(found.analysis, "model").get("quantizer") != "none"
+    return found.analysis.model.get("quantizer") != "none"
 
 
 def best_rate(found: Found) -> str:
     """Bits per pixel as coded, else their entropy, beside those of the raw image."""
-    rate, raw = part(found.analysis, "rate"), raw_bits(found)
-    for key, words in (("coded", "coded"), ("entropy", "entropy")):
-        bits = rate.get(f"{key}_bits_per_pixel")
-        if finite(bits):
+    rate, raw = found.analysis.rate, raw_bits(found)
+    for key in ("coded", "entropy"):
+        name = f"{key}_bits_per_pixel"
+        bits = getattr(rate, name)
+        if bits is not None:
             times = f"{bits / raw:.2g} times the raw image's {raw}"
-            return f"{shown(bits)} bits per pixel ({words}; {times})"
+            return f"{RATES[name].format(bits)} bits per pixel ({key}; {times})"
     return ""
 
 
 def raw_bits(found: Found) -> int:
-    channels = part(found.analysis, "model").get("in_channels")
+    channels = found.analysis.model.get("in_channels")
     return 8 * channels if isinstance(channels, int) and channels > 0 else 24
 
 
 def quality_rows(found: Found) -> list[tuple[str, str, str]]:
-    """(label, mean, how to read it) of every metric, the known ones first."""
-    apart = {key: value for key, value in found.metrics.items() if key in OF_SETS}
-    scores = {**apart, **part(found.metrics, "metrics")}
+    """(label, mean, note) of every metric, the known ones first."""
+    scores = found.metrics.metrics
     order = ["psnr", "ssim", "lpips", "l1", *METRICS]
     rows = []
     for name in sorted(scores, key=lambda name: order.index(name) if name in order else len(order)):
-        score = scores[name] if isinstance(scores[name], Mapping) else {"mean": scores[name]}
-        known = METRICS.get(name)
-        label, _, unit = (known.label if known else name).partition(" (")
-        mean, variance = score.get("mean"), score.get("variance")
-        notes = [known.direction] if known else []
-        if finite(variance):
-            spread = "between subsets" if name in OF_SETS else "from image to image"
-            notes.append(f"± {shown(math.sqrt(max(variance, 0)), 3)} {spread}")
-        if score.get("identical"):
-            notes.append(f"{score['identical']} identical pairs, of infinite {label}, left out")
-        if name == "fid" and finite(score.get("n")) and score["n"] < FID_ENOUGH:
-            notes.append(f"of {score['n']} images, too few to compare with others")
-        value = "∞" if mean is None and score.get("identical") else shown(mean)
-        rows.append((label, f"{value} {unit.rstrip(')')}".strip(), "; ".join(notes)))
+        score, metric = scores[name], METRICS.get(name, Metric(name))
+        notes = [metric.direction] if metric.direction else []
+        if score.variance is not None:
+            spread = "between subsets" if metric.network == "inception" else "from image to image"
+            notes.append(f"± {metric.format(math.sqrt(max(score.variance, 0)))} {spread}")
+        if score.identical:
+            notes.append(f"without {score.identical} identical pairs, of infinite {metric.label}")
+        if name == "fid" and score.n < FID_ENOUGH:
+            notes.append(f"of {score.n} images, too few to compare with others")
+        rows.append((metric.label, metric.text(score.shown), "; ".join(notes)))
     return rows
 
 
 def protocol_row(found: Found) -> list[tuple[object, object, object]]:
     """How images were prepared for the metrics, if that is known."""
-    protocol = part(found.metrics, "protocol")
+    protocol = found.metrics.protocol
     name = protocol.get("name")
     return [("protocol", name, protocol.get("about", ""))] if name else []
 
@@ -124,47 +106,40 @@ def key_figures(found: Found) -> str:
         for name, (what, how, line) in writers.items()
         if name in found.problems
     )
-    analysis, rate = found.analysis, part(found.analysis, "rate")
-    codebook, data = part(analysis, "codebook"), part(analysis, "data")
+    codebook, data = found.analysis.codebook, found.analysis.data
     rates = []
-    for key in (*RATES, *(key for key in rate if key not in RATES)):
-        if key in rate:
-            label, note = RATES.get(key, (key.replace("_", " "), ""))
-            bits = rate[key]
-            if "bits_per_pixel" in key and finite(bits):
-                note += f"; {bits / raw_bits(found):.3g} times the raw {raw_bits(found)} bits"
-            rates.append((label, shown(bits), note))
+    for name, figure in RATES.items():
+        value, note = getattr(found.analysis.rate, name), figure.note
+        if value is not None:
+            if "bits_per_pixel" in name:
+                raw = raw_bits(found)
+                note += f"; {value / raw:.3g} times the raw {raw} bits"
+            rates.append((figure.label, figure.text(value), note))
     if not quantised(found):
         rates = [("rate", "not quantised", "latents are numbers of 32 bits each")]
-    skipped = part(analysis, "skipped_images").get("count")
-    size = data.get("image_size")
-    number = codebook.get("codevectors", part(analysis, "model").get("num_embedding"))
+    skipped, size = found.analysis.skipped_images.count, data.get("image_size")
     groups: dict[str, Rows] = {
         "Quality": [*quality_rows(found), *protocol_row(found)],
         "Rate": rates,
-        "Codebook": []
-        if not quantised(found)
-        else [
-            ("usage", f"{shown(codebook.get('usage_percent'))} %", "of codevectors used at all"),
-            (
-                "perplexity",
-                shown(codebook.get("perplexity")),
-                f"of {shown(number)} codevectors",
-            ),
+        "Codebook": [
+            (figure.label, codebook.rows()[figure.label], figure.note)
+            for figure in CODEBOOK.values()
+            if figure.label in codebook.rows()
         ],
         "Images": [
             ("data set", data.get("dataset", "–"), f"{size}×{size} pixels" if size else ""),
-            ("images", shown(codebook.get("images")), "of the test set"),
-            *([("left out", shown(skipped), "could not be decoded")] if skipped else []),
+            ("images", shown(codebook.images), "of the test set"),
+            *([("skipped", shown(skipped), "could not be decoded")] if skipped else []),
         ],
         "Training": trained(found),
     }
 
-    known = ("Quality", "Training")
+    if "analysis.json" in found.problems:
+        groups = {group: groups[group] for group in ("Quality", "Training")}
     content = table(
         "Quality and what it costs",
         ("figure", "value", "note"),
-        {group: rows for group, rows in groups.items() if rows and (analysis or group in known)},
+        {group: rows for group, rows in groups.items() if rows},
         "figures",
     )
     return (
@@ -211,13 +186,13 @@ def configuration(found: Found) -> str:
     content = found.checkpoint.content if found.checkpoint else {}
     groups = {
         "Model": model_flags(found),
-        "Test images": part(found.analysis, "data"),
+        "Test images": found.analysis.data,
         "Training": part(content, "train_config"),
         "Objective": part(content, "objective_config"),
         "Training images": part(content, "data_config"),
-        "Evaluation": part(found.metrics, "settings"),
-        "Protocol": part(found.metrics, "protocol"),
-        "Network weights": part(found.metrics, "weights"),
+        "Evaluation": found.metrics.settings,
+        "Protocol": found.metrics.protocol,
+        "Network weights": found.metrics.weights,
     }
     settings = {"Evaluation", "Protocol", "Network weights"}
     tables = [
@@ -242,7 +217,7 @@ def model_flags(found: Found) -> dict[str, Any]:
     """The model's flags that its quantiser reads."""
     spec = spec_of(found)
     unread = QUANTIZER_FLAGS - spec.reads if spec else set()
-    model = part(found.analysis, "model")
+    model = found.analysis.model
     return {name: value for name, value in model.items() if name not in unread}
 
 
@@ -263,7 +238,7 @@ def train_command(found: Found) -> str:
     train, data = part(content, "train_config"), part(content, "data_config")
     if found.checkpoint is None or not train:
         return ""
-    model = part(found.analysis, "model") or vars(found.checkpoint.model_config)
+    model = found.analysis.model or vars(found.checkpoint.model_config)
     spec = QUANTIZERS.get(str(model.get("quantizer")))
     words = ["python", "main.py"]
     for group, base in (

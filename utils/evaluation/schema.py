@@ -1,0 +1,261 @@
+"""The files analysis.json and metrics.json as dataclasses, and how each figure in them is shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from utils.errors import UserError, one_line
+from utils.files import write_json
+
+Content = TypeVar("Content")
+
+# ----------------------------------------------------------------------------------------- figures
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How a number is shown: label, decimals, unit, and which direction is better."""
+
+    label: str
+    decimals: int = 4
+    unit: str = ""
+    better: Literal["", "lower", "higher"] = ""
+    note: str = ""  # its definition
+    detail: bool = False  # shown in the report alone
+
+    @property
+    def title(self) -> str:
+        """The label with the unit: PSNR (dB)."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    @property
+    def direction(self) -> str:
+        return f"{self.better} is better" if self.better else ""
+
+    def format(self, value: float | None) -> str:
+        """The number alone; a dash where it is not known."""
+        if value is None or math.isnan(value):
+            return "–"
+        if math.isinf(value):
+            return "∞" if value > 0 else "-∞"
+        return f"{value:.{self.decimals}f}"
+
+    def text(self, value: float | None) -> str:
+        """The number with its unit."""
+        return f"{self.format(value)} {self.unit}".rstrip()
+
+
+def figure(label: str, decimals: int, unit: str = "", **more: Any) -> Any:
+    """A field whose value is a figure; None where it is not known."""
+    return field(default=None, metadata={"figure": Figure(label, decimals, unit, **more)})
+
+
+def figures(group: type) -> dict[str, Figure]:
+    """The figures declared in the fields of a dataclass, by name."""
+    found = {item.name: item.metadata.get("figure") for item in fields(group)}
+    return {name: shown for name, shown in found.items() if shown is not None}
+
+
+# ------------------------------------------------------------------------------------------ schema
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Size of the codes of an image; nothing is known without a quantiser."""
+
+    codes_per_image: float | None = figure("codes per image", 0, note="positions × unit slots")
+    nominal_bits_per_pixel: float | None = figure(
+        "bits per pixel, nominal", 3, note="log2 K bits per code"
+    )
+    entropy_bits_per_pixel: float | None = figure(
+        "bits per pixel, entropy", 3, note="ideal entropy coder with one frequency table"
+    )
+    entropy_bits_per_pixel_by_slot: float | None = figure(
+        "bits per pixel, entropy by slot",
+        3,
+        note="the same with one frequency table per unit slot",
+        detail=True,
+    )
+    coded_bytes: int | None = None  # with test.py --save_codes
+    coded_bits_per_pixel: float | None = figure(
+        "bits per pixel, coded", 3, note="size of the file that --save_codes wrote"
+    )
+    coded_tables: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.codes_per_image is not None
+
+    def rows(self) -> dict[str, str]:
+        """Label → value of the figures that are known."""
+        found = rows(self.headline())
+        if self.coded_tables is not None:
+            plural = "s" if self.coded_tables > 1 else ""
+            shown = RATES["coded_bits_per_pixel"].label
+            found[shown] += f" (with {self.coded_tables} frequency table{plural})"
+        return found
+
+    def headline(self) -> Rate:
+        """The figures that accompany those of quality."""
+        kept = {name for name, shown in RATES.items() if not shown.detail}
+        return replace(self, **{f.name: None for f in fields(self) if f.name not in kept})
+
+
+@dataclass(frozen=True)
+class CodebookUse:
+    """Usage of the codevectors over all images; without a quantiser the images alone."""
+
+    images: int | None = None
+    codevectors: int | None = None
+    usage_percent: float | None = figure(
+        "codebook usage", 1, "%", note="share of codevectors that are used at all"
+    )
+    perplexity: float | None = figure(
+        "perplexity", 1, note="2 to the entropy of the usage, at most the codevectors"
+    )
+    slots: int | None = None
+    slot_usage_percent: list[float] | None = None  # (m)
+    slot_perplexity: list[float] | None = None  # (m)
+    counts: list[int] | None = None  # (K), or (m·K) where each slot has its own codebook
+    slot_counts: list[list[int]] | None = None  # (m, K)
+    slots_per_codevector: list[int] | None = None  # (K)
+
+    def rows(self) -> dict[str, str]:
+        """Label → value of the figures that are known."""
+        found = rows(self)
+        if self.codevectors is not None:
+            found[CODEBOOK["perplexity"].label] += f" of {self.codevectors}"
+        return found
+
+
+@dataclass(frozen=True)
+class SkippedImages:
+    """Images that could not be decoded."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Content of analysis.json, written by test.py."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    image_format: str = "png"
+    rate: Rate
+    codebook: CodebookUse = CodebookUse()
+    skipped_images: SkippedImages = SkippedImages()
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean and population variance over n images; None where there is nothing to average.
+
+    Identical images have an infinite PSNR: they are counted in `identical`, not averaged. FID,
+    precision and recall are one value for the whole set: the mean is that value, without variance.
+    KID's are over its subsets.
+    """
+
+    mean: float | None
+    variance: float | None = None
+    n: int = 0
+    identical: int = 0
+
+    @property
+    def shown(self) -> float | None:
+        """The mean; infinite where all images are identical."""
+        return math.inf if self.mean is None and self.identical else self.mean
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Content of metrics.json, written by evaluation.py."""
+
+    metrics: dict[str, Score] = field(default_factory=dict)
+    pairs: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)  # name → reason
+    rate: Rate | None = None  # None: the reconstructions are not test.py's
+    protocol: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, dict[str, str]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+RATES = figures(Rate)
+CODEBOOK = figures(CodebookUse)
+
+
+def rows(group: Rate | CodebookUse) -> dict[str, str]:
+    values = {name: getattr(group, name) for name in figures(type(group))}
+    shown = figures(type(group))
+    return {shown[k].label: shown[k].text(v) for k, v in values.items() if v is not None}
+
+
+# -------------------------------------------------------------------------------------------- JSON
+
+
+def write(path: Path, content: Analysis | Metrics) -> None:
+    write_json(path, plain(content))
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dictionaries; unknown figures of rate and codebook are left out."""
+    if is_dataclass(value):
+        whole = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        if isinstance(value, Rate | CodebookUse):
+            return {name: own for name, own in whole.items() if own is not None}
+        return whole
+    if isinstance(value, Mapping):
+        return {name: plain(own) for name, own in value.items()}
+    return value
+
+
+def read(path: Path, schema: type[Content]) -> Content:
+    """Read a file and check the type of every value; unknown keys are ignored.
+
+    A missing key has its default, so that older files can be read. Raises FileNotFoundError, and
+    UserError naming the file and the value where one is damaged.
+    """
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")), schema)  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)[:200]}") from error
+
+
+KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
+
+
+def parse(value: Any, kind: Any, place: str = "") -> Any:
+    """A value of JSON as this type. Raises ValueError naming the place where it is another."""
+    if kind is Any:
+        return value
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else parse(value, get_args(kind)[0], place)
+    if is_dataclass(kind):
+        return parse_fields(parse(value, dict[str, Any], place), kind, place)
+    base, inner = get_origin(kind) or kind, get_args(kind)
+    right = isinstance(value, (int, float) if base is float else base)
+    if not right or isinstance(value, bool) or (base is float and not math.isfinite(value)):
+        raise ValueError(f"{place[1:] or 'it'} is {json.dumps(value)[:40]}, not {KINDS[base]}")
+    if base is dict:
+        return {name: parse(own, inner[1], f"{place}.{name}") for name, own in value.items()}
+    if base is list:
+        return [parse(own, inner[0], place) for own in value]
+    return base(value)
+
+
+def parse_fields(values: Mapping[str, Any], group: Any, place: str) -> Any:
+    hints = get_type_hints(group)
+    for item in fields(group):
+        if item.default is item.default_factory is MISSING and item.name not in values:
+            raise ValueError(f"{place[1:] or 'it'} lacks {item.name}")
+    known = {item.name: values[item.name] for item in fields(group) if item.name in values}
+    return group(**{k: parse(own, hints[k], f"{place}.{k}") for k, own in known.items()})
