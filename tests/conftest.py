@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import struct
@@ -13,11 +14,33 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 from utils.errors import UserError
 from utils.logger import log
 
 ROOT = Path(__file__).parent.parent
+
+# Tests run side by side, and their models are too small for several threads.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+# Drawing takes most of the time of a short run, so figures stay blank but for `draw_figures`.
+DRAW = Figure.draw
+Figure.draw = lambda *_: None  # type: ignore[method-assign]
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector, which every validation calls, what the imports have made."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def draw_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw figures in full."""
+    monkeypatch.setattr(Figure, "draw", DRAW)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def test_the_published_commands(mnist: Path) -> None:
         assert word in summary.out
 
 
+@pytest.mark.usefixtures("draw_figures")
 def test_results_tell_the_truth(script: Script, mnist: Path, tmp_path: Path) -> None:
     """Pictures, counts and rate are those of the model in the checkpoint."""
     assert train(script, mnist, "--interpolation_scale", "2").code == 0

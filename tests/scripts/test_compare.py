@@ -288,6 +288,7 @@ def canned() -> Iterator[Row]:
         yield Row(contender.name, contender.family, contender.flags, 1e-3, [1, 2], figures, {}, [])
 
 
+@pytest.mark.usefixtures("draw_figures")
 def test_curves_are_drawn_where_there_are_figures(tmp_path: Path) -> None:
     rows = list(canned())
     pictures = draw_curves(rows, "made up", tmp_path, "x")
@@ -301,6 +302,7 @@ def test_curves_are_drawn_where_there_are_figures(tmp_path: Path) -> None:
     assert draw_curves([], "made up", tmp_path, "y") == {}
 
 
+@pytest.mark.usefixtures("draw_figures")
 def test_a_collapsed_codebook_does_not_break_the_curve(tmp_path: Path) -> None:
     zero = Row("vq-K32", "vq", {}, 1e-3, [1], {"entropy": [0.0], "psnr": [10.0]}, {}, [])
     assert draw_curves([zero, *canned()], "made up", tmp_path, "z")

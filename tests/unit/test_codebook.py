@@ -70,6 +70,7 @@ def test_principal_components() -> None:
     assert principal_components(torch.zeros(1, 1))[0].shape == (1, 2)
 
 
+@pytest.mark.usefixtures("draw_figures")
 @pytest.mark.parametrize(("num_embedding", "slots", "dim"), [(16, 3, 4), (1, 1, 1), (5, 2, 2)])
 def test_plots_are_pictures(num_embedding: int, slots: int, dim: int, tmp_path: Path) -> None:
     statistics = CodebookStatistics(num_embedding)

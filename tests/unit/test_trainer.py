@@ -415,6 +415,7 @@ def test_the_meter_weighs_images() -> None:
     assert meter.read() == {}
 
 
+@pytest.mark.usefixtures("draw_figures")
 def test_tensorboard_shows_curves_pictures_and_usage(tmp_path: Path) -> None:
     make(tmp_path).fit()
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
