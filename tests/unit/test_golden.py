@@ -1,4 +1,4 @@
-"""The quantiser returns what the reference returned on the same inputs."""
+"""The quantiser returns the results of the reference on the same inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUANTIZER_FILES = sorted(GOLDEN.glob("looc_*.npz")) + sorted(GOLDEN.glob("cvq_*.
 
 
 def assert_equal(ours: Tensor, reference: np.ndarray) -> None:
-    """To 1e-5 relative of the reference's largest value."""
+    """Compare to 1e-5 of the largest value of the reference."""
     reference = np.asarray(reference)
     atol = 1e-5 * np.abs(reference).max()
     np.testing.assert_allclose(ours.detach().cpu().numpy(), reference, rtol=1e-5, atol=atol)
@@ -30,7 +30,7 @@ def test_three_training_calls(path: Path) -> None:
 
 def three_training_calls(path: Path, device: torch.device) -> None:
     data = np.load(path)
-    # The reference does not put interval units back, so its output and loss are not comparable.
+    # The reference does not reorder interval units, so output and loss cannot be compared.
     interval = path.stem == "looc_interval"
     quantizer = LooCQuantizer(**json.loads(str(data["config"]))).to(device)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""The plug-in: its own properties, and the models of other projects with it in place.
+"""The plug-in alone, and in models of other projects.
 
-Those models are the real classes of diffusers and taming-transformers (the extra `plugin`).
+These models are the real classes of diffusers and taming-transformers (the extra `plugin`).
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def images() -> Tensor:
 
 
 def need(module: str) -> ModuleType:
-    """A module of an optional requirement; the test is skipped where it does not import."""
-    reason = f"{module} does not import here; docs/plugin.md says what it comes from"
+    """Import a module of an optional requirement, or skip the test."""
+    reason = f"{module} cannot be imported; docs/plugin.md says which package it needs"
     found: ModuleType = pytest.importorskip(module, reason=reason, exc_type=ImportError)
     return found
 
 
-# ------------------------------------------------------------------------------ its own properties
+# ------------------------------------------------------------------------------------------ alone
 
 
 @every_setting
@@ -72,7 +72,7 @@ def test_indices_of_every_shape_decode_to_the_output(setting: dict[str, Any]) ->
     assert plugin.units == units
     assert indices.shape == ((2, 3, 5, units) if units > 1 else (2, 3, 5))
     assert (loss.shape, perplexity.shape, encodings) == ((), (), None)
-    F.one_hot(indices, plugin.n_e)  # which wants int64 in [0, K)
+    F.one_hot(indices, plugin.n_e)  # needs int64 in [0, K)
     plugin.sane_index_shape = False
     assert torch.equal(plugin(z)[2][2], indices.flatten())
 
@@ -117,7 +117,7 @@ def test_state_survives_a_round_trip(setting: dict[str, Any]) -> None:
 
 
 def test_further_keywords_reach_the_quantiser() -> None:
-    """Names, defaults and order; each keyword of LooCQuantizer is one of the plug-in's."""
+    """Names, defaults and order; the plug-in accepts every keyword of LooCQuantizer."""
     contract = "n_e e_dim beta remap unknown_index sane_index_shape legacy embedding_dim"
     names = f"self {contract} interpolation_scale distance anchor settings"
     plugin, quantizer = (
@@ -171,7 +171,7 @@ def test_legacy_moves_the_weight_to_the_codebook(beta: float) -> None:
     (loss, on_z, on_codebook), (legacy_loss, legacy_on_z, legacy_on_codebook) = gradients.values()
     assert on_z is not None
     assert on_codebook is not None
-    torch.testing.assert_close(legacy_loss, loss)  # the terms are equal in value
+    torch.testing.assert_close(legacy_loss, loss)  # both terms have the same value
     torch.testing.assert_close(legacy_on_z, on_z / beta)
     torch.testing.assert_close(legacy_on_codebook, on_codebook * beta)
 
@@ -179,7 +179,7 @@ def test_legacy_moves_the_weight_to_the_codebook(beta: float) -> None:
 @pytest.mark.parametrize("unknown", ["random", "extra", 1])
 @pytest.mark.parametrize("units", [1, 2])
 def test_remap(unknown: str | int, units: int, tmp_path: Path) -> None:
-    """Of a file; known indices come back, unknown ones as said."""
+    """Known indices survive the round trip; unknown ones follow `unknown_index`."""
     used = [9, 4, 0, 11, 2]
     np.save(tmp_path / "used.npy", np.array(used, dtype=np.uint8))
     setting = {"embedding_dim": 8 // units}
@@ -268,7 +268,7 @@ every_peer = pytest.mark.parametrize("peer", PEERS)
 
 
 def make_pair(peer: str, **setting: Any) -> tuple[Any, LooCPlugin]:
-    """Another project's quantiser, and the plug-in set to be it: one unit and l2."""
+    """The quantiser of another project, and the plug-in as its equal: one unit and l2."""
     module, name = PEERS[peer]
     theirs = getattr(need(module), name)(16, 8, 0.25, **setting)
     ours = make(embedding_dim=8, distance="l2", anchor="none", **setting)
@@ -370,7 +370,7 @@ def test_diffusers_looks_codes_up(units: dict[str, Any]) -> None:
 def test_diffusers_saves_and_loads(
     units: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Built by from_pretrained, or put in place before the weights are loaded."""
+    """The plug-in is built by from_pretrained, or assigned before the weights are loaded."""
     model = make_diffusers()
     model.quantize = make(**units)
     model(images())
@@ -393,7 +393,7 @@ def test_diffusers_saves_and_loads(
 
 
 class Transformer(nn.Module):
-    """In place of taming's, which imports what transformers has no more."""
+    """Replacement of taming's, which imports names that transformers has removed."""
 
     def __init__(self, vocab_size: int, block_size: int) -> None:
         super().__init__()
@@ -405,13 +405,13 @@ class Transformer(nn.Module):
         return self.block_size
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
-        """(b, n) → the logits of what comes next (b, n, K)."""
+        """Tokens (b, n) → logits of the next token (b, n, K)."""
         assert tokens.shape[1] <= self.block_size
         return self.table(tokens), None
 
 
 class PixelDistance(nn.Module):
-    """In place of LPIPS, whose weights would be downloaded."""
+    """Replacement of LPIPS, whose weights would be downloaded."""
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
         return (one - other).abs().mean((1, 2, 3), keepdim=True)
@@ -419,7 +419,7 @@ class PixelDistance(nn.Module):
 
 @pytest.fixture
 def loss_config(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """taming's loss with its discriminator, from the first step."""
+    """Configuration of taming's loss; its discriminator trains from the first step."""
     monkeypatch.setattr(need("taming.modules.losses.vqperceptual"), "LPIPS", PixelDistance)
     target = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
     return {"target": target, "params": {"disc_start": 0, "disc_num_layers": 1, "disc_ndf": 8}}
@@ -427,7 +427,7 @@ def loss_config(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def taming(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """taming.models.vqgan with the plug-in in place of its quantiser."""
+    """Module taming.models.vqgan, where the plug-in replaces the quantiser."""
     vqgan = need("taming.models.vqgan")
     monkeypatch.setattr(vqgan, "VectorQuantizer", partial(LooCPlugin, interpolation_scale=2))
     return vqgan
@@ -437,7 +437,7 @@ def taming(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_taming_encoder_decoder_and_loss(
     units: dict[str, Any], loss_config: dict[str, Any]
 ) -> None:
-    """The modules alone, without taming.models and so without Lightning."""
+    """The modules without taming.models, which would need Lightning."""
     parts = need("taming.modules.diffusionmodules.model")
     losses = need("taming.modules.losses.vqperceptual")
     torch.manual_seed(0)
@@ -476,7 +476,7 @@ def test_taming_model_is_trained_by_its_own_trainer(
         **{"max_epochs": 1, "accelerator": "cpu", "default_root_dir": tmp_path},
         **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
     )
-    trainer.fit(model, loader)  # validation_step logs a name twice, which 1.9 refuses
+    trainer.fit(model, loader)  # no validation: it logs one name twice, an error in Lightning 1.9
     assert not torch.equal(model.quantize.embedding.weight, before)
     (path,) = tmp_path.rglob("*.ckpt")
     again = taming.VQModel(VQGAN, loss_config, n_embed=16, embed_dim=8)
@@ -494,8 +494,8 @@ def test_taming_model_is_trained_by_its_own_trainer(
 def test_taming_stage_two_decodes_its_own_tokens(
     taming: ModuleType, sane_index_shape: bool
 ) -> None:
-    """Its Net2NetTransformer takes the tokens, samples some, and decodes them with the shape."""
-    del taming  # put in place by the fixture
+    """Net2NetTransformer reads the tokens, samples some, and decodes them with the shape."""
+    del taming  # the fixture has replaced the quantiser
     first_stage = {
         "target": "taming.models.vqgan.VQModel",
         "params": {
@@ -527,7 +527,7 @@ def test_taming_stage_two_decodes_its_own_tokens(
 
 # --------------------------------------------------------------------------------- docs/plugin.md
 
-# Where a recipe puts the plug-in.
+# The name that a recipe replaces by the plug-in.
 RECIPES: dict[str, tuple[str, str] | None] = {
     "alone": None,
     "vqgan": ("taming.models.vqgan", "VectorQuantizer"),
@@ -548,7 +548,7 @@ def test_the_recipes_run_as_printed(
         module, name = need(place[0]), place[1]
         if not hasattr(module, name):
             pytest.skip(f"{place[0]} of this version has no {name}")
-        monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(blocks[number], names)

@@ -80,7 +80,7 @@ for path in pathlib.Path("borrowed").glob("*.py"):
 
 
 def test_the_copied_folder_of_looc_works_alone(tmp_path: Path) -> None:
-    """Under another name in an empty directory, nothing else of this project can be imported."""
+    """It runs under another name in an empty directory, without the rest of this project."""
     source = ROOT / "modules" / "quantizers" / "looc"
     shutil.copytree(source, tmp_path / "borrowed", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-I", "-c", COPIED], cwd=tmp_path, check=True)

@@ -63,7 +63,7 @@ def test_gradient_passes_straight_through(setting: dict[str, Any]) -> None:
     direction = torch.randn(z.shape)
     output = quantizer(z).latents
     (gradient,) = torch.autograd.grad((output * direction).sum(), z)
-    # What passes is the gradient of extrapolation and its inverse without a match between them.
+    # Expected: the gradient through extrapolation and its inverse, without a match between them.
     scale = setting["interpolation_scale"]
     smooth = interpolate_back(extrapolate(z, scale), scale)
     (expected,) = torch.autograd.grad((smooth * direction).sum(), z)
@@ -86,7 +86,7 @@ def test_a_dead_codevector_moves_and_a_live_one_stays(setting: dict[str, Any]) -
     quantizer.usage.fill_(1.0)
     quantizer.usage[3] = 0.0
     with torch.no_grad():
-        quantizer.codebook[3] = -50.0  # far from, and opposite to, all features
+        quantizer.codebook[3] = -50.0  # far from all features and opposite to them
     before = quantizer.codebook.detach().clone()
     quantizer(z)
     moved = (quantizer.codebook != before).any(dim=1).nonzero().flatten()
@@ -128,7 +128,7 @@ def test_match_and_anchors_agree_with_the_whole_matrix(
 
 
 def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chi-square over 20,000 draws, streamed in several blocks."""
+    """Chi-square test over 20,000 draws, computed in several blocks."""
     torch.manual_seed(3)
     monkeypatch.setattr(distances, "block_elements", lambda *_: 3 * 20_000)
     features = F.normalize(torch.randn(10, 3), dim=1)
@@ -137,7 +137,7 @@ def test_probrandom_draws_from_the_softmax(monkeypatch: pytest.MonkeyPatch) -> N
     drawn = most_similar_features(features, codevectors, "cos", None, gumbel=True).vectors
     counts = (drawn[:, None] == features).all(-1).sum(0)
     expected = 20_000 * F.softmax(F.normalize(codevector, dim=1) @ features.T, dim=1)[0]
-    assert ((counts - expected).square() / expected).sum() < 27.9  # 99.9 % quantile, 9 degrees
+    assert ((counts - expected).square() / expected).sum() < 27.9  # 99.9 % quantile, χ²(9)
 
 
 @pytest.mark.parametrize("num_features", [1, 2, 9, 64, 257])
@@ -199,7 +199,7 @@ def test_first_batch_stops_re_initialisation_but_not_counting() -> None:
 
 
 def test_state_survives_a_round_trip() -> None:
-    """The pool of `random` included: two quantisers go on alike."""
+    """Two quantisers with the same state continue alike, also with the pool of `random`."""
     one = make({"anchor": "random"}, num_embedding=32)
     one(latents(1, 8, 2, 3))
     assert one.pool_size == 12
@@ -250,7 +250,7 @@ def test_edges_stay_finite(
 def test_one_feature_that_is_not_finite_reaches_neither_codebook_nor_usage(
     anchor: str, device_waits: bool, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not device_waits:  # as on CUDA, where the loss is not looked at
+    if not device_waits:  # as on CUDA, where the loss is not read
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.dim() == 0))
     spoiled, clean = make({"anchor": anchor}), make({"anchor": anchor})
     z = latents()
@@ -261,7 +261,7 @@ def test_one_feature_that_is_not_finite_reaches_neither_codebook_nor_usage(
     clean(latents())
     once = make({"anchor": anchor})
     once(z)
-    # 60 features, one of them not counted.
+    # Of 60 features one is not counted.
     assert (once.usage * 59 * 100).sum() == pytest.approx(59, rel=1e-4)
     assert (once.usage - clean.usage).abs().max() <= 0.01 / 30
 
@@ -322,7 +322,7 @@ SCALES_OF_FEATURES = (1e-3, 1.0, 1e3)
 def test_every_search_is_exact(
     backend: str, distance: str, num_features: int, num_embedding: int, dim: int
 ) -> None:
-    """The similarity found equals the best in float64; a codevector of zeros included."""
+    """The similarity found equals the best in float64, also with a codevector of zeros."""
     if backend == "faiss":
         pytest.importorskip("faiss")
     torch.manual_seed(0)
@@ -343,10 +343,10 @@ def test_every_search_is_exact(
 
 
 @pytest.mark.parametrize("wrong", ["last", "beyond"])
-def test_a_wrong_kernel_is_found_out(
+def test_a_wrong_kernel_is_detected(
     wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also beside a codevector far away, and after features that are no numbers."""
+    """Also with a codevector far away, and if the first features are NaN."""
 
     def broken(columns: torch.Tensor, keys: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return torch.full((columns.shape[1],), len(keys) - (wrong == "last"))
@@ -360,12 +360,12 @@ def test_a_wrong_kernel_is_found_out(
     search.search(torch.full_like(features, torch.nan), codebook, "l2", "compiled")
     found = search.search(features, codebook, "l2", "compiled")
     assert torch.equal(found, search.search(features, codebook, "l2", "torch"))
-    (told,) = caplog.messages
-    assert "search by compiled failed (the compiled kernel is wrong for (33, 3)" in told
+    (message,) = caplog.messages
+    assert "search by compiled failed (the compiled kernel is wrong for (33, 3)" in message
 
 
 def test_the_compiled_search_holds_no_matrix() -> None:
-    """1.6 GB of similarities, found with less than a tenth of it."""
+    """All similarities are 1.6 GB; the search needs less than a tenth of it."""
     features, codebook = torch.randn(200_000, 2), torch.randn(2000, 2)
     search.search(features[:9000], codebook, "l2", "compiled")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -391,7 +391,7 @@ def test_a_search_that_fails_is_replaced_once(
 
 
 class Host(nn.Module):
-    """Someone's autoencoder around the quantiser."""
+    """Small autoencoder around the quantiser."""
 
     def __init__(self, **setting: Any) -> None:
         super().__init__()
@@ -409,7 +409,7 @@ NORMALISED = {"latent_norm": "batch", "codebook_update": "ema", "codebook_start"
 
 @pytest.mark.parametrize("setting", [{}, NORMALISED], ids=["paper", "best"])
 def test_a_model_around_it_can_be_compiled(setting: dict[str, Any]) -> None:
-    """The same codebook, bit for bit; nothing is compiled again as the state goes on."""
+    """The codebook is the same bit for bit, and nothing is compiled again as the state changes."""
     codebooks, graphs = [], []
     for compiled in (False, True):
         torch._dynamo.reset()
@@ -437,17 +437,17 @@ def test_a_model_around_it_can_be_exported(setting: dict[str, Any]) -> None:
     assert not search.failed_searches
 
 
-@pytest.mark.parametrize("shares", [2, 5, 7])
-def test_sums_in_shares(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, where rows that are long take long."""
+@pytest.mark.parametrize("shards", [2, 5, 7])
+def test_sums_in_shards(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are divided as on CUDA, and no row gets more than its part."""
     features, indices = torch.randn(33, 3, dtype=torch.float64), torch.randint(4, (33,))
     expected = counting.sums_by_index(features, indices, 5)
-    monkeypatch.setattr(counting, "num_shards", lambda *_: shares)
+    monkeypatch.setattr(counting, "num_shards", lambda *_: shards)
     torch.testing.assert_close(counting.sums_by_index(features, indices, 5), expected)
     keys, _ = counting.shard_keys(indices, 5)
     assert torch.equal(keys % 5, indices)
-    assert torch.bincount(keys, minlength=5 * shares).view(shares, 5).sum(1).max() <= -(
-        -33 // shares
+    assert torch.bincount(keys, minlength=5 * shards).view(shards, 5).sum(1).max() <= -(
+        -33 // shards
     )
 
 
@@ -457,23 +457,23 @@ def test_row_argmax(groups: int) -> None:
     assert torch.equal(search.row_argmax(scores), scores.argmax(1))
 
 
-def test_usage_that_is_settled_needs_no_look() -> None:
-    """Skipping the look at a settled usage changes nothing, and ends before a code can die."""
+def test_safe_steps_do_not_read_the_usage() -> None:
+    """Safe steps change nothing, and end before a code can be dead."""
     one, other = make({}, num_embedding=2), make({}, num_embedding=2)
     z = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)) + 1
-    looks = 0
+    reads = 0
     with torch.no_grad():
         for quantizer in (one, other):
             quantizer.codebook.copy_(torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]]))
     for step in range(800):
-        direction = -1 if step < 40 and step % 2 else 1  # from step 40 on codevector 1 is dead
+        direction = -1 if step < 40 and step % 2 else 1  # codevector 1 is unused from step 40
         for quantizer in (one, other):
             quantizer(direction * z)
-        looks += one._safe_steps == 0
+        reads += one._safe_steps == 0
         other._safe_steps = 0
         assert torch.equal(one.codebook, other.codebook)
-    assert looks < 790
-    assert one.codebook[1].sum() > 0  # it was pulled over to the features
+    assert reads < 790
+    assert one.codebook[1].sum() > 0  # it was pulled to the features
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
@@ -490,7 +490,7 @@ def test_bad_features_do_not_reach_the_codebook(anchor: str, distance: str, bad:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_types(dtype: torch.dtype) -> None:
-    """Latents of any type meet a float32 codebook; a codebook of another type works as well."""
+    """Latents of any type work with a float32 codebook, and a float64 codebook works too."""
     z = latents().to(dtype)
     output, loss, indices = make({})(z)
     assert (output.dtype, loss.dtype) == (dtype, torch.float32)
@@ -501,7 +501,7 @@ def test_other_types(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_narrow_codebook(dtype: torch.dtype) -> None:
-    """Its loss does not overflow, and searches of others go on as they were."""
+    """Its loss does not overflow, and no search backend is marked as failed."""
     quantizer, z = make({}).eval(), 9 * latents(4, 8, 16, 16)
     expected = quantizer(z).loss
     narrow = quantizer.to(dtype)(z.to(dtype))
@@ -544,7 +544,7 @@ def test_no_similarity_block_exceeds_its_budget(monkeypatch: pytest.MonkeyPatch)
     assert max(seen) <= 2000
 
 
-# ------------------------------------------------------------------------ switches beside the paper
+# ------------------------------------------------------------------- switches that the paper lacks
 
 EMA = {"codebook_update": "ema"}
 BATCH = {"latent_norm": "batch", "latent_channels": 8}
@@ -571,7 +571,7 @@ every_anchor = pytest.mark.parametrize("anchor", ANCHORS)
 def test_switches_keep_the_quantisers_properties(
     switch: dict[str, Any], anchor: str, scale: int
 ) -> None:
-    """Output is the decoding of its indices, all stays finite, evaluation writes nothing."""
+    """The output is the decoding of its indices; state stays finite; evaluation changes nothing."""
     quantizer, z = make({**switch, "anchor": anchor, "interpolation_scale": scale}), latents()
     for step in range(4):
         output, loss, _ = quantizer((z + step).requires_grad_())
@@ -625,7 +625,7 @@ def test_ema_in_parts_counts_as_a_whole(setting: dict[str, Any]) -> None:
 
 
 def test_ema_is_the_running_mean_of_what_matched() -> None:
-    """The codebook is s_k / c_k of running sums and counts, kept here step by step."""
+    """The codebook equals s_k / c_k of running sums and counts, computed here step by step."""
     quantizer = make({**EMA, "anchor": "none", "distance": "l2", "ema_decay": 0.7})
     counts, sums = torch.zeros(8), torch.zeros(8, 4)
     start = quantizer.codebook.detach().clone()
@@ -640,7 +640,7 @@ def test_ema_is_the_running_mean_of_what_matched() -> None:
         assert not quantizer.codebook.requires_grad
         quantised = quantizer.eval()(z)
         quantizer.train()
-    # Only the commitment is left of the loss.
+    # The loss is the commitment term alone.
     error = (quantizer.decode(quantised.indices) - z).square().mean()
     torch.testing.assert_close(quantised.loss, 0.25 * error)
 
@@ -795,7 +795,7 @@ def test_batch_norm_is_pytorchs() -> None:
     assert torch.equal(quantizer.latent_variance, before)
 
 
-def test_running_norm_is_that_of_its_averages() -> None:
+def test_running_norm_uses_its_averages() -> None:
     """Plain means of the first calls, then of rate 0.1; constants to the gradient."""
     quantizer = make(RUNNING)
     mean, variance = torch.zeros(8), torch.ones(8)
@@ -803,7 +803,7 @@ def test_running_norm_is_that_of_its_averages() -> None:
         z = (3 * latents(2, 8, 5, 4) + step).requires_grad_()
         ours = quantizer._join(quantizer._cut(z, training=True))
         rate = max(0.1, 1 / step)
-        # Of the mixture of what was there, to 1 − rate, and of this call, to rate.
+        # Moments of a mixture: the past with weight 1 − rate, this call with weight rate.
         squares = (1 - rate) * (variance + mean**2) + rate * z.detach().square().mean((0, 2, 3))
         mean = mean + rate * (z.detach().mean((0, 2, 3)) - mean)
         variance = squares - mean**2
@@ -820,8 +820,8 @@ def test_running_norm_is_that_of_its_averages() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 8])
-def test_running_norm_is_of_all_images_however_many_a_call_has(parts: int) -> None:
-    """Images that differ much from one another and little within themselves, one at a time too."""
+def test_running_norm_is_independent_of_images_per_call(parts: int) -> None:
+    """The images differ much from each other and little within; also one image per call."""
     quantizer = make({**RUNNING, "codebook_update": "ema"})
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
@@ -833,14 +833,14 @@ def test_running_norm_is_of_all_images_however_many_a_call_has(parts: int) -> No
     assert (quantizer.latent_variance - 1).abs().mean() < 0.6
 
 
-def test_a_batch_whose_squares_overflow_is_not_learnt_from() -> None:
+def test_a_batch_whose_squares_overflow_is_ignored() -> None:
     for norm in (RUNNING, {}):
         quantizer = make({**norm, "codebook_update": "ema", "codebook_start": "features"})
         quantizer(latents())
         before = {name: value.clone() for name, value in quantizer.state_dict().items()}
         assert not quantizer(latents() * 1e25).loss.isfinite()
         for name, value in quantizer.state_dict().items():
-            if name != "ema_count":  # which a step without matches lets decay
+            if name != "ema_count":  # it decays in a step without matches
                 assert torch.equal(value, before[name]), (norm, name)
 
 

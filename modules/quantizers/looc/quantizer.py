@@ -238,16 +238,16 @@ class LooCQuantizer(LatentNorm):
         """Cut z (B, C, H, W) into normalised units (B, H, W, m, d) of the codebook's type."""
         if z.dim() != 4:
             raise ValueError(f"latents of shape {tuple(z.shape)} are not (B, C, H, W)")
-        num_units(z.shape[1], self.interpolation_scale, self.embedding_dim)  # raises if not whole
+        units_in_z = num_units(z.shape[1], self.interpolation_scale, self.embedding_dim)
+        if self.latent_norm in WITH_AVERAGES and units_in_z != len(self.latent_mean):
+            raise ValueError(
+                f"latents of {z.shape[1]} channels are cut into {units_in_z} units, "
+                f"latent_channels into {len(self.latent_mean)}"
+            )
         extrapolated = extrapolate(z.to(self.codebook.dtype), self.interpolation_scale)
         # This copy is several times faster than one after the permutation, which is then a view.
         channels_last = extrapolated.contiguous(memory_format=torch.channels_last)
         units = SPLITS[self.split].cut(channels_last.permute(0, 2, 3, 1), self.embedding_dim)
-        if self.latent_norm in WITH_AVERAGES and units.shape[-2:] != self.latent_mean.shape:
-            raise ValueError(
-                f"latents of {z.shape[1]} channels are cut into {units.shape[-2]} units, "
-                f"latent_channels into {len(self.latent_mean)}"
-            )
         return self._normalise(units, training)
 
     def _join(self, units: Tensor) -> Tensor:
