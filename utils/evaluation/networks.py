@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from utils.checkpoints.unpickle import read_pickle
 from utils.errors import UserError, one_line
 from utils.evaluation.metrics import FeatureStatistics, features, frechet_distance
-from utils.weights import sources as weights
-from utils.weights.download import Unavailable
-from utils.weights.sources import WEIGHTS, Fetched, sha256, weights_folder
+from utils.weights.download import Unavailable, sha256
+from utils.weights.fetch import Fetched, download_usual, fetch
+from utils.weights.registry import WEIGHTS, find, weights_folder
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ def find_weights(
     if given is not None:
         return Path(given)
     wanted, place = WEIGHTS[name], weights_folder(folder)
-    path = weights.find(wanted, place)
+    path = find(wanted, place)
     if path is not None:
         return path
     try:
-        return weights.download(wanted, place)
+        return download_usual(wanted, place)
     except (Unavailable, UserError) as error:
         raise UserError(
             f"{wanted.usual} is not in {place} and cannot be downloaded ({one_line(error)}); "
@@ -130,7 +130,7 @@ def fetch_weights(folder: str | None = None) -> Iterator[Fetched]:
 
     Raises UserError where that fails; nothing half written is left.
     """
-    return weights.fetch(WEIGHTS, KNOWN_VALUES, weights_folder(folder))
+    return fetch(WEIGHTS, KNOWN_VALUES, weights_folder(folder))
 
 
 def known_lpips(net: str, path: Path) -> float:

@@ -1,1 +1,1 @@
-"""Weights of the metric networks: found, downloaded, rebuilt, checked."""
+"""Weights of the networks behind LPIPS and FID."""

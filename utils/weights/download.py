@@ -1,7 +1,7 @@
-"""Downloads checked by their hash, from an address or from the package indexes pip is set up for.
+"""Downloads checked by their hash: from a URL, or from the package indexes that pip uses.
 
-pip itself cannot be asked for an sdist: it would run the package's setup.py merely to download it.
-So its settings are read (index-url, extra-index-url, cert, proxy) and the file is taken from there.
+`pip download` is no help with an sdist: it runs the package's setup.py. So pip's settings are read
+(index-url, extra-index-url, cert, proxy), and the file is taken from the index directly.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import hashlib
 import html
 import re
+import shutil
 import ssl
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import (
@@ -37,20 +37,20 @@ from utils.errors import one_line, printable
 from utils.logger import log
 
 TIMEOUT = 15.0  # seconds without an answer
-PIP_TIMEOUT = 60.0  # seconds for pip to say how it is set up
-PAGE_LIMIT = 2**24  # bytes of an index's page
+PIP_TIMEOUT = 60.0  # seconds for pip to list its settings
+PAGE_LIMIT = 2**24  # bytes read of an index's page
 BLOCK = 2**20  # bytes
-SHORT = 8  # digits of a hash that are shown
+SHORT = 8  # digits of a hash in messages
 PYPI = "https://pypi.org/simple"
 
 
 class Unavailable(Exception):
-    """An address that cannot be reached or gives something else; its message is one line."""
+    """A URL that cannot be reached or gives another file; its message is one line."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One file of one version of a project on package indexes."""
+    """One file of one version of a project on a package index."""
 
     project: str  # normalised name
     version: str
@@ -62,7 +62,7 @@ class Package:
 
 
 class Downloads:
-    """Downloads by way of a folder for temporary files; a host that is silent is asked once."""
+    """Downloads, packages into a folder for temporary files; a silent host is asked only once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,14 +71,13 @@ class Downloads:
     def get(
         self, url: str, path: Path, sha256_prefix: str, opener: OpenerDirector | None = None
     ) -> None:
-        """Write what an address gives to path.
+        """Download a URL to path.
 
-        Raises Unavailable where it is not what the hash says; what path holds then is rubbish.
+        Raises Unavailable where that fails or the hash differs; path then holds rubbish.
         """
         host, name = host_of(url), unquote(urlsplit(url).path.rsplit("/", 1)[1])
         if host in self.silent:
             raise Unavailable(self.silent[host])
-        digest, received = hashlib.sha256(), 0
         try:
             response = (opener or new_opener()).open(url, timeout=TIMEOUT)
         except HTTPError as error:
@@ -86,32 +85,30 @@ class Downloads:
         except (OSError, HTTPException, ValueError) as error:
             self.silent[host] = f"{host} cannot be reached ({reason(error)})"
             raise Unavailable(self.silent[host]) from error
-        with response, path.open("wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            log.info("downloading %s, %.0f MB, from %s", name, total / 1e6, host)
-            with tqdm(
-                total=total or None, unit="B", unit_scale=True, disable=None, leave=False
-            ) as bar:
-                while block := next_block(response, host):
-                    file.write(block)
-                    digest.update(block)
-                    received += len(block)
-                    bar.update(len(block))
+        total = int(response.headers.get("Content-Length") or 0)
+        log.info("downloading %s, %.0f MB, from %s", name, total / 1e6, host)
+        bar = tqdm.wrapattr(response, "read", total or None, disable=None, leave=False)
+        try:
+            with response, path.open("wb") as file, bar as source:
+                shutil.copyfileobj(source, file, BLOCK)
+        except (ConnectionError, TimeoutError, ssl.SSLError, HTTPException) as error:
+            raise Unavailable(f"{host} broke off ({reason(error)})") from error
+        received, found = path.stat().st_size, sha256(path)
         if received < total:
             raise Unavailable(f"{host} broke off after {received} of {total} bytes of {name}")
-        if not digest.hexdigest().startswith(sha256_prefix):
+        if not found.startswith(sha256_prefix):
             raise Unavailable(
-                f"{host} gives another or a damaged {name} (SHA-256 "
-                f"{digest.hexdigest()[:SHORT]}…, not {sha256_prefix[:SHORT]}…)"
+                f"{host} gives another or a damaged {name} (SHA-256 {found[:SHORT]}…, "
+                f"not {sha256_prefix[:SHORT]}…)"
             )
 
     def package(self, package: Package) -> Path:
-        """The package's file, unopened, from the first of pip's indexes that gives it.
+        """Download the package's file from the first of pip's indexes that has it.
 
-        Raises Unavailable.
+        The file is not opened. Raises Unavailable.
         """
         path = self.folder / package.file
-        if path.is_file():  # whole, as it is renamed last
+        if path.is_file():  # complete: it is renamed last
             return path
         part, reasons = path.with_name(f"{path.name}.part"), []
         settings = pip_settings()
@@ -129,12 +126,13 @@ class Downloads:
         raise Unavailable(f"{package} cannot be downloaded: {'; '.join(reasons)}")
 
 
-def next_block(response: Any, host: str) -> bytes:
-    """The next bytes of an answer, none at its end. Raises Unavailable."""
-    try:
-        return bytes(response.read(BLOCK))
-    except (OSError, HTTPException) as error:
-        raise Unavailable(f"{host} broke off ({reason(error)})") from error
+def sha256(path: Path) -> str:
+    """Return the file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def host_of(url: str) -> str:
@@ -142,28 +140,31 @@ def host_of(url: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why an address could not be opened, without the words that urllib puts around it."""
+    """Return why a URL could not be opened, without the words that urllib puts around it."""
     return printable(str(getattr(error, "reason", "") or error)) or type(error).__name__
 
 
 def new_opener(*handlers: BaseHandler) -> OpenerDirector:
-    """What opens addresses; some servers refuse the name that Python's would give itself."""
+    """Return an opener of URLs."""
     opener = build_opener(*handlers)
-    opener.addheaders = [("User-Agent", "looc")]
+    opener.addheaders = [("User-Agent", "looc")]  # some servers refuse Python's own
     return opener
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's settings by name: environment before files, `pip download`'s own before global ones."""
+    """Return pip's settings by name, empty without pip.
+
+    The environment overrides files, and [download] overrides [global].
+    """
     command = [sys.executable, "-m", "pip", "config", "list"]
     try:
         listing = subprocess.run(
             command, capture_output=True, text=True, timeout=PIP_TIMEOUT, check=True
         )
-    except (OSError, subprocess.SubprocessError):  # no pip
+    except (OSError, subprocess.SubprocessError):
         return {}
     settings = {}
-    for line in sorted(listing.stdout.splitlines(), reverse=True):  # :env:. is last, and prevails
+    for line in sorted(listing.stdout.splitlines(), reverse=True):  # :env:. comes last
         key, _, value = line.partition("=")
         with suppress(ValueError, SyntaxError):
             settings[key.rpartition(".")[2]] = str(ast.literal_eval(value))
@@ -171,9 +172,9 @@ def pip_settings() -> dict[str, str]:
 
 
 def open_index(index: str, settings: Mapping[str, str]) -> tuple[OpenerDirector, str]:
-    """What opens the addresses of an index as pip would, and its address without a password.
+    """Return an opener with pip's settings for an index, and the index's URL without a password.
 
-    Raises Unavailable where the settings are of no use.
+    Raises Unavailable where pip's certificate file cannot be read.
     """
     parts = urlsplit(index)
     try:
@@ -196,7 +197,7 @@ def open_index(index: str, settings: Mapping[str, str]) -> tuple[OpenerDirector,
 
 
 def link(index: str, package: Package, opener: OpenerDirector) -> str:
-    """Where an index has the package's file, from its page of links (PEP 503).
+    """Return the URL of the package's file, found on the index's page of links (PEP 503).
 
     Raises Unavailable.
     """
@@ -205,10 +206,8 @@ def link(index: str, package: Package, opener: OpenerDirector) -> str:
         address += "index.html"
     try:
         with opener.open(address, timeout=TIMEOUT) as response:
-            page, address = (
-                bytes(response.read(PAGE_LIMIT)).decode(errors="replace"),
-                str(response.url),
-            )
+            page = bytes(response.read(PAGE_LIMIT)).decode(errors="replace")
+            address = str(response.url)
     except (OSError, HTTPException, ValueError) as error:
         raise Unavailable(f"{host_of(index)} ({reason(error)})") from error
     for reference in re.findall(r"""href\s*=\s*["']([^"']+)""", page):

