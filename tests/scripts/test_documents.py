@@ -1,0 +1,294 @@
+"""Every command printed in README.md, CONTRIBUTING.md and docs/ is run, parsed or excused here.
+
+Commands of the scripts are parsed by the scripts themselves, up to where they would open images or
+files. Those of EXCUSED are not run, for the reason given there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets.registry
+from datasets import DATASETS, ImageSet, TensorImages
+from tests.conftest import ROOT, Outcome, run_process
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = None
+
+Script = Callable[..., Outcome]
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")))
+PROGRAMS = ("python", "make", "pytest", "torchrun", "srun", "pip", "conda", "pre-commit")
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+SCRIPTS = ("main.py", "test.py", "evaluation.py")
+# Commands that are not run, by how they begin.
+EXCUSED = {
+    "conda env create": "needs conda; test_project.py compares environment.yaml",
+    "head=$(scontrol": "a line of the Slurm script, which needs a cluster",
+    "python evaluation.py --fetch_weights": "downloads 850 MB; test_weights.py fetches small files",
+    "python -m utils.flags.table": "test_project.py compares the page that it writes",
+    "python - <<'end'": "test_the_photographs_of_evaluation runs it",
+    "pre-commit install": "changes the checkout's git hooks",
+}
+# What a machine of the tests lacks, and what stands for it.
+SUBSTITUTES = {
+    "--device cuda": "--device cpu",
+    "--pretrained /models/vq-f4": "--model vqgan",  # test_pretrained.py has --pretrained
+    "<data_path>": "data",
+    "<output_path>": "output",
+}
+REACHED = 77  # exit code of a program whose flags were accepted
+# What the scripts say once their flags are accepted, as no file is there.
+ACCEPTED = re.compile(
+    r"(checkpoint|--gt_path|--data_folder data/photos) .*(does not exist|No such file)"
+    r"|--(gt_path|model_name) is missing"  # of a part of a command
+)
+
+
+class Command(NamedTuple):
+    page: str
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text)
+
+
+def commands(page: str) -> Iterator[Command]:
+    """The commands of a page: those of its code blocks, then those within its sentences."""
+    text = (ROOT / page).read_text()
+    for block in (found for language, found in FENCE.findall(text) if language in ("", "sh")):
+        lines = re.sub(r"(<<'end')\n.*?^end$", r"\1", block, flags=re.M | re.S)
+        for line in re.sub(r"\\\n", " ", lines).splitlines():
+            command = re.sub(r"(^|\s+)#.*", "", line).strip()
+            if command:
+                yield Command(page, " ".join(command.split()))
+    for span in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
+        first, *rest = span.split()
+        if first in PROGRAMS or (rest and first in SCRIPTS):
+            yield Command(page, " ".join([first, *rest]))
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+
+
+def kind(command: Command) -> str:
+    """How a command is checked."""
+    if any(command.text.startswith(words) for words in EXCUSED):
+        return "excused"
+    first, *rest = command.words
+    if first in SCRIPTS or any(word in SCRIPTS for word in rest):
+        return "script"
+    if first == "python":
+        return "program"
+    return first
+
+
+def of_kind(name: str) -> pytest.MarkDecorator:
+    found = [command for command in COMMANDS if kind(command) == name]
+    return pytest.mark.parametrize("command", found, ids=lambda c: f"{c.page}: {c.text}"[:120])
+
+
+def test_each_command_is_of_a_known_kind() -> None:
+    known = {"excused", "script", "program", "make", "pytest", "pip", "pre-commit"}
+    unknown = [command for command in COMMANDS if kind(command) not in known]
+    assert not unknown, "neither checked nor in EXCUSED"
+    assert len(COMMANDS) > 60
+    for words in EXCUSED:
+        assert any(command.text.startswith(words) for command in COMMANDS), f"stale: {words}"
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End programs once their flags are accepted: as they open images, or have parsed."""
+
+    def reached(*_: object) -> NoReturn:
+        raise SystemExit(REACHED)
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser: argparse.ArgumentParser, *words: Any) -> Any:
+        known = parse(parser, *words)
+        if "suite" in known or "table" in known:  # compare.py, ablations.py: further checks follow
+            return known
+        raise SystemExit(REACHED)
+
+    monkeypatch.setattr(datasets.registry, "refuse_files", reached)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+
+
+@pytest.mark.usefixtures("stop")
+@of_kind("script")
+def test_the_scripts_accept_the_flags(command: Command, script: Script) -> None:
+    text = command.text
+    for printed, used in SUBSTITUTES.items():
+        text = text.replace(printed, used)
+    words = shlex.split(text)
+    start = next(index for index, word in enumerate(words) if word in SCRIPTS)
+    outcome = script(*words[start:])
+    assert outcome.code == REACHED or ACCEPTED.search(outcome.err), outcome.err
+
+
+@pytest.mark.usefixtures("stop")
+@of_kind("program")
+def test_the_programs_accept_the_flags(
+    command: Command, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first, *rest = command.words
+    if first != "-m":
+        outcome = script(first, *rest)
+        assert outcome.code == REACHED or ACCEPTED.search(outcome.err), outcome.err
+        return
+    module, *flags = rest
+    monkeypatch.setattr(sys, "argv", [module, *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    assert end.value.code == REACHED
+
+
+@of_kind("make")
+def test_make_has_the_targets(command: Command) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for word in command.words[1:]:
+        variable, _, value = word.partition("=")
+        known = re.search(
+            rf"^{variable} *\?=" if value else rf"^{re.escape(word)}:", makefile, re.M
+        )
+        assert known, f"{word} is not in the Makefile"
+
+
+@of_kind("pytest")
+def test_pytest_finds_the_tests(command: Command) -> None:
+    """The file exists, and -k fits at least one test of it for each of its words."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("-k", default="")
+    parser.add_argument("-m")
+    given = parser.parse_args(command.words[1:])
+    names = " ".join(
+        node.name
+        for path in given.paths
+        for file in ([ROOT / path] if path.suffix else (ROOT / path).rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    )
+    assert names
+    for word in given.k.split(" or "):
+        assert word in names, f"no test of {word}"
+
+
+@pytest.mark.skipif(tomllib is None, reason="tomllib is of Python 3.11")
+@of_kind("pip")
+def test_pip_installs_what_is_declared(command: Command) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {re.split(r"[<>=\[]", line)[0] for lines in extras.values() for line in lines}
+    _, verb, *words = command.words
+    assert verb == "install"
+    for flag, value in zip(words, [*words[1:], ""]):
+        if flag == "-r":
+            assert (ROOT / value).is_file()
+        elif extra := re.fullmatch(r"\.\[(.*)\]", flag):
+            assert extra[1] in extras
+        elif not flag.startswith("-") and flag != "requirements.txt":
+            assert flag in declared, f"{flag} is in no extra of pyproject.toml"
+
+
+@of_kind("pre-commit")
+def test_pre_commit_is_configured(command: Command) -> None:
+    assert command.words[1:] == ["run", "--all-files"]
+    assert (ROOT / ".pre-commit-config.yaml").is_file()
+
+
+# ------------------------------------------------------------------------------ flags, files, runs
+
+
+def test_every_flag_named_exists(script: Script) -> None:
+    """Flags within sentences, tables and commands are flags of a script, or of others' programs."""
+    own = (*SCRIPTS, "experiments/compare.py", "experiments/ablations.py", "experiments/photos.py")
+    texts = [script(name, "--help").out for name in own]
+    texts += [path.read_text() for path in (ROOT / "benchmarks").glob("*.py")]
+    known = set(re.findall(r"--\w[\w-]*", " ".join(texts)))
+    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
+    known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--requeue", "--signal"}
+    known |= {"--help", "--all-files", "--no-"}
+    for page in PAGES:
+        flags = set(re.findall(r"(?<![\w-])--\w[\w-]*", (ROOT / page).read_text()))
+        assert not flags - known, page
+
+
+def test_every_file_named_exists() -> None:
+    """Paths of this repository, in backticks, lead to files."""
+    for page in PAGES:
+        text = FENCE.sub("", (ROOT / page).read_text())
+        paths = (
+            r"`((?:modules|datasets|utils|tests|docs|experiments|benchmarks|\.github)/[\w./-]+)`"
+        )
+        for path in re.findall(paths, text):
+            written = path == "docs/results/cuda.md"  # on a GPU
+            assert written or (ROOT / path).exists(), f"{page}: {path}"
+
+
+SMALL = {
+    "main.py": "--max_steps 2 --hidden_size 8 --num_residual_hidden 4 --device cpu --num_workers 0",
+    "test.py": "",
+    "evaluation.py": "--num_test 8 --num_workers 0",
+}
+
+
+def test_the_readmes_commands_run(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train, test, evaluate, one after another, at a reduced size: the sample, then a folder."""
+    entry = DATASETS["fashion-mnist-sample"]
+
+    def few(*where: Any) -> ImageSet:
+        images = entry.open(*where)
+        return TensorImages(torch.stack([images[index] for index in range(40)]))
+
+    monkeypatch.setitem(DATASETS, "fashion-mnist-sample", replace(entry, open=few))
+    random = np.random.default_rng(0)
+    (tmp_path / "my_pictures").mkdir()
+    for number in range(24):
+        pixels = random.integers(0, 256, (70, 80, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"my_pictures/{number}.png")
+    ran = []
+    for command in commands("README.md"):
+        first, name, *words = [*command.words, ""]
+        if first == "python" and name in SCRIPTS and words[0]:
+            outcome = script(name, *words[:-1], *SMALL[name].split())
+            assert outcome.code == 0, f"{command.text}: {outcome.err}"
+            ran.append(name)
+    assert ran == ["main.py", "test.py", "evaluation.py", "main.py", "test.py"]
+    results = tmp_path / "output/results/mine/best.pt"
+    assert json.loads((results / "metrics.json").read_text())["pairs"] == 8
+    for name in ("codes.looc", "metrics.csv", "report.html", "worst_psnr.png", "analysis.json"):
+        assert (results / name).is_file()
+    assert (tmp_path / "output/results/pictures/best.pt/report.html").is_file()
+
+
+def test_the_photographs_of_evaluation(tmp_path: Path) -> None:
+    """The program in docs/evaluation.md, with 3 photographs instead of 200."""
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    found = re.search(r"python - <<'end'\n(.*?)\nend\n", text, re.S)
+    assert found
+    outcome = run_process(["-c", found[1].replace("range(200)", "range(3)")], tmp_path)
+    assert outcome.code == 0, outcome.err
+    for folder in ("original", "rec"):
+        assert len(list((tmp_path / "photos" / folder).iterdir())) == 3
