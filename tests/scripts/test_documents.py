@@ -106,7 +106,7 @@ def of_kind(name: str) -> pytest.MarkDecorator:
 
 
 def test_each_command_is_of_a_known_kind() -> None:
-    known = {"excused", "script", "program", "make", "pytest", "pip", "pre-commit"}
+    known = {"excused", "script", "program", "make", "pytest", "pip"}
     unknown = [command for command in COMMANDS if kind(command) not in known]
     assert not unknown, "neither checked nor in EXCUSED"
     assert len(COMMANDS) > 60
@@ -210,12 +210,6 @@ def test_pip_installs_what_is_declared(command: Command) -> None:
             assert flag in declared, f"{flag} is in no extra of pyproject.toml"
 
 
-@of_kind("pre-commit")
-def test_pre_commit_is_configured(command: Command) -> None:
-    assert command.words[1:] == ["run", "--all-files"]
-    assert (ROOT / ".pre-commit-config.yaml").is_file()
-
-
 # ------------------------------------------------------------------------------ flags, files, runs
 
 
@@ -227,7 +221,7 @@ def test_every_flag_named_exists(script: Script) -> None:
     known = set(re.findall(r"--\w[\w-]*", " ".join(texts)))
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
     known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--requeue", "--signal"}
-    known |= {"--help", "--all-files", "--no-"}
+    known |= {"--help", "--no-"}
     for page in PAGES:
         flags = set(re.findall(r"(?<![\w-])--\w[\w-]*", (ROOT / page).read_text()))
         assert not flags - known, page
