@@ -27,8 +27,8 @@ from modules import ModelConfig, make_model
 from utils.devices import keep_freed_memory, resolve_device, seed_everything
 from utils.errors import run
 from utils.files import writable_folder
-from utils.flags.arguments import Parser, build, build_model_config, parse_flags
-from utils.flags.presets import PRESETS, with_preset
+from utils.flags.arguments import Parser, build, build_model_config, parse_flags, resolve
+from utils.flags.presets import PRESETS
 from utils.images import to_signed
 from utils.tables import Table, machine, machine_line, write_page
 from utils.training.objectives import ObjectiveConfig, build_objective_config, make_objective
@@ -92,7 +92,7 @@ def measured(steps: int, words: list[str]) -> dict[str, Any]:
 
 def measure(steps: int, words: list[str]) -> dict[str, Any]:
     """Measure median seconds of a step of main.py's loop and of its parts, and peak memory."""
-    flags = with_preset(parse_flags(None, *GROUPS, argv=words), *GROUPS)
+    flags, _ = resolve(parse_flags(None, *GROUPS, argv=words), *GROUPS)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(flags, Path(folder))

@@ -1,4 +1,4 @@
-"""`load_model`, under the name that programs outside this repository import it by."""
+"""Public name of `load_model`, for programs outside this repository."""
 
 from utils.checkpoints.checkpoint import load_model
 

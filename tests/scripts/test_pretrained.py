@@ -446,7 +446,7 @@ ATTENTION_FIRST = {
             {"block_out_channels": (32, 48), "norm_num_groups": 16},
             "has [32, 48] channels at its resolutions, where --model vqgan has multiples of the 32",
         ),
-        ({"out_channels": 1}, "makes images of 1 channels from such of 3"),
+        ({"out_channels": 1}, "makes images of 1 channels from images of 3"),
     ],
 )
 def test_shapes_of_another_architecture(
@@ -477,7 +477,7 @@ def test_checkpoints_of_another_architecture(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("quant_conv.weight"), "is damaged: of quant_conv and post_quant"),
+        (lambda state: state.pop("quant_conv.weight"), "is damaged: it has only one of quant_conv"),
         (
             lambda state: state.pop("encoder.conv_in.weight"),
             "is of another architecture: encoder.conv_in.weight is nothing, not (any, any, 3, 3)",
@@ -506,7 +506,10 @@ def test_checkpoints_of_another_architecture(
             lambda state: state.update({"encoder.conv_in.bias": torch.ones(3, device="meta")}),
             "is damaged: encoder.conv_in.bias is (3,) torch.float32",
         ),
-        (lambda state: state.update({"format": "looc-1"}), "is a checkpoint of our own, which"),
+        (
+            lambda state: state.update({"format": "looc-1"}),
+            "is a checkpoint of this repository, which",
+        ),
         (lambda state: state.update({"state_dict": [1]}), "holds no state dict"),
     ],
 )

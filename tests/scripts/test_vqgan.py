@@ -25,9 +25,8 @@ from tests.conftest import ROOT, Outcome
 from utils.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils.devices import seed_everything
 from utils.errors import Stopped, UserError
-from utils.flags.arguments import build_model_config
-from utils.flags.presets import PRESETS, with_preset
-from utils.flags.recipes import with_recipe
+from utils.flags.arguments import build_model_config, resolve
+from utils.flags.presets import PRESETS
 from utils.training.objectives import Adversarial, ObjectiveConfig, build_objective_config
 from utils.training.trainer import TrainConfig, Trainer, contradictions
 from utils.weights.download import Unavailable
@@ -558,7 +557,7 @@ def test_train_test_evaluate(script: Script, tmp_path: Path) -> None:
 def test_presets_are_whole(name: str) -> None:
     """Every preset is a model that can be built, with flags that suit its images."""
     groups = runpy.run_path(str(ROOT / "main.py"), run_name="main")["GROUPS"]
-    flags = with_preset({"preset": name, "lr": 0.5}, *groups)
+    flags, _ = resolve({"preset": name, "lr": 0.5}, *groups)
     assert flags["lr"] == 0.5
     assert flags["model"] == "vqgan"
     config = build_model_config(flags, 3)
@@ -576,9 +575,9 @@ def test_presets_are_whole(name: str) -> None:
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_a_preset_takes_any_quantiser(quantizer: str) -> None:
     groups = runpy.run_path(str(ROOT / "main.py"), run_name="main")["GROUPS"]
-    own = build_model_config(with_preset({"preset": "photos-64"}, *groups), 3)
-    flags = with_preset({"preset": "photos-64", "quantizer": quantizer}, *groups)
-    config = build_model_config(with_recipe(flags), 3)
+    own = build_model_config(resolve({"preset": "photos-64"}, *groups)[0], 3)
+    flags, _ = resolve({"preset": "photos-64", "quantizer": quantizer}, *groups)
+    config = build_model_config(flags, 3)
     assert (config.quantizer, config.hidden_size) == (quantizer, 32)
     assert config.num_embedding == 256
     if quantizer == "looc":

@@ -1,6 +1,6 @@
-"""Encoders and decoders that others trained, as a start of --model vqgan.
+"""Encoders and decoders trained elsewhere, from which --model vqgan can start: --pretrained.
 
-Their quantiser is left behind: a new one takes its place, and the whole is fine-tuned.
+Their quantiser is dropped; a new one takes its place, and the whole model is fine-tuned.
 """
 
 from __future__ import annotations
@@ -18,33 +18,32 @@ from utils.checkpoints.checkpoint import FORMAT, StateDict, describe
 from utils.checkpoints.translate import (
     DIFFUSERS,
     TAMING,
+    flags_of_shapes,
     mirrored,
     renamed,
-    shapes_tell,
     size,
     with_convs,
 )
 from utils.checkpoints.unpickle import read_pickle
 from utils.errors import UserError, one_line
-from utils.flags.arguments import check_stored
 from utils.logger import log
 
 CLASSES = ("VQModel", "AutoencoderKL")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-# What --model vqgan has where the configuration of diffusers leaves a choice.
+# Settings of diffusers for which --model vqgan has one value only.
 ONLY = {"act_fn": "silu", "norm_type": "group", "mid_block_add_attention": True}
 BLOCKS = {
     "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
     "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
 }
 CONVS = {"use_quant_conv": "pre_vq_conv.weight", "use_post_quant_conv": "post_vq_conv.weight"}
-# What checkpoints hold besides tensors: Lightning's callbacks, NumPy's numbers in schedules.
+# Objects in checkpoints that are ignored: callbacks of Lightning, NumPy numbers in schedules.
 INERT = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.")
-TAMING_GROUPS = 32  # of the normalisations; fixed there
+TAMING_GROUPS = 32  # normalisation groups, fixed in taming-transformers
 
 
 class Source(NamedTuple):
-    """What a file holds, under our names, and the groups of its normalisations."""
+    """Content of a file under our names, and the number of its normalisation groups."""
 
     label: str
     groups: Any
@@ -52,7 +51,7 @@ class Source(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """Weights to load into a model, and the names of those that it keeps as they are."""
+    """Weights to load into a model, and names of the weights that it keeps."""
 
     loaded: dict[str, Tensor]
     new: list[str]
@@ -63,7 +62,7 @@ class Pretrained:
     """Weights of encoder, decoder and the 1×1 convolutions around the quantiser, as float32."""
 
     path: Path
-    flags: dict[str, Any]  # those of ModelConfig that describe the network
+    flags: dict[str, Any]  # fields of ModelConfig that describe the network
     state_dict: dict[str, Tensor]
     origin: str
 
@@ -71,8 +70,8 @@ class Pretrained:
 def read_pretrained(path: str | Path) -> Pretrained:
     """Open a diffusers folder, or a checkpoint of taming-transformers or latent-diffusion.
 
-    Raises UserError, naming --pretrained, where it is missing, damaged, would execute code when
-    opened, or is of an architecture that --model vqgan does not have.
+    Raises UserError, naming --pretrained, if it is missing, damaged, would execute code when
+    opened, or has an architecture that --model vqgan does not have.
     """
     path = Path(path)
     try:
@@ -80,7 +79,7 @@ def read_pretrained(path: str | Path) -> Pretrained:
             raise ValueError("does not exist")
         source = from_diffusers(path) if path.is_dir() else from_taming(path)
         state_dict = with_convs(source.state_dict)
-        flags = shapes_tell(state_dict, source.groups)
+        flags = flags_of_shapes(state_dict, source.groups)
     except OSError as error:
         name, reason = error.filename or path, error.strerror or one_line(error)
         raise UserError(f"--pretrained {name} cannot be read: {reason}") from error
@@ -89,44 +88,25 @@ def read_pretrained(path: str | Path) -> Pretrained:
     return Pretrained(path, flags, state_dict, f"{source.label} in {path}")
 
 
-def with_pretrained(flags: Mapping[str, Any], pretrained: Pretrained | None) -> dict[str, Any]:
-    """The flags given, and those of the network whose weights are taken up.
-
-    The channels of the latents alone may differ: the convolutions around the quantiser are new
-    then. Raises UserError where a flag contradicts the weights.
-    """
-    if pretrained is None:
-        return dict(flags)
-    told = {"model": "vqgan", **pretrained.flags}
-    check_stored(flags, told, f"--pretrained {pretrained.path}", ignored={"latent_channels"})
-    return {**told, **flags}
-
-
-def start(config: ModelConfig, pretrained: Pretrained | None) -> Autoencoder:
-    """A new model, with encoder and decoder of the pretrained one, if there is one.
-
-    Raises UserError where they do not fit.
-    """
-    model = make_model(config)
-    if pretrained is not None:
-        channels = pretrained.flags["in_channels"]
-        if channels != config.in_channels:
-            raise UserError(
-                f"--pretrained {pretrained.path} takes images of {channels} channels, "
-                f"those of --dataset have {config.in_channels}"
-            )
-        fitted = fit(pretrained, model.state_dict())
-        model.load_state_dict(fitted.loaded, strict=False)
-        new = dict.fromkeys(name.split(".")[0] for name in fitted.new)
-        log.info("starting from %s; new: %s", pretrained.origin, ", ".join(new))
-    return model
+def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> None:
+    """Load the weights into a new model. Raises UserError if they do not fit."""
+    channels = pretrained.flags["in_channels"]
+    if channels != model.config.in_channels:
+        raise UserError(
+            f"--pretrained {pretrained.path} takes images of {channels} channels, "
+            f"those of --dataset have {model.config.in_channels}"
+        )
+    fitted = fit(pretrained, model.state_dict())
+    model.load_state_dict(fitted.loaded, strict=False)
+    new = dict.fromkeys(name.split(".")[0] for name in fitted.new)
+    log.info("starting from %s; new: %s", pretrained.origin, ", ".join(new))
 
 
 def fit(pretrained: Pretrained, expected: StateDict) -> Fitted:
-    """What of it to load into the model of this state dict.
+    """Select the weights to load into the model that has this state dict.
 
-    The convolutions around the quantiser stay new where the latents have other channels. Raises
-    UserError naming the first tensor that is missing, misshapen or has no place.
+    The convolutions around the quantiser stay new if the numbers of latent channels differ. Raises
+    UserError naming the first tensor that is missing, misshapen or superfluous.
     """
     given = pretrained.state_dict
     parts: tuple[str, ...] = ("encoder.", "decoder.")
@@ -144,9 +124,9 @@ def fit(pretrained: Pretrained, expected: StateDict) -> Fitted:
 
 
 def from_diffusers(folder: Path) -> Source:
-    """A folder that save_pretrained wrote."""
+    """Read a folder written by save_pretrained."""
     if not (folder / "config.json").is_file():
-        raise ValueError("has no config.json; of a pipeline, give the folder vae or vqvae in it")
+        raise ValueError("has no config.json; for a pipeline, give its folder vae or vqvae")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -168,7 +148,7 @@ def from_diffusers(folder: Path) -> Source:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for what --model vqgan does not have, as far as shapes do not tell it."""
+    """Raise ValueError for settings that --model vqgan does not have and shapes do not show."""
     for flag, only in ONLY.items():
         if config.get(flag, only) != only:
             raise ValueError(f"has {flag} {config[flag]}, where --model vqgan has {only}")
@@ -179,22 +159,22 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def from_taming(path: Path) -> Source:
-    """A checkpoint of PyTorch Lightning, or its state dict alone."""
+    """Read a checkpoint of PyTorch Lightning, or its bare state dict."""
     content = read_tensors(path)
     if any(str(name).startswith("encoder.down_blocks.") for name in content):
         raise ValueError(f"holds the weights of diffusers alone: give its folder, {path.parent}")
     if content.get("format") == FORMAT:
-        raise ValueError("is a checkpoint of our own, which --resume continues")
+        raise ValueError("is a checkpoint of this repository, which --resume continues")
     state_dict = mirrored(renamed(content.get("state_dict", content), TAMING))
     if len({name in state_dict for name in CONVS.values()}) > 1:
-        raise ValueError("is damaged: of quant_conv and post_quant_conv, it holds one alone")
-    return Source("first stage of taming-transformers' kind", TAMING_GROUPS, state_dict)
+        raise ValueError("is damaged: it has only one of quant_conv and post_quant_conv")
+    return Source("first stage in the format of taming-transformers", TAMING_GROUPS, state_dict)
 
 
 def read_tensors(path: Path) -> Mapping[Any, Any]:
-    """The dictionary in a file, opened without executing anything."""
+    """Open the dictionary in a file without executing anything."""
     if not path.is_file():
-        raise ValueError("is no file or folder")
+        raise ValueError("is neither a file nor a folder")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     content = read_pickle(f"--pretrained {path}", path, INERT)
@@ -204,17 +184,36 @@ def read_tensors(path: Path) -> Mapping[Any, Any]:
 
 
 def read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    """The tensors in a file of the safetensors library, which holds nothing else."""
+    """Read the tensors in a file of the safetensors library."""
     try:
         from safetensors.torch import load_file
     except ImportError as error:
         raise ValueError("needs safetensors: pip install safetensors") from error
     with path.open("rb"):
-        pass  # of later errors, those of the system are of damaged files too
+        pass  # later errors of the system may be due to damaged content
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except MemoryError:
         raise
-    except Exception as error:  # the library's own, and whatever a wrong header leads to
+    except Exception as error:  # own errors of the library, and those caused by a wrong header
         raise ValueError(f"is refused: {path.name} is truncated or damaged") from error
     return tensors
+
+
+def with_pretrained(flags: Mapping[str, Any], pretrained: Pretrained | None) -> dict[str, Any]:
+    """Add the flags of the network. Goes as soon as main.py calls `resolve`."""
+    from utils.flags.arguments import check_stored
+
+    if pretrained is None:
+        return dict(flags)
+    network = {"model": "vqgan", **pretrained.flags}
+    check_stored(flags, network, f"--pretrained {pretrained.path}", {"latent_channels"})
+    return {**network, **flags}
+
+
+def start(config: ModelConfig, pretrained: Pretrained | None) -> Autoencoder:
+    """Make a model. Goes as soon as main.py calls `make_model`."""
+    model = make_model(config)
+    if pretrained is not None:
+        load_pretrained(model, pretrained)
+    return model

@@ -1,6 +1,7 @@
-"""Other projects' encoders and decoders in the names and shapes of --model vqgan.
+"""Translation of the encoders and decoders of other projects into names and shapes of VQGAN.
 
-Raises ValueError, to follow the file's name, for what that network does not have.
+Functions raise ValueError, whose message follows the name of the file, for weights that
+--model vqgan does not have.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from torch import Tensor
 from utils.checkpoints.checkpoint import StateDict, describe
 
 Rules: TypeAlias = tuple[tuple[str, str], ...]
-ANY = -1  # of a size
+ANY = -1  # any size
 
 CONVS: Rules = ((r"^quant_conv\.", "pre_vq_conv."), (r"^post_quant_conv\.", "post_vq_conv."))
 DIFFUSERS: Rules = (
     *CONVS,
-    # Its attention, as older files name it.
+    # Names of the attention layers in older files.
     (r"\.query\.", ".to_q."),
     (r"\.key\.", ".to_k."),
     (r"\.value\.", ".to_v."),
     (r"\.proj_attn\.", ".to_out.0."),
 )
 TAMING: Rules = (
-    (r"^first_stage_model\.", ""),  # of a whole latent diffusion model
+    (r"^first_stage_model\.", ""),  # in a whole latent diffusion model
     *CONVS,
     (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
     (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
@@ -44,7 +45,7 @@ TAMING: Rules = (
 
 
 def renamed(content: Any, rules: Rules) -> dict[str, Tensor]:
-    """Encoder, decoder and the convolutions between them, under our names; nothing else."""
+    """Return encoder, decoder and the convolutions between them under our names."""
     if not isinstance(content, Mapping):
         raise ValueError("holds no state dict")
     state_dict = {}
@@ -58,7 +59,7 @@ def renamed(content: Any, rules: Rules) -> dict[str, Tensor]:
 
 
 def weights(name: str, value: Any) -> Tensor:
-    """A tensor as float32; the 1×1 convolutions of attention as the linear layers they are."""
+    """Return a tensor as float32, and 1×1 convolutions of attention as linear layers."""
     whole = (
         isinstance(value, Tensor)
         and value.device.type == "cpu"
@@ -76,7 +77,7 @@ def weights(name: str, value: Any) -> Tensor:
 
 
 def mirrored(state_dict: StateDict) -> dict[str, Tensor]:
-    """The decoder's resolutions counted from the smallest, where they were from the largest."""
+    """Count the resolutions of the decoder from the smallest instead of the largest."""
     last = count(state_dict, "decoder.up_blocks.") - 1
     return {
         re.sub(r"(?<=^decoder\.up_blocks\.)\d{1,3}", lambda at: str(last - int(at[0])), name): value
@@ -85,9 +86,9 @@ def mirrored(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def with_convs(state_dict: StateDict) -> dict[str, Tensor]:
-    """The same with a convolution before and after the quantiser, the identity where there is none.
+    """Add missing convolutions before and after the quantiser, as identities.
 
-    Of a distribution that the encoder gives, in twice the channels, the mean alone is kept.
+    If the encoder returns a distribution, in twice the channels, only its mean is kept.
     """
     rows = take(state_dict, "encoder.conv_out.weight", ANY, ANY, 3, 3).shape[0]
     channels = take(state_dict, "decoder.conv_in.weight", ANY, ANY, 3, 3).shape[1]
@@ -104,9 +105,9 @@ def with_convs(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def mean_alone(state_dict: StateDict, channels: int) -> dict[str, Tensor]:
-    """The mean's half of the 1×1 convolution after the encoder, merged into the encoder's last one.
+    """Merge the mean's half of the 1×1 convolution into the last convolution of the encoder.
 
-    That is exact: W' = Q·W and b' = Q·b + q, where Q and q are the first half of the 1×1's rows.
+    This is exact: W' = Q·W and b' = Q·b + q, where Q and q are the first half of the 1×1's rows.
     """
     both = 2 * channels
     rows = take(state_dict, "pre_vq_conv.weight", both, both, 1, 1)[:channels].flatten(1).double()
@@ -122,13 +123,13 @@ def mean_alone(state_dict: StateDict, channels: int) -> dict[str, Tensor]:
 
 
 def identity(name: str, channels: int) -> dict[str, Tensor]:
-    """A 1×1 convolution that changes nothing."""
+    """Return a 1×1 convolution that is the identity."""
     weight = torch.eye(channels)[:, :, None, None]
     return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(channels)}
 
 
-def shapes_tell(state_dict: StateDict, groups: Any) -> dict[str, Any]:
-    """The flags of the network that these weights are of, which normalises in so many groups."""
+def flags_of_shapes(state_dict: StateDict, groups: Any) -> dict[str, Any]:
+    """Return the model flags of these weights, given the number of normalisation groups."""
     base, in_channels = take(state_dict, "encoder.conv_in.weight", ANY, ANY, 3, 3).shape[:2]
     out_channels = take(state_dict, "decoder.conv_out.weight", ANY, ANY, 3, 3).shape[0]
     channels, latent_channels = take(state_dict, "post_vq_conv.weight", ANY, ANY, 1, 1).shape[:2]
@@ -155,7 +156,7 @@ def shapes_tell(state_dict: StateDict, groups: Any) -> dict[str, Any]:
     if type(groups) is not int or groups < 1 or base % groups:
         raise ValueError(f"normalises in {groups} groups, which do not divide {base} channels")
     if in_channels != out_channels:
-        raise ValueError(f"makes images of {out_channels} channels from such of {in_channels}")
+        raise ValueError(f"makes images of {out_channels} channels from images of {in_channels}")
     return {
         "hidden_size": base,
         "channel_multipliers": ",".join(str(width // base) for width in widths),
@@ -169,13 +170,13 @@ def shapes_tell(state_dict: StateDict, groups: Any) -> dict[str, Any]:
 
 
 def count(state_dict: StateDict, prefix: str) -> int:
-    """The length of a list of layers, by the highest number after this prefix."""
+    """Return the length of a list of layers, from the highest number after this prefix."""
     found = (re.match(rf"{re.escape(prefix)}(\d{{1,3}})\.", name) for name in state_dict)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def take(state_dict: StateDict, name: str, *shape: int) -> Tensor:
-    """The tensor of this name and shape."""
+    """Return the tensor of this name. Raises ValueError if it does not have this shape."""
     value = state_dict.get(name)
     fits = value is not None and value.dim() == len(shape)
     if value is None or not fits or any(a not in (ANY, b) for a, b in zip(shape, value.shape)):
@@ -185,5 +186,5 @@ def take(state_dict: StateDict, name: str, *shape: int) -> Tensor:
 
 
 def size(value: Tensor | None) -> str:
-    """A shape in words."""
+    """Describe a shape."""
     return "nothing" if value is None else str(tuple(value.shape))

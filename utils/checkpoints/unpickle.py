@@ -1,4 +1,4 @@
-"""Opening files of torch.save without executing anything."""
+"""Safe opening of files written by torch.save."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from utils.errors import UserError, one_line
 
 
 class Inert:
-    """Stands for an object of no use here; takes whatever it would be built of, and drops it."""
+    """Stand-in for an object that is ignored; accepts any content and drops it."""
 
     def __new__(cls, *_: Any) -> Inert:
         return super().__new__(cls)
 
     def __init__(self, *_: Any) -> None:
-        """Nothing of an object is kept."""
+        """Drop the arguments."""
 
     def __setstate__(self, state: Any) -> None:
-        """Nor of its state."""
+        """Drop the state."""
 
 
 def read_pickle(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Any:
-    """The content of the file, in which Inert stands for all that begins with a name in inert.
+    """Read a file; objects whose name begins with an entry of `inert` become Inert.
 
-    Raises UserError, beginning with the subject, where the file cannot be read, is damaged, or
-    names anything else that PyTorch does not know to be harmless.
+    Raises UserError, beginning with the subject, if the file cannot be read, is damaged, or
+    contains any other object that PyTorch does not consider safe.
     """
     try:
         with path.open("rb"):
-            pass  # of later errors, those of the system are of damaged files too
+            pass  # later errors of the system may be due to damaged content
     except OSError as error:
         raise UserError(f"{subject} cannot be read: {error.strerror or one_line(error)}") from error
     try:
@@ -47,11 +47,11 @@ def read_pickle(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # damaged files raise whatever the decoder stumbled over
+    except Exception as error:  # damaged files raise errors of many types
         if "weights_only" in str(error) or "Unsupported" in str(error):
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             code = f"code when opened ({named[1]})" if named else "code when opened"
-            reason = f"it would execute {code}, or is no checkpoint"
+            reason = f"it would execute {code}, or is not a checkpoint"
         else:
             reason = f"it is truncated or damaged ({type(error).__name__})"
         raise UserError(f"{subject} is refused: {reason}") from error
@@ -60,9 +60,9 @@ def read_pickle(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Any:
 def stand_ins(
     path: Path, inert: tuple[str, ...]
 ) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """What safe_globals wants: Inert, by every name in the file that begins like one in inert.
+    """Map every name in the file that begins with an entry of `inert` to Inert, for safe_globals.
 
-    Files that PyTorch wrote long ago are no zip files; none is found in them.
+    Files of old versions of PyTorch are not zip files; no names are found in them.
     """
     if not inert or not zipfile.is_zipfile(path):
         return []
@@ -71,9 +71,9 @@ def stand_ins(
 
 
 def check_sums(path: Path) -> None:
-    """Raise BadZipFile where an entry does not have its checksum, at which PyTorch does not look.
+    """Raise BadZipFile if an entry does not match its checksum, which PyTorch does not verify.
 
-    Files that PyTorch wrote long ago are no zip files and have none.
+    Files of old versions of PyTorch are not zip files and have no checksums.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -1,1 +1,1 @@
-"""Command line: flags declared as dataclass fields, recipes, presets, and their tables."""
+"""Command-line flags: parsing, presets, recipes, and their tables in the documentation."""

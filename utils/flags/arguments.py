@@ -7,10 +7,16 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 from modules.config import ModelConfig, implied_flags
 from utils.errors import UserError, printable, unknown_name
+from utils.flags.presets import preset_flags
+from utils.flags.recipes import with_recipe
+
+if TYPE_CHECKING:
+    from utils.checkpoints.pretrained import Pretrained
 
 Group = TypeVar("Group")
 
@@ -58,6 +64,27 @@ def parse_flags(
         if value == []:  # argparse returns this for --name=--
             parser.error(f"argument --{name}: -- is not a value")
     return vars(given)
+
+
+def resolve(given: Mapping[str, Any], *groups: type) -> tuple[dict[str, Any], Pretrained | None]:
+    """Complete the flags given; return them, and the weights of --pretrained if given.
+
+    A flag has the first value found in this order: command line, --preset, the network of
+    --pretrained, the quantiser's own defaults, --recipe. All others keep their declared default.
+    Raises UserError if a flag contradicts the weights; only --latent_channels may differ.
+    """
+    flags, pretrained = dict(given), None
+    if "preset" in given:
+        parse = partial(parse_flags, None, *groups)
+        flags = {**preset_flags(given["preset"], given.get("quantizer"), parse), **given}
+    if "pretrained" in flags:
+        from utils.checkpoints.pretrained import read_pretrained  # it imports this file
+
+        pretrained = read_pretrained(flags["pretrained"])
+        network = {"model": "vqgan", **pretrained.flags}
+        check_stored(flags, network, f"--pretrained {pretrained.path}", {"latent_channels"})
+        flags = {**network, **flags}
+    return with_recipe(flags), pretrained
 
 
 def flag_fields(group: type) -> list[Field[Any]]:

@@ -1,4 +1,4 @@
-"""Flags that are set together: --recipe. A flag that is given overrides its recipe's."""
+"""Named sets of flags: --recipe. A flag that is given overrides its recipe."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from modules.config import ModelConfig, implied_flags
 from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # As published, and as the golden files have it.
+    # As published, and as in the golden files.
     "paper": {},
-    # What each entry brings: docs/results/ablation-fashion-mnist-ingredients-300.md.
+    # The gain from each entry: docs/results/ablation-fashion-mnist-ingredients-300.md.
     "best": {
         "latent_norm": "batch",
         "distance": "l2",
@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def with_recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags given, and those of their recipe that the quantiser reads and does not imply."""
+    """Add the quantiser's own defaults, then the flags of the recipe that the quantiser reads."""
     unread = QUANTIZER_FLAGS - QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)].reads
     recipe = RECIPES[flags.get("recipe", "paper")]
     own = {name: value for name, value in recipe.items() if name not in unread}

@@ -1,4 +1,4 @@
-"""The flags of the codevector search."""
+"""Flags of the codevector search."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How the nearest codevectors are found: speed and memory, not results."""
+    """Backend of the codevector search: affects speed and memory, not results."""
 
     search: str = option(
         "auto",
-        "how codevectors are searched (auto: the fastest that is installed)",
+        "backend of the codevector search (auto: the fastest one installed)",
         choices=("auto", *SEARCHES),
     )
     search_memory: int | None = option(
         None,
-        "MiB of similarities that the torch search holds at a time (default: 4, on CUDA 256)",
+        "MiB of similarities held at a time by --search torch (default: 4, on CUDA 256)",
         minimum=1,
         maximum=2**20,
     )
 
 
 def apply_search(config: SearchConfig, model: Autoencoder, device: torch.device) -> None:
-    """Set the model's search. Raises UserError where it cannot run on this device, or has none."""
+    """Set the model's search. Raises UserError if it cannot run here or the model has no search."""
     if not isinstance(model.quantizer, LooCQuantizer):
         for name, value in asdict(config).items():
             if value != getattr(SearchConfig, name):

@@ -1,30 +1,35 @@
-"""Files of flags, as typed on a command line, with comments: --preset NAME or --preset FILE."""
+"""Named files of flags: --preset NAME or --preset FILE.
+
+A file holds flags as typed on a command line, and comments.
+"""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modules.config import ModelConfig
 from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
+from modules.quantizers.spec import QuantizerSpec
 from utils.errors import UserError, one_line, unknown_name
-from utils.flags.arguments import parse_flags
 
 FOLDER = Path(__file__).parent
 PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.txt")))
 
 
-def with_preset(flags: Mapping[str, Any], *groups: type) -> dict[str, Any]:
-    """The flags given, and those of their preset that are not among them.
+def preset_flags(name: str, quantizer: str | None, parse: Callable[..., Any]) -> dict[str, Any]:
+    """Read the flags of a preset; with another quantiser than its own, without those of its own.
 
-    Of a preset for another quantiser, what it says of that one is left out. Raises UserError where
-    there is no such preset, or it cannot be read.
+    Args:
+        name: one of PRESETS, or a path.
+        quantizer: the quantiser given, if any.
+        parse: `parse_flags` of the script.
+
+    Raises UserError if there is no such preset or it cannot be read.
     """
-    if "preset" not in flags:
-        return dict(flags)
-    name = flags["preset"]
     path = FOLDER / f"{name}.txt" if name in PRESETS else Path(name)
     try:
         if not path.is_file():
@@ -35,22 +40,31 @@ def with_preset(flags: Mapping[str, Any], *groups: type) -> dict[str, Any]:
         raise UserError(
             f"--preset {str(path)[:200]} cannot be read: {one_line(error)[:200]}"
         ) from error
-    preset = parse_flags(None, *groups, argv=words, source=f"--preset {path}")
-    if "preset" in preset:
-        raise UserError(f"--preset {path} names another preset, {preset['preset']}")
-    own = preset.get("quantizer", ModelConfig.quantizer)
-    if flags.get("quantizer", own) != own:
-        preset = without_quantizer(preset, flags["quantizer"])
-    return {**preset, **flags}
+    flags: dict[str, Any] = parse(argv=words, source=f"--preset {path}")
+    if "preset" in flags:
+        raise UserError(f"--preset {path} names another preset, {flags['preset']}")
+    if quantizer in (None, flags.get("quantizer", ModelConfig.quantizer)):
+        return flags
+    return without_quantizer(flags, QUANTIZERS[quantizer])
 
 
-def without_quantizer(preset: Mapping[str, Any], other: str) -> dict[str, Any]:
-    """The preset's flags without what they say of its quantiser, where another takes its place.
+def without_quantizer(flags: Mapping[str, Any], other: QuantizerSpec) -> dict[str, Any]:
+    """Drop the flags of the preset's quantiser, so that another one can take its place.
 
-    The number of codevectors stays where that reads it, and the channels where they may be any.
+    The number of codevectors stays if the other one reads it, the number of latent channels if it
+    takes any.
     """
-    spec = QUANTIZERS[other]
-    dropped = QUANTIZER_FLAGS - (spec.reads & {"num_embedding"})
-    if not spec.any_channels:
+    dropped = QUANTIZER_FLAGS - (other.reads & {"num_embedding"})
+    if not other.any_channels:
         dropped |= {"latent_channels"}
-    return {name: value for name, value in preset.items() if name not in dropped}
+    return {name: value for name, value in flags.items() if name not in dropped}
+
+
+def with_preset(flags: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """Add the flags of --preset. Goes as soon as main.py calls `resolve`."""
+    from utils.flags.arguments import parse_flags
+
+    if "preset" not in flags:
+        return dict(flags)
+    parse = partial(parse_flags, None, *groups)
+    return {**preset_flags(flags["preset"], flags.get("quantizer"), parse), **flags}
