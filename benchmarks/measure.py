@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -46,6 +47,11 @@ def interleaved(
         name: Times(statistics.median(values), min(values), max(values))
         for name, values in seconds.items()
     }
+
+
+def median_seconds(run: Callable[[], object], rounds: int) -> float:
+    """Median over the rounds, after a first round that is not counted."""
+    return interleaved({"": run}, rounds, slow=math.inf)[""].median
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import both_thread_counts, interleaved, seeded
+from benchmarks.measure import both_thread_counts, interleaved, median_seconds, seeded
 from modules import LooCQuantizer
 from modules.quantizers.looc.usage import USAGE_DECAY, reinit_rate
 from utils.codebook.plots import new_figure, save_figure
@@ -28,6 +28,17 @@ def well_used(num_embedding: int, dim: int, features: Tensor) -> LooCQuantizer:
         quantizer.codebook.copy_(features[torch.randperm(len(features))[:num_embedding]])
         quantizer.usage.fill_(1 / num_embedding)
     return quantizer
+
+
+def both_passes(quantizer: LooCQuantizer, z: Tensor) -> Callable[[], object]:
+    """Forward and backward pass of the quantiser."""
+    input = z.clone().requires_grad_()
+
+    def run() -> None:
+        latents, loss, _ = quantizer(input)
+        torch.autograd.backward((latents, loss), (torch.ones_like(latents), None))
+
+    return run
 
 
 def dense_step(z: Tensor, codebook: Tensor, usage: Tensor) -> Tensor:
@@ -59,14 +70,9 @@ def contenders(
     features = z.permute(0, 2, 3, 1).reshape(-1, dim)
 
     def ours(search: str) -> Callable[[], object]:
-        quantizer, input = well_used(num_embedding, dim, features), z.clone().requires_grad_()
+        quantizer = well_used(num_embedding, dim, features)
         quantizer.search = search
-
-        def run() -> None:
-            latents, loss, _ = quantizer(input)
-            torch.autograd.backward((latents, loss), (torch.ones_like(latents), None))
-
-        return run
+        return both_passes(quantizer, z)
 
     no_faiss = ours("compiled" if dim <= 4 else "torch")
     runs: dict[str, Callable[[], object]]
@@ -171,16 +177,11 @@ def scaling(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 def seconds(batch: int = 256, num_embedding: int = 256, dim: int = 4, scale: int = 1) -> float:
     seeded()
-    z = torch.randn(batch, *SHAPE[1:]).requires_grad_()
-    features = z.detach().permute(0, 2, 3, 1).reshape(-1, dim)
+    z = torch.randn(batch, *SHAPE[1:])
+    features = z.permute(0, 2, 3, 1).reshape(-1, dim)
     quantizer = well_used(num_embedding, dim, features)
     quantizer.interpolation_scale = scale
-
-    def run() -> None:
-        latents, loss, _ = quantizer(z)
-        torch.autograd.backward((latents, loss), (torch.ones_like(latents), None))
-
-    return interleaved({"ours": run}, rounds=5)["ours"].median
+    return median_seconds(both_passes(quantizer, z), rounds=5)
 
 
 def tables(quick: bool) -> Iterator[Table]:

@@ -203,7 +203,7 @@ def slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]
     """
     if len(x) < 3:
         raise ValueError(f"{len(x)} samples are too few for a slope: the run was too short")
-    dx, dy = x - x.mean(), y - y.mean()
+    dx, dy = x - x.mean(), y - y.mean()  # not np.polyfit: a constant has a slope of exactly 0
     spread = (dx**2).sum()
     value = (dx * dy).sum() / spread
     residuals = dy - value * dx

@@ -7,19 +7,18 @@ docs/results/vqgan-step-<preset>.md. Each row is its own process, on random imag
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import torch
 
-from benchmarks.measure import SEED, interleaved, peak_memory
+from benchmarks.measure import SEED, median_seconds, peak_memory
 from datasets import BatchLoader, TensorImages
 from datasets.config import DataConfig
 from main import prepare
@@ -118,11 +117,6 @@ def measure(steps: int, words: list[str]) -> dict[str, Any]:
         "reconstruction": reconstruction,
         "peak_gb": peak,
     }
-
-
-def median_seconds(run: Callable[[], object], rounds: int) -> float:
-    """Median over the rounds after a first one, which is not counted."""
-    return interleaved({"": run}, rounds, slow=math.inf)[""].median
 
 
 def make_trainer(flags: Mapping[str, Any], folder: Path) -> Trainer:

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments.children import words
 from experiments.options import (
     ALIVE,
     LRS,
@@ -25,7 +26,7 @@ from experiments.options import (
     shared_training,
 )
 from experiments.page import Experiment
-from experiments.runs import Contender, words
+from experiments.runs import Contender
 from utils.errors import UserError, run
 from utils.flags.arguments import Parser
 from utils.flags.recipes import RECIPES

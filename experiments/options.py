@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ImageSet, open_dataset
-from experiments.runs import Contender, Flags, Settings, Setup
+from experiments.children import Flags
+from experiments.runs import Contender, Settings, Setup
 from utils.errors import UserError, unknown_name
 from utils.files import writable_folder
 from utils.flags.arguments import Parser

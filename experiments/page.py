@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from experiments.runs import Contender, Settings, contests, read_json, run_all, words
+from experiments.children import words
+from experiments.runs import Contender, Settings, contests, read_json, run_all
 from experiments.tables import Row, collect, figures_table, merged
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS

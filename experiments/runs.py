@@ -8,28 +8,22 @@ the same flags, and an interrupted run continues.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
+from experiments.children import Children, Failure, Flags, stopping
 from utils.checkpoints.checkpoint import read_checkpoint
-from utils.errors import Stopped, UserError, one_line, printable
+from utils.errors import UserError, one_line
 from utils.files import write_json
 from utils.flags.recipes import with_recipe
 from utils.logger import log
@@ -37,10 +31,7 @@ from utils.tables import machine
 from utils.training.trainer import TrainConfig
 from utils.weights.registry import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
 
-ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 60.0  # seconds a child has to end after it was asked to
 PIXEL_METRICS = ("l1", "ssim", "psnr")
-Flags = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -127,80 +118,6 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         return self.output / "models" / self.name / "best.pt"
-
-
-class Failure(Exception):
-    """A run has failed; the message is one line."""
-
-
-# ---------------------------------------------------------------------------------------- children
-
-
-@dataclass
-class Children:
-    """The running scripts. Once they are stopped, no other starts."""
-
-    threads: int
-    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    stopped: bool = False
-    lock: Lock = field(default_factory=Lock)
-
-    def run(self, log_file: Path, script: str, flags: Flags) -> float:
-        """Run a script of this repository to its end; return its seconds.
-
-        Raises Failure with the last line it wrote.
-        """
-        start = time.perf_counter()
-        command = [sys.executable, str(ROOT / script), *words(flags)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "TQDM_MININTERVAL": "30"}
-        with log_file.open("ab") as file, self.lock:
-            if self.stopped:
-                raise Failure("interrupted")
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
-                start_new_session=True,  # so that Ctrl-C reaches it through `stop` alone
-            )  # fmt: skip
-            self.running.add(child)
-        code = child.wait()
-        with self.lock:
-            self.running.discard(child)
-        if self.stopped:
-            raise Failure("interrupted")
-        if code != 0:
-            raise Failure(f"{script} ended with {code}: {last_line(log_file)} ({log_file})")
-        return time.perf_counter() - start
-
-    def stop(self) -> None:
-        """Ask all to end, so that main.py saves its state first; kill those that do not."""
-        with self.lock:
-            self.stopped = True
-            children = list(self.running)
-        for child in children:
-            child.terminate()
-        deadline = time.monotonic() + PATIENCE
-        for child in children:
-            try:
-                child.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.kill()
-
-
-def words(flags: Flags) -> list[str]:
-    """The words of a command line with these flags; those that are None are left out."""
-    found = []
-    for name, value in flags.items():
-        if isinstance(value, bool):
-            found.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            several = value if isinstance(value, (list, tuple)) else [value]
-            found += [f"--{name}", *map(str, several)]
-    return found
-
-
-def last_line(log_file: Path) -> str:
-    """The last line of a log that is not blank."""
-    lines = log_file.read_text(errors="replace").splitlines()
-    return printable(next((line for line in reversed(lines) if line.strip()), "no output"))
 
 
 # -------------------------------------------------------------------------------------- one run
@@ -364,6 +281,10 @@ class Contest:
         return [run for run in self.runs if run.lr == best and trained(run) is not None]
 
 
+# train or measure, and the run and contest that it is for
+Task: TypeAlias = tuple[Callable[[Run, Settings, Children], None], Run, Contest]
+
+
 def contests(contenders: Iterable[Contender], settings: Settings) -> list[Contest]:
     """The runs of each contender. One that names its learning rate has no other."""
     found = []
@@ -377,15 +298,6 @@ def contests(contenders: Iterable[Contender], settings: Settings) -> list[Contes
     return found
 
 
-@dataclass(frozen=True)
-class Task:
-    """A training, or the measurement of what was trained."""
-
-    contest: Contest
-    run: Run
-    work: Callable[[Run, Settings, Children], None] = train
-
-
 def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
     """Train all runs and measure the winners, settings.jobs at a time; return the failures.
 
@@ -393,23 +305,8 @@ def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
     """
     children = Children(settings.threads)
     failures: list[str] = []
-    waiting = deque(Task(contest, run) for contest in found for run in contest.runs)
-    left = {contest.contender.name: len(contest.runs) for contest in found}  # trainings
+    waiting: deque[Task] = deque((train, run, contest) for contest in found for run in contest.runs)
     running: dict[Future[None], Task] = {}
-
-    def ended(task: Task, error: BaseException | None) -> None:
-        if error is not None:
-            kind = "" if isinstance(error, (Failure, UserError)) else f"{type(error).__name__}: "
-            failures.append(f"{task.run.name}: {kind}{one_line(error)}")
-            log.warning("failed: %s", failures[-1])
-        if task.work is measure:
-            return
-        name = task.contest.contender.name
-        left[name] -= 1
-        if left[name] == 0:
-            winners = task.contest.winners()
-            waiting.extendleft(Task(task.contest, run, measure) for run in reversed(winners))
-
     with (
         tqdm(total=len(waiting) + len(found) * len(settings.seeds), unit="task") as bar,
         ThreadPoolExecutor(settings.jobs) as pool,
@@ -417,30 +314,20 @@ def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
     ):
         while waiting or running:
             while waiting and len(running) < settings.jobs:
-                task = waiting.popleft()
-                running[pool.submit(task.work, task.run, settings, children)] = task
-            names = (f"{task.run.name} ({task.work.__name__})" for task in running.values())
+                work, run, contest = waiting.popleft()
+                running[pool.submit(work, run, settings, children)] = work, run, contest
+            names = (f"{run.name} ({work.__name__})" for work, run, _ in running.values())
             bar.set_postfix_str(", ".join(names))
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                ended(running.pop(future), future.exception())
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                work, run, contest = running.pop(future)
                 bar.update()
+                if error := future.exception():
+                    known = isinstance(error, (Failure, UserError))
+                    kind = "" if known else f"{type(error).__name__}: "
+                    failures.append(f"{run.name}: {kind}{one_line(error)}")
+                    log.warning("failed: %s", failures[-1])
+                others = [item for item in (*waiting, *running.values()) if item[2] is contest]
+                if work is train and not others:
+                    winners = reversed(contest.winners())
+                    waiting.extendleft((measure, run, contest) for run in winners)
     return failures
-
-
-@contextmanager
-def stopping(children: Children) -> Iterator[None]:
-    """End the children before Ctrl-C or SIGTERM ends this process."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        del frame
-        raise Stopped(signal.Signals(number), "interrupted; the same command continues")
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except BaseException:
-        children.stop()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)

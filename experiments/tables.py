@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.runs import Contender, Contest, Settings, finished, words
+from experiments.children import words
+from experiments.runs import Contender, Contest, Settings, finished
 from utils.evaluation.metrics import METRICS
 from utils.tables import Table, machine_line
 
@@ -45,7 +46,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one contender: figures by name, one for each seed."""
+    """Measured figures of one contender, by name, one for each seed."""
 
     name: str
     family: str

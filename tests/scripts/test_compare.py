@@ -23,21 +23,12 @@ from datasets.config import DataConfig
 from datasets.images import TensorImages
 from experiments import photos, runs
 from experiments.ablations import TABLES
+from experiments.children import Children, Failure, words
 from experiments.compare import STYLES, SUITES, draw_curves
 from experiments.margins import curve, margins, margins_table
 from experiments.options import SETUPS, chosen, fingerprint
 from experiments.page import Experiment, Page
-from experiments.runs import (
-    Children,
-    Contender,
-    Failure,
-    Run,
-    Settings,
-    contests,
-    finished,
-    run_all,
-    words,
-)
+from experiments.runs import Contender, Run, Settings, contests, finished, run_all
 from experiments.tables import Row, collect, figures_table, merged_validation, spread
 from modules import ModelConfig
 from tests.conftest import ROOT, refusal, run_process
