@@ -40,6 +40,7 @@ from experiments.page import Experiment, Extras
 from experiments.runs import Contender
 from experiments.tables import Row
 from utils.errors import run
+from utils.evaluation.metrics import METRICS
 from utils.flags.arguments import Parser
 from utils.logger import start_logging
 from utils.training.trainer import TrainConfig
@@ -240,10 +241,10 @@ def extras(experiment: Experiment, rows: list[Row]) -> Extras:
 def draw_curves(rows: list[Row], what: str, docs: Path, page: str) -> Mapping[str, str]:
     """Draw the curves that have figures; return captions by file name."""
     pictures = {}
-    for quality, label in (("psnr", "PSNR"), ("lpips", "LPIPS")):
+    for quality in ("psnr", "lpips"):
         file = f"{page}-{quality}.png"
-        if draw(rows, STYLES, quality, f"{label} against rate\n{what}", docs / file):
-            pictures[file] = f"{label} against bits per pixel, one curve per family"
+        if draw(rows, STYLES, quality, what, docs / file):
+            pictures[file] = f"{METRICS[quality].label} against bits per pixel, a curve per family"
     return pictures
 
 

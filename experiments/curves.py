@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.tables import Row
+from experiments.tables import ENTROPY, Row
 from utils.codebook.plots import new_figure, save_figure
+from utils.evaluation.metrics import METRICS
+from utils.evaluation.schema import RATES
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,10 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A900", "#0072B2", "#D55E00", "#CC79A7"),
 )
 LEAST_RATE = 0.1  # bits per pixel
-AXES = {"psnr": "PSNR, dB", "lpips": "LPIPS (VGG), lower is better"}
 
 
 def draw(
-    rows: Sequence[Row], styles: Mapping[str, Style], quality: str, title: str, path: Path
+    rows: Sequence[Row], styles: Mapping[str, Style], quality: str, what: str, path: Path
 ) -> bool:
     """Draw one curve per family in order of rate; return whether there was anything to draw.
 
@@ -52,7 +53,9 @@ def draw(
     axes.set_xscale("log", base=2)
     axes.set_xlim(left=LEAST_RATE)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set(title=title, xlabel="bits per pixel, entropy of the indices", ylabel=AXES[quality])
+    metric = METRICS[quality]
+    title = f"{metric.label} against rate\n{what}"
+    axes.set(title=title, xlabel=RATES[ENTROPY].title, ylabel=f"{metric.title}, {metric.direction}")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(

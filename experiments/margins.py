@@ -85,7 +85,7 @@ def margins_table(rows: Sequence[Row], ours: Sequence[str], peers: Sequence[str]
     """The least and the greatest margin over each family of peers, and their rates."""
     table = Table(
         f"LooC's curve above each peer's, from {LEAST_RATE:g} to {MOST_RATE:g} bits per pixel",
-        ["", "bits per pixel", "least, dB", "at", "greatest, dB", "at"],
+        ["", "bits per pixel", "least (dB)", "at", "greatest (dB)", "at"],
     )
     best = curve(row for row in rows if row.family in ours)
     for family in peers:

@@ -10,17 +10,17 @@ from typing import Any
 from experiments.children import words
 from experiments.runs import Contender, Contest, Settings, finished
 from utils.evaluation.metrics import METRICS
+from utils.evaluation.schema import CODEBOOK, RATES, Figure
 from utils.tables import Table, machine_line
 
-NONE = "–"
+ENTROPY = "entropy_bits_per_pixel_by_slot"  # the rate that contenders are compared at
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One number of a result: its heading, its digits, and its place in result.json."""
+class Column:
+    """A figure of the tables: how it is shown, and its place in result.json."""
 
-    title: str
-    digits: int
+    figure: Figure
     part: str
     key: str
     scale: float = 1
@@ -31,16 +31,13 @@ class Figure:
         return None if value is None else self.scale * value
 
 
-FIGURES = {
-    "entropy": Figure("bits per pixel, entropy", 3, "rate", "entropy_bits_per_pixel_by_slot"),
-    "nominal": Figure("nominal", 3, "rate", "nominal_bits_per_pixel"),
-    "psnr": Figure(METRICS["psnr"].title, 2, "metrics", "psnr"),
-    "ssim": Figure(METRICS["ssim"].title, 4, "metrics", "ssim"),
-    "l1": Figure(METRICS["l1"].title, 4, "metrics", "l1"),
-    "lpips": Figure(METRICS["lpips"].title, 4, "metrics", "lpips"),
-    "usage": Figure("usage, %", 1, "codebook", "usage_percent"),
-    "perplexity": Figure("perplexity", 1, "codebook", "perplexity"),
-    "step": Figure("ms per step", 1, "training", "seconds_per_step", 1000),
+COLUMNS = {
+    "entropy": Column(RATES[ENTROPY], "rate", ENTROPY),
+    "nominal": Column(RATES["nominal_bits_per_pixel"], "rate", "nominal_bits_per_pixel"),
+    **{name: Column(METRICS[name], "metrics", name) for name in ("psnr", "ssim", "l1", "lpips")},
+    "usage": Column(CODEBOOK["usage_percent"], "codebook", "usage_percent"),
+    "perplexity": Column(CODEBOOK["perplexity"], "codebook", "perplexity"),
+    "step": Column(Figure("time per step", 1, "ms"), "training", "seconds_per_step", scale=1000),
 }
 
 
@@ -74,8 +71,8 @@ def row_of(contest: Contest, settings: Settings) -> Row | None:
     if not results:
         return None
     figures = {}
-    for name, figure in FIGURES.items():
-        values = [figure.read(result) for _, result in results]
+    for name, column in COLUMNS.items():
+        values = [column.read(result) for _, result in results]
         if name == "lpips" and any(r["num_test"] != settings.num_test for _, r in results):
             continue  # measured on other pairs
         if None not in values:
@@ -104,7 +101,7 @@ def merged(old: Mapping[str, Any], contender: Contender, row: Row | None) -> Row
         for place, seed in enumerate(seeds):
             figures[seed] = {name: several[place] for name, several in values.items()}
     seeds = sorted(figures)
-    names = [name for name in FIGURES if all(name in figures[seed] for seed in seeds)]
+    names = [name for name in COLUMNS if all(name in figures[seed] for seed in seeds)]
     return Row(
         *(contender.name, contender.family, contender.flags),
         lr=old["lr"],
@@ -130,19 +127,21 @@ def merged_validation(old: Mapping[str, Any], row: Row | None) -> dict[str, floa
 
 def figures_table(rows: Sequence[Row]) -> Table:
     """Mean ± sample standard deviation over the seeds; figures that no row has are left out."""
-    shown = [name for name in FIGURES if any(name in row.figures for row in rows)]
-    titles = [FIGURES[name].title for name in shown]
+    shown = {
+        name: column.figure
+        for name, column in COLUMNS.items()
+        if any(name in row.figures for row in rows)
+    }
+    titles = [figure.title for figure in shown.values()]
     table = Table("Figures", ["", *titles, "lr", "seeds", "flags"])
     for row in rows:
-        cells = [spread(row.figures.get(name, ()), FIGURES[name].digits) for name in shown]
+        cells = [spread(row.figures.get(name, ()), figure) for name, figure in shown.items()]
         flags = f"`{' '.join(words(row.flags))}`" if row.flags else "none"
         table.rows.append([row.name, *cells, f"{row.lr:g}", ", ".join(map(str, row.seeds)), flags])
     return table
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], figure: Figure) -> str:
     """The mean, and ± the sample standard deviation of several values."""
-    if not values:
-        return NONE
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = figure.format(statistics.mean(values) if values else None)
+    return mean if len(values) < 2 else f"{mean} ± {figure.format(statistics.stdev(values))}"

@@ -32,6 +32,7 @@ from experiments.runs import Contender, Run, Settings, contests, finished, run_a
 from experiments.tables import Row, collect, figures_table, merged_validation, spread
 from modules import ModelConfig
 from tests.conftest import ROOT, refusal, run_process
+from utils.evaluation.schema import Figure
 from utils.files import write_json
 from utils.flags.arguments import build, build_model_config, parse_flags
 from utils.flags.recipes import RECIPES, with_recipe
@@ -439,9 +440,9 @@ def test_lpips_of_other_pairs_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_cells_are_mean_and_sample_deviation() -> None:
-    assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
-    assert spread([1.0], 1) == "1.0"
-    assert spread([], 1) == "–"
+    assert spread([1.0, 2.0, 3.0], Figure("x", 2)) == "2.00 ± 1.00"
+    assert spread([1.0], Figure("x", 1)) == "1.0"
+    assert spread([], Figure("x", 1)) == "–"
     table = figures_table(list(canned()))
     assert "LPIPS" not in table.columns
     assert all(len(row) == len(table.columns) for row in table.rows)
