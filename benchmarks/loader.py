@@ -27,7 +27,7 @@ from PIL import Image
 from benchmarks.measure import SEED, printed
 from datasets import BatchLoader, FileImages, ImageSet
 from datasets.cache import keep_decoded
-from datasets.images import square_of
+from datasets.image_sets import square_of
 from datasets.loader import DecodedBatches
 from datasets.lsun import LmdbImages
 from utils.errors import run

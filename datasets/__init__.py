@@ -1,8 +1,10 @@
-"""The data sets, as uint8 images: a registry of openers and the loader of batches."""
+"""Data sets of uint8 images: a registry of openers, and the loader of batches."""
 
-from datasets.images import FileImages, ImageSet, TensorImages, pixel_variance, split_validation
+from datasets.image_sets import FileImages, ImageSet, TensorImages
 from datasets.loader import BatchLoader
 from datasets.registry import DATASETS, DatasetEntry, open_dataset
+from datasets.sampling import split_validation
+from datasets.variance import pixel_variance
 
 __all__ = [
     "DATASETS",

@@ -1,4 +1,4 @@
-"""Decoded images kept on disk, so that none is decoded twice, in later epochs and runs either."""
+"""Cache of decoded images on disk, for later epochs and later runs."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import PIL
 import torch
 from torch import Tensor
 
-from datasets.images import ImageSet
+from datasets.image_sets import ImageSet
 from utils.errors import UserError, one_line
 from utils.logger import log
 
 FORMAT = "LooC decoded images 1"
-PREPROCESSING = "centre square, bicubic"  # of datasets.images.decode; to be changed with it
-MARK = 4  # bytes of a checksum
+PREPROCESSING = "centre square, bicubic"  # of datasets.image_sets.decode; to be changed with it
+CHECKSUM = 4  # bytes
 
 
 class CachedImages(ImageSet):
-    """Another set's images, each decoded when it is first asked for and from then on read back.
+    """Another set's images, each decoded on its first use and read from the file afterwards.
 
-    The file is a header and a record for each image: a checksum, then the pixels. A record counts
-    where its checksum is right, which that of zeros is not: what was cut off by a kill, written by
-    two at once, or damaged on the disk is decoded again. Nothing stays open, so that worker
-    processes and threads may share it.
+    The file is a header and a record for each image: a checksum, then the pixels. A record is valid
+    if its checksum is: one cut off by a kill, written by two processes at once, damaged, or still
+    empty is decoded again. No file stays open, so that worker processes and threads may share it;
+    a memory map instead would end the process, without a message, where the file is cut short.
 
-    Raises OSError where the file cannot be read or written any more: images are not at fault.
+    Raises OSError where the file cannot be read or written any more.
     """
 
     def __init__(self, images: ImageSet, path: Path, key: str) -> None:
@@ -39,7 +39,7 @@ class CachedImages(ImageSet):
         self.path = path
         self.channels, self.image_size = images.channels, images.image_size
         self.header = f"{FORMAT} {key}\n".encode()
-        self.record = MARK + self.channels * self.image_size**2  # bytes
+        self.record = CHECKSUM + self.channels * self.image_size**2  # bytes
         prepare(path, self.header, len(self.header) + len(images) * self.record)
 
     def __len__(self) -> int:
@@ -56,33 +56,32 @@ class CachedImages(ImageSet):
         return self.images.name(index)
 
     def stored(self, index: int) -> Tensor | None:
-        """An image (C, H, W) from the file; None where it is not there, or not whole."""
+        """Return an image (C, H, W) from the file; None where its record is not valid."""
         image = torch.empty(self.channels, self.image_size, self.image_size, dtype=torch.uint8)
-        mark = bytearray(MARK)
+        stored = bytearray(CHECKSUM)
         with self.path.open("rb", buffering=0) as file:
-            os.preadv(file.fileno(), [mark, image.numpy().data], self.offset(index))
-        return image if mark == checksum(image) else None
+            os.preadv(file.fileno(), [stored, image.numpy().data], self.offset(index))
+        return image if stored == checksum(image) else None
 
     def store(self, index: int, image: Tensor) -> None:
         with self.path.open("r+b", buffering=0) as file:
             os.pwritev(file.fileno(), [checksum(image), image.numpy().data], self.offset(index))
 
     def offset(self, index: int) -> int:
-        """Where in the file the record of an image begins."""
+        """Return the position in the file where the record of an image begins."""
         return len(self.header) + index * self.record
 
 
 def checksum(image: Tensor) -> bytes:
-    """Of the pixels, never zeros, which are what an empty record holds."""
-    return (zlib.crc32(image.numpy().data) or 1).to_bytes(MARK, "little")
+    """CRC of the pixels; never zero, which marks an empty record."""
+    return (zlib.crc32(image.numpy().data) or 1).to_bytes(CHECKSUM, "little")
 
 
 def keep_decoded(images: ImageSet, folder: Path, label: str) -> CachedImages:
-    """The images with a cache in folder, whose file's name begins with label.
+    """Return the images with a cache in folder, in a file whose name begins with label.
 
-    It is found by what the images are and how they are decoded: a file that has changed, or another
-    version of Pillow, makes another cache. Raises UserError naming the folder or the file where it
-    cannot be made.
+    The name depends on the image files and on how they are decoded: a changed file, or another
+    version of Pillow, gets another cache. Raises UserError where the cache cannot be created.
     """
     digest = hashlib.sha256()
     for part in (PREPROCESSING, PIL.__version__, str(images.image_size), *images.identity()):
@@ -92,16 +91,16 @@ def keep_decoded(images: ImageSet, folder: Path, label: str) -> CachedImages:
 
 
 def prepare(path: Path, header: bytes, size: int) -> None:
-    """Have a file with that header and of that size, its space reserved; keep one that is there.
+    """Create a file with this header and size, its space reserved, unless it is there already.
 
-    Processes that do so at once wait for each other. The header, written last, tells that the space
-    was granted.
+    Processes that do so at once wait for each other. The header is written last: a file that has it
+    has its space.
     """
     import fcntl  # which Windows lacks
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if is_prepared(path, header, size):  # perhaps of someone else, and not to be written
+        if is_prepared(path, header, size):  # perhaps read-only for this user
             return
         path.touch()
         with path.open("r+b", buffering=0) as file:
@@ -109,7 +108,7 @@ def prepare(path: Path, header: bytes, size: int) -> None:
             if is_prepared(path, header, size):
                 return
             if path.stat().st_size:
-                log.warning("%s is damaged or no image cache: it is made anew", path)
+                log.warning("%s is damaged or not an image cache; it is created again", path)
             reserve(file, size)
             os.pwrite(file.fileno(), header, 0)
             log.info("%s takes %.2f GB for decoded images", path, size / 1e9)
@@ -117,12 +116,12 @@ def prepare(path: Path, header: bytes, size: int) -> None:
         reason = error.strerror or one_line(error)
         if error.errno in (ENOSPC, EDQUOT):
             free = shutil.disk_usage(path.parent).free
-            reason += f"; it takes {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise UserError(f"--image_cache: {path} cannot be made: {reason}") from error
+            reason += f"; it needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        raise UserError(f"--image_cache: {path} cannot be created: {reason}") from error
 
 
 def is_prepared(path: Path, header: bytes, size: int) -> bool:
-    """Whether the file is there, of that header and size."""
+    """Return whether the file is there, with this header and size."""
     if not path.exists():
         return False
     with path.open("rb") as file:
@@ -130,10 +129,10 @@ def is_prepared(path: Path, header: bytes, size: int) -> bool:
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Empty the file and take the space for size bytes of zeros, or leave it empty and raise."""
+    """Reserve the space for size bytes of zeros; leave the file empty where that raises OSError."""
     os.ftruncate(file.fileno(), 0)
     try:
-        os.posix_fallocate(file.fileno(), 0, size)  # a hole would end in a full disk, hours later
+        os.posix_fallocate(file.fileno(), 0, size)  # a sparse file would fail hours later
     except OSError:
         os.ftruncate(file.fileno(), 0)
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets.images import FileImages, ImageSet, Split
+from datasets.image_sets import FileImages, ImageSet, Split
 from datasets.staging import fetch
 from utils.errors import UserError
 
@@ -33,7 +33,7 @@ def open_celeba(folder: Path, split: Split, image_size: int) -> ImageSet:
 
 
 def find_base(folder: Path) -> Path | None:
-    """The folder that holds the images, packed or not, and the list of partitions."""
+    """Return the folder that holds the images, packed or not, and the list of partitions."""
     for base in (folder / "celeba", folder):
         images = (base / IMAGES).is_dir() or (base / f"{IMAGES}.zip").is_file()
         if images and (base / PARTITION).is_file():
@@ -42,7 +42,7 @@ def find_base(folder: Path) -> Path | None:
 
 
 def unpack(base: Path) -> None:
-    """img_align_celeba.zip → img_align_celeba/. Raises UserError where it is damaged."""
+    """Unpack img_align_celeba.zip. Raises UserError where it is damaged."""
     from torchvision.datasets.utils import extract_archive
 
     archive = (base / f"{IMAGES}.zip").absolute()
@@ -53,7 +53,7 @@ def unpack(base: Path) -> None:
 
 
 def partition(path: Path, number: str) -> list[str]:
-    """The names of one partition. Raises UserError naming a line that is damaged."""
+    """Return the names of one partition. Raises UserError naming a damaged line."""
     names = []
     for i, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         fields = line.split()

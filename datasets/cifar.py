@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.images import ImageSet, Split, TensorImages
+from datasets.image_sets import ImageSet, Split, TensorImages
 from datasets.staging import fetch
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datasets.images import CROPS
+from datasets.image_sets import CROPS
 from datasets.registry import DATASETS
 from modules.options import option
 

@@ -1,11 +1,12 @@
-"""Folders of image files: any folder, FFHQ and ImageNet, decoded on demand."""
+"""Folders of image files, decoded on demand: any folder, FFHQ and ImageNet."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from datasets.images import FileImages, ImageSet, Split, hold_out
+from datasets.image_sets import FileImages, ImageSet, Split
+from datasets.sampling import hold_out
 from datasets.staging import fetch
 from utils.errors import UserError
 from utils.images import SUFFIXES, image_names
@@ -20,8 +21,8 @@ IMAGENET_FOLDERS: dict[Split, str] = {"train": "train", "test": "val"}
 def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
     """Any folder of images, at any depth.
 
-    Where it has the subfolders train and test (or val), those are the splits; else the test set is
-    a tenth of the sorted names, the same in every run.
+    Its subfolders train and test (or val) are the splits, if it has them; otherwise a tenth of the
+    sorted names, the same in every run, is the test set.
     """
     held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     if held_out and (folder / "train").is_dir():
@@ -32,7 +33,7 @@ def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
         unlike = sorted(e.name for e in entries if e.name.lower() in SPLIT_NAMES and e.is_dir())
     if unlike:
         log.warning(
-            "%s has %s, but not train/ with test/ or val/: a tenth of all %d images is for testing",
+            "%s has %s, but not train/ with test/ or val/: a tenth of its %d images is for tests",
             *(folder, ", ".join(f"{name}/" for name in unlike), len(names)),
         )
     if len(names) == 1:
@@ -57,8 +58,8 @@ def open_ffhq(folder: Path, split: Split, image_size: int) -> ImageSet:
 def open_imagenet(folder: Path, split: Split, image_size: int) -> ImageSet:
     """ImageNet (ILSVRC 2012): 1,281,167 training images; its 50,000 for validation as test set.
 
-    Read from <folder>/train and <folder>/val, made by torchvision from the ILSVRC2012 archives
-    where those lie in folder instead.
+    Read from <folder>/train and <folder>/val; torchvision unpacks missing ones from the
+    ILSVRC2012 archives in folder.
     """
     part = folder / IMAGENET_FOLDERS[split]
     if not part.is_dir():
@@ -80,7 +81,7 @@ def unpack_imagenet(folder: Path, part: Path) -> None:
 
 
 def list_images(folder: Path) -> list[str]:
-    """The names of the images in folder and below, as `image_names` finds them.
+    """Return the names of the images in folder and below, as `image_names` finds them.
 
     Raises UserError where the folder is missing or holds no image.
     """

@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST and the sample: grey images in idx files, plain or gzip'd, kept in memory.
+"""MNIST, Fashion-MNIST and its sample: grey images in idx files, plain or gzip'd, kept in memory.
 
 The format is that of http://yann.lecun.com/exdb/mnist/: the bytes 0 0 8 3, three big-endian 32-bit
 sizes (images, height, width), then the pixels.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import struct
 import zlib
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets.images import ImageSet, Split, TensorImages
+from datasets.image_sets import ImageSet, Split, TensorImages
 from datasets.staging import fetch
 from utils.errors import UserError, one_line
 
@@ -45,12 +44,9 @@ def open_fashion_mnist(folder: Path, split: Split, _image_size: int) -> ImageSet
 
 
 def open_sample(_folder: Path, split: Split, _image_size: int) -> ImageSet:
-    """Every tenth image of Fashion-MNIST, 6,000 and 1,000; part of this package."""
+    """Every tenth image of Fashion-MNIST, 6,000 and 1,000; part of this repository."""
     path = SAMPLE / f"{FILES[split]}.gz"
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SAMPLE_SHA256[split]:
         raise UserError(
@@ -62,7 +58,7 @@ def open_sample(_folder: Path, split: Split, _image_size: int) -> ImageSet:
 def open_idx(
     name: str, torchvision_class: str, folder: Path, split: Split, elsewhere: Sequence[Path] = ()
 ) -> ImageSet:
-    """The split's images from torchvision's layout, the folder itself, elsewhere, or a download."""
+    """Open a split from torchvision's layout, the folder itself, elsewhere, or a download."""
     places = [folder / torchvision_class / "raw", folder, *elsewhere]
     path = find_idx(places, split)
     if path is None:
@@ -72,11 +68,7 @@ def open_idx(
         path = find_idx(places, split)
         if path is None:
             raise UserError(f"{missing}, not even after the download")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return TensorImages(parse_idx(content, path))
+    return TensorImages(parse_idx(path.read_bytes(), path))
 
 
 def download(torchvision_class: str, root: str) -> None:
@@ -87,19 +79,20 @@ def download(torchvision_class: str, root: str) -> None:
 
 
 def find_idx(places: Sequence[Path], split: Split) -> Path | None:
-    """The first file of the split's images, plain before gzip'd."""
+    """Return the first file of the split's images, plain before gzip'd."""
     paths = [place / (FILES[split] + suffix) for place in places for suffix in ("", ".gz")]
     return next((path for path in paths if path.is_file()), None)
 
 
 def parse_idx(content: bytes, path: Path) -> Tensor:
-    """An idx file's bytes, gzip'd if path says so → (n, 1, 28, 28), uint8.
+    """Parse an idx file, gzip'd if its name ends in .gz → (n, 1, 28, 28), uint8.
 
-    Raises UserError naming path where they are anything else.
+    torchvision's reader takes neither bytes nor gzip'd files. Raises UserError naming path where
+    the content is anything else.
     """
     try:
         if path.suffix == ".gz":
-            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read()
+            content = gzip.decompress(content)
         magic, number, height, width = HEADER.unpack_from(content)
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from error

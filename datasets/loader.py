@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from datasets.images import ImageSet, TensorImages, draws, permutation
+from datasets.image_sets import ImageSet, TensorImages
+from datasets.sampling import draws, permutation
 from utils.errors import UserError, one_line
 
 # --num_workers is the user's choice, and more than the cores may suit a slow disk.
@@ -21,7 +22,7 @@ warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 class Share(NamedTuple):
-    """What is to be decoded of one batch."""
+    """The part of one batch that is to be decoded."""
 
     positions: list[int]
     places: list[float] | None  # where each image's square is cut out; None: in the middle
@@ -33,24 +34,24 @@ class Decoded(NamedTuple):
     positions: Tensor  # (b,), int64, on the CPU: where in the set each image is
     images: Tensor  # (b, C, H, W), uint8
     bad: dict[int, str]  # position → why that image could not be decoded and is not among them
-    fault: str = ""  # what went wrong besides, of which no image is the reason
+    fault: str = ""  # an error that no image caused: the image cache cannot be read or written
 
 
 class BatchLoader:
     """Batches of uint8 images (b, C, H, W) on a device; the last batch of an epoch may be smaller.
 
     batch_size is that of all ranks together. With shuffle, for training, each rank has its share
-    of every batch, which may be empty; without, whole batches are dealt out to the ranks in turn.
+    of every batch, which may be empty; without, the ranks take whole batches in turn.
 
-    In training, flip mirrors half of the images, and crop "random" cuts the square of an image on
-    disk out of any place: both a function of (seed, epoch, position in the set) alone.
+    In training, flip mirrors half of the images, and crop "random" cuts the square out of a random
+    place of an image on disk: both a function of (seed, epoch, position in the set) alone.
 
-    Sets in memory move to the device once and are indexed there. Others are decoded by num_workers
-    processes (0: in this one), ahead of their use. The global random number generator is never
-    touched. One epoch is iterated at a time; it may be left early.
+    Sets in memory move to the device once and are indexed there. Others are decoded ahead of their
+    use by num_workers processes (0: by this one). The global random number generator is not used.
+    One epoch is iterated at a time; it may be left early.
 
-    An image that cannot be decoded raises UserError; skip_bad leaves it out of its batch and notes
-    it in bad_images, position in the set → message.
+    An image that cannot be decoded raises UserError; skip_bad skips it and notes it in bad_images,
+    position in the set → message.
     """
 
     def __init__(
@@ -92,18 +93,18 @@ class BatchLoader:
         )
 
     def __len__(self) -> int:
-        """Batches an epoch, of all ranks together."""
+        """Batches per epoch, of all ranks together."""
         return -(-self.size // self.batch_size)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Tensor]:
-        """The images of `numbered`."""
+        """Yield the images of `numbered`."""
         return (images for _, images in self.numbered(epoch, start))
 
     def numbered(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of the epoch's batches from number start on, as (positions, images).
+        """Yield this rank's part of the epoch's batches from number start on: (positions, images).
 
-        positions (b,), int64, on the CPU, say where in the set the images (b, C, H, W) are. What
-        comes before start is not decoded. Raises UserError naming an image that is damaged.
+        positions (b,), int64, on the CPU, are those of the images (b, C, H, W) in the set. Batches
+        before start are not decoded. Raises UserError naming a damaged image.
         """
         flips = draws(self.size, "flip", self.seed, epoch) < 0.5 if self.flip else None
         places = draws(self.size, "crop", self.seed, epoch) if self.crop == "random" else None
@@ -117,7 +118,7 @@ class BatchLoader:
                 yield positions, images if flips is None else mirrored(images, flips[positions])
 
     def shares(self, epoch: int, start: int) -> list[Tensor]:
-        """The positions (b,) of this rank's images, batch by batch."""
+        """Return the positions (b,) of this rank's images, batch by batch."""
         if self.shuffle:
             order = permutation(self.size, self.seed, epoch)
         else:
@@ -130,13 +131,13 @@ class BatchLoader:
 
 
 def mirrored(images: Tensor, which: Tensor) -> Tensor:
-    """Images (b, C, H, W), those of which (b,), bool, mirrored left to right."""
+    """Mirror those images (b, C, H, W) left to right that which (b,), bool, selects."""
     which = which.to(images.device, non_blocking=True)
     return torch.where(which[:, None, None, None], images.flip(-1), images)
 
 
 class MemoryBatches:
-    """Batches by indexing one tensor (n, C, H, W), of images that are square as they are."""
+    """Batches by indexing one tensor (n, C, H, W)."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -148,7 +149,7 @@ class MemoryBatches:
 
 
 class DecodedBatches:
-    """Batches decoded by a DataLoader, whose workers live on from epoch to epoch."""
+    """Batches decoded by a DataLoader, whose workers stay alive between epochs."""
 
     def __init__(self, images: ImageSet, device: torch.device, num_workers: int) -> None:
         self.device = device
@@ -156,13 +157,13 @@ class DecodedBatches:
         self.order = BatchOrder()
         self.loader: DataLoader[Decoded] = DataLoader(
             WholeBatches(images),
-            batch_size=None,  # WholeBatches takes the positions of a batch, not of an image
+            batch_size=None,  # WholeBatches is indexed by batch, not by image
             sampler=self.order,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # else the global one would be drawn from
+            generator=torch.Generator(),  # instead of the global one
         )
 
     def batches(self, order: Sequence[Tensor], places: Tensor | None) -> Iterator[Decoded]:
@@ -182,31 +183,31 @@ class DecodedBatches:
 
 
 def ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach a whole group of processes, to the main one.
+    """Leave Ctrl-C and SIGTERM, which reach a whole group of processes, to the main process.
 
-    It ends the workers when it ends, and they themselves when it has died.
+    It ends the workers when it ends; they end by themselves if it dies.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """End what workers are left when the process ends.
+    """Kill the remaining workers when the process ends.
 
-    Else multiprocessing would send them SIGTERM, which they ignore, and wait for them.
+    Otherwise multiprocessing would send them SIGTERM, which they ignore, and wait for them.
     """
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where a DataLoader would report their death
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which a DataLoader would report it
     for worker in workers:
         worker.kill()
 
 
-atexit.register(end_workers)  # runs before what multiprocessing has registered
+atexit.register(end_workers)  # runs before multiprocessing's own handler
 
 
 class BatchOrder(Sampler[Share]):
-    """The batches of the epoch at hand."""
+    """The batches of the current epoch."""
 
     def __init__(self) -> None:
         self.batches: list[Share] = []
@@ -221,8 +222,8 @@ class BatchOrder(Sampler[Share]):
 class WholeBatches(Dataset[Decoded]):
     """A set's batches, by the positions of their images.
 
-    What cannot be decoded is returned as a message: an exception would reach the parent process
-    with the worker's traceback in it.
+    Errors are returned as messages: an exception would reach the parent process with the worker's
+    traceback in it.
     """
 
     def __init__(self, images: ImageSet) -> None:
@@ -244,7 +245,7 @@ class WholeBatches(Dataset[Decoded]):
                 fault = f"{error.filename or 'reading images'}: {error.strerror}"
                 break
         side = self.images.image_size
-        none = torch.empty(0, self.images.channels, side, side, dtype=torch.uint8)
-        # Unlike torch.stack it writes a worker's batch where the parent reads it.
-        images = default_collate(list(decoded.values())) if decoded else none
+        empty = torch.empty(0, self.images.channels, side, side, dtype=torch.uint8)
+        # Unlike torch.stack, default_collate writes to memory shared with the parent.
+        images = default_collate(list(decoded.values())) if decoded else empty
         return Decoded(torch.tensor(list(decoded), dtype=torch.int64), images, bad, fault)

@@ -17,12 +17,12 @@ import numpy as np
 from torch import Tensor
 
 from datasets.folders import open_folder
-from datasets.images import ImageSet, Split, decode, size_and_time
+from datasets.image_sets import ImageSet, Split, decode, size_and_time
 from utils.errors import UserError, one_line
 
 ENDINGS: dict[Split, str] = {"train": "train_lmdb", "test": "val_lmdb"}
 
-# A process may have a database open once at a time; opening takes some 40 µs.
+# A process may open a database only once at a time; opening takes about 40 µs.
 opening = threading.Lock()
 
 
@@ -43,7 +43,7 @@ def open_lsun(category: str, folder: Path, split: Split, image_size: int) -> Ima
 class LmdbImages(ImageSet):
     """The images of an lmdb database, in the order of its keys.
 
-    Nothing stays open, so that worker processes and threads may share it. Raises UserError where
+    No file stays open, so that worker processes and threads may share it. Raises UserError where
     the lmdb package is missing or the database is damaged.
     """
 
@@ -64,7 +64,7 @@ class LmdbImages(ImageSet):
         return decode(self.file(index), self.image_size, self.name(index), place)
 
     def file(self, index: int) -> io.BytesIO:
-        """The image's file, not decoded."""
+        """Return the image's file, not decoded."""
         key = bytes(self.keys[index])
         with opening, open_database(self.path) as database, database.begin() as transaction:
             return io.BytesIO(transaction.get(key))
@@ -78,7 +78,7 @@ class LmdbImages(ImageSet):
 
 
 def read_keys(path: Path) -> np.ndarray:
-    """All keys of a database, in its order: (n,), bytes."""
+    """Return all keys of a database, in its order: (n,), bytes."""
     with opening, open_database(path) as database:
         pages = database.info()["last_pgno"] + 1
         if (path / "data.mdb").stat().st_size < pages * database.stat()["psize"]:
@@ -89,7 +89,7 @@ def read_keys(path: Path) -> np.ndarray:
 
 @contextmanager
 def open_database(path: Path) -> Iterator[Any]:
-    """A database, read-only and without a lock file. Raises UserError naming it."""
+    """Open a database read-only, without a lock file. Raises UserError naming it."""
     try:
         import lmdb
     except ImportError as error:

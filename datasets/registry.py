@@ -1,4 +1,4 @@
-"""The data sets by name. A new one is one entry of DATASETS."""
+"""Data sets by name: a new one is one entry of DATASETS."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from datasets.celeba import open_celeba
 from datasets.cifar import open_cifar10
 from datasets.folders import open_ffhq, open_folder, open_imagenet
 from datasets.idx import open_fashion_mnist, open_mnist, open_sample
-from datasets.images import ImageSet, Split
+from datasets.image_sets import ImageSet, Split
 from datasets.lsun import open_lsun
 from utils.errors import UserError, one_line, unknown_name
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """What is known of a data set before it is opened."""
+    """Properties of a data set that is not opened yet."""
 
     channels: int
     image_size: int  # height and width in pixels; the default where resizable
@@ -48,11 +48,11 @@ def open_dataset(
     image_size: int | None = None,
     image_cache: str | None = None,
 ) -> ImageSet:
-    """Open one split of a data set, downloading it where torchvision can.
+    """Open one split of a data set; torchvision downloads it if it can.
 
-    data_folder None is data/<name>; image_size None is the entry's; image_cache is where decoded
-    images of sets on disk are kept. Raises UserError, one line naming the flag or the file, where
-    the set is missing, empty, damaged or not of that size.
+    data_folder is by default data/<name>, image_size the entry's; image_cache is a folder that
+    keeps the decoded images of sets on disk. Raises UserError, one line naming the flag or the
+    file, where the set is missing, empty, damaged or not of that size.
     """
     if name not in DATASETS:
         raise UserError(unknown_name("--dataset", name, DATASETS))
@@ -82,7 +82,7 @@ def open_dataset(
 
 
 def refuse_files(folder: Path) -> None:
-    """Raise UserError where the folder, or one that it lies in, is a file."""
+    """Raise UserError where the folder, or one of its parents, is a file."""
     nearest = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     if nearest.exists() and not nearest.is_dir():
         inside = "" if nearest == folder else f": {nearest}"

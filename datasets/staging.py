@@ -1,4 +1,4 @@
-"""Letting torchvision download or unpack a data set, quietly and wholly or not at all."""
+"""Downloads and unpacking by torchvision: without output, and completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REASON_LENGTH = 200  # characters
 def fetch(
     build: Callable[[str], object], folder: Path, missing: str, archives: Sequence[str] = ()
 ) -> None:
-    """Let build make a data set in an empty folder, then move it into folder.
+    """Let build(path) make a data set in an empty folder, then move it into folder.
 
-    build takes that folder's name. Archives of these names that lie in folder already are put there
-    for it. Raises UserError, `missing` and the reason in one line; then folder is as it was.
+    Archives of these names that folder holds already are linked there first. Raises UserError,
+    `missing` and the reason in one line; then folder is as it was.
     """
     try:
         with quiet(), staged(folder, archives) as temporary:
@@ -33,12 +33,12 @@ def fetch(
     except Exception as error:  # sockets, tar, zip, gdown and torchvision each raise their own
         reason = textwrap.shorten(one_line(error), REASON_LENGTH, placeholder=" …")
         raise UserError(f"{missing}, and getting it failed: {reason}") from error
-    log.info("the data was put in %s", folder)
+    log.info("the data set is in %s", folder)
 
 
 @contextmanager
 def staged(folder: Path, archives: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder on the same disk; move what was put there when the block succeeds."""
+    """Yield an empty folder on the same disk; move its content when the block succeeds."""
     folder = folder.absolute()
     nearest = next(place for place in (folder, *folder.parents) if place.is_dir())
     with TemporaryDirectory(prefix=".looc-", dir=nearest) as name:
@@ -52,7 +52,7 @@ def staged(folder: Path, archives: Sequence[str] = ()) -> Iterator[Path]:
 
 
 def move_into(source: Path, target: Path) -> None:
-    """Move all but links from one folder into another, which keeps what else it has."""
+    """Move everything but links from one folder into another, which keeps its other files."""
     target.mkdir(parents=True, exist_ok=True)
     for item in sorted(source.iterdir()):
         if item.is_dir() and (target / item.name).is_dir():
@@ -63,7 +63,7 @@ def move_into(source: Path, target: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, and no endless wait for a silent server."""
+    """Suppress progress bars, and limit the wait for a silent server."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:

@@ -39,7 +39,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor
 
 from datasets.config import DataConfig
-from datasets.images import TensorImages, decode
+from datasets.image_sets import TensorImages, decode
 from modules import ModelConfig
 from tests.conftest import ROOT, write_mnist
 from utils.checkpoints.checkpoint import read_checkpoint

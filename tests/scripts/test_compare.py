@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from datasets.config import DataConfig
-from datasets.images import TensorImages
+from datasets.image_sets import TensorImages
 from experiments import photos, runs
 from experiments.ablations import TABLES
 from experiments.children import Children, Failure, words

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets import BatchLoader, FileImages, ImageSet, images, open_dataset, split_validation
+from datasets import BatchLoader, FileImages, ImageSet, image_sets, open_dataset, split_validation
 from datasets.cache import CachedImages, keep_decoded
 from datasets.config import DataConfig
 from modules import VQVAE, ModelConfig
@@ -55,13 +55,13 @@ def cached(files: FileImages, tmp_path: Path) -> CachedImages:
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the images that were decoded, in this process."""
     names: list[str] = []
-    decode = images.decode
+    decode = image_sets.decode
 
     def counted(source: Any, size: int, name: str, place: float | None = None) -> Tensor:
         names.append(Path(name).name)
         return decode(source, size, name, place)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(image_sets, "decode", counted)
     return names
 
 
@@ -85,7 +85,7 @@ def test_nothing_is_decoded_twice(
     def forbidden(*_arguments: Any) -> Tensor:
         raise UserError("decoded twice")
 
-    monkeypatch.setattr(images, "decode", forbidden)  # in workers as well
+    monkeypatch.setattr(image_sets, "decode", forbidden)  # in workers as well
     again = keep_decoded(files, cached.path.parent, "set")
     assert again.path == cached.path
     assert torch.equal(everything(again, num_workers), expected)
@@ -212,7 +212,7 @@ def test_a_damaged_file_is_made_anew_in_one_line(
     cached.path.write_bytes(damage(cached.path.read_bytes()))
     again = keep_decoded(files, cached.path.parent, "set")
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == [f"{cached.path} is damaged or no image cache: it is made anew"]
+    assert warnings == [f"{cached.path} is damaged or not an image cache; it is created again"]
     assert torch.equal(everything(again), expected)
     assert torch.equal(everything(again), expected)
 
@@ -273,7 +273,7 @@ def test_places_where_no_cache_can_be(files: FileImages, tmp_path: Path) -> None
     cached.path.unlink()
     cached.path.mkdir()
     message = refusal(lambda: keep_decoded(files, tmp_path / "cache", "set"))
-    assert message == f"--image_cache: {cached.path} cannot be made: Is a directory"
+    assert message == f"--image_cache: {cached.path} cannot be created: Is a directory"
 
 
 def test_full_disk(files: FileImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_full_disk(files: FileImages, tmp_path: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
         message = refusal(lambda: keep_decoded(files, tmp_path / "cache", "set"))
-    assert "No space left on device; it takes 0.00 GB, " in message
+    assert "No space left on device; it needs 0.00 GB, " in message
     (path,) = (tmp_path / "cache").iterdir()
     assert path.stat().st_size == 0
     assert torch.equal(keep_decoded(files, tmp_path / "cache", "set")[0], files[0])

@@ -35,10 +35,10 @@ from datasets import (
     TensorImages,
     folders,
     idx,
-    images,
     open_dataset,
     pixel_variance,
     split_validation,
+    variance,
 )
 from datasets.config import DataConfig
 from datasets.folders import open_folder
@@ -772,7 +772,7 @@ def test_split_of_one_image(tensor_images: TensorImages) -> None:
 
 
 def test_pixel_variance_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "CHUNK", 1000)
+    monkeypatch.setattr(variance, "CHUNK", 1000)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(3, 200, (50, 3, 12, 12), generator=generator).to(torch.uint8)
     expected = np.var(pixels.numpy().astype(np.float64) / 255)
@@ -782,7 +782,7 @@ def test_pixel_variance_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pixel_variance_on_disk(file_images: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = np.var((np.arange(23) * 10 + 5) / 255)
     assert pixel_variance(file_images) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(images, "VARIANCE_SAMPLE", 4)
+    monkeypatch.setattr(variance, "SAMPLE", 4)
     assert pixel_variance(file_images) == pixel_variance(file_images) != expected
 
 
@@ -1021,7 +1021,7 @@ def test_workers_end_with_the_process(tmp_path: Path) -> None:
         "import sys, torch\n"
         "from pathlib import Path\n"
         "from datasets import BatchLoader\n"
-        "from datasets.images import FileImages\n"
+        "from datasets.image_sets import FileImages\n"
         "images = FileImages(Path('.'), ['a.png', 'b.png', 'c.png'], 8)\n"
         "sys.kept = BatchLoader(images, 1, device=torch.device('cpu'), num_workers=2)\n"
         "sys.epoch = sys.kept.epoch()\n"

@@ -1,0 +1,145 @@
+"""Sets of square uint8 images, held in memory or decoded from files on demand."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.images import open_image, viewed
+
+Split: TypeAlias = Literal["train", "test"]
+
+CROPS = ("centre", "random")  # where the square is cut out of a training image
+
+
+class ImageSet(Dataset[Tensor], ABC):
+    """Square images, each a uint8 tensor (channels, image_size, image_size)."""
+
+    channels: int
+    image_size: int
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Tensor:
+        """Return one image, (C, H, W), uint8. Raises UserError naming a damaged image."""
+
+    def cropped(self, index: int, _place: float) -> Tensor:
+        """Return one image, its square cut out at a place in [0, 1) along the longer side.
+
+        0 is left or top. Images that are square already have only one.
+        """
+        return self[index]
+
+    def name(self, index: int) -> str:
+        """Return an image's name in messages and records: its file's path, if it has one."""
+        return f"{index:08d}"
+
+    def identity(self) -> Iterator[str]:
+        """Yield strings that change whenever the images do; they name the image cache."""
+        raise NotImplementedError(f"{type(self).__name__} has no files")
+
+
+class TensorImages(ImageSet):
+    """Images held in memory: (n, C, H, W), uint8."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.channels, self.image_size = images.shape[1], images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+class FileImages(ImageSet):
+    """Image files of any size and mode, by their names below a folder, decoded on demand to RGB."""
+
+    channels = 3
+
+    def __init__(self, folder: Path, names: Sequence[str], image_size: int) -> None:
+        self.folder = folder
+        self.names = sorted(names)
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tensor:
+        path = self.folder / self.names[index]
+        return decode(path, self.image_size, str(path))
+
+    def cropped(self, index: int, place: float) -> Tensor:
+        path = self.folder / self.names[index]
+        return decode(path, self.image_size, str(path), place)
+
+    def name(self, index: int) -> str:
+        return str(self.folder / self.names[index])
+
+    def identity(self) -> Iterator[str]:
+        folder = str(self.folder)  # a Path for each of a million would take seconds
+        return (f"{name} {size_and_time(os.path.join(folder, name))}" for name in self.names)  # noqa: PTH118
+
+
+class ChosenImages(ImageSet):
+    """Some images of another set, by their indices (n,), int64."""
+
+    def __init__(self, images: ImageSet, chosen: Tensor) -> None:
+        self.images = images
+        self.chosen = chosen
+        self.channels, self.image_size = images.channels, images.image_size
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[int(self.chosen[index])]
+
+    def cropped(self, index: int, place: float) -> Tensor:
+        return self.images.cropped(int(self.chosen[index]), place)
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.chosen[index]))
+
+
+def decode(source: Path | IO[bytes], size: int, name: str, place: float | None = None) -> Tensor:
+    """Decode an image file → (3, size, size), uint8: RGB as a viewer shows it, `square_of` it.
+
+    The shorter side becomes size; Pillow's bicubic filter antialiases where it shrinks. Raises
+    UserError naming an image that is damaged or larger than Pillow's limit.
+    """
+    with open_image(source, name) as image:
+        square = square_of(viewed(image, "RGB"), place)
+        pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def square_of(image: Image.Image, place: float | None = None) -> Image.Image:
+    """Cut out the largest square: in the middle, or at a place in [0, 1) along the longer side."""
+    side = min(image.size)
+    spare = max(image.size) - side  # pixels of the longer side that are left out
+    offset = spare // 2 if place is None else int(place * (spare + 1))
+    left, top = (offset, 0) if image.width > side else (0, offset)
+    return image.crop((left, top, left + side, top + side))
+
+
+def size_and_time(path: str) -> str:
+    """Return a file's size and modification time; "missing" where it cannot be read."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"

@@ -1,0 +1,55 @@
+"""Random orders, draws and splits, each a function of its key alone: the same in every run."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from datasets.image_sets import ChosenImages, ImageSet, TensorImages
+from utils.errors import UserError
+
+
+def permutation(n: int, *key: int | str) -> Tensor:
+    """Return the numbers 0 … n − 1 in random order, (n,), int64."""
+    return torch.randperm(n, generator=generator_of(key))
+
+
+def draws(n: int, *key: int | str) -> Tensor:
+    """Return n numbers drawn from [0, 1), (n,)."""
+    return torch.rand(n, generator=generator_of(key))
+
+
+def generator_of(key: tuple[int | str, ...]) -> torch.Generator:
+    """Return a generator seeded by the key."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def hold_out(n: int, purpose: str) -> tuple[Tensor, Tensor]:
+    """Return indices (kept, held out), each ascending; a tenth is held out, and at least one."""
+    order = permutation(n, purpose)
+    tenth = max(1, (n + 5) // 10)
+    return order[tenth:].sort().values, order[:tenth].sort().values
+
+
+def split_validation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Return (train, validation); validation is a tenth of the set.
+
+    Sets in memory give sets in memory. Raises UserError for fewer than two images.
+    """
+    if len(images) < 2:
+        raise UserError(
+            f"--data_folder gives {len(images)} training image; a tenth is held out for "
+            "validation, so that 2 are needed, or --validation test"
+        )
+    train, validation = hold_out(len(images), "validation")
+    return choose(images, train), choose(images, validation)
+
+
+def choose(images: ImageSet, indices: Tensor) -> ImageSet:
+    """Return the images with these indices (n,), int64."""
+    if isinstance(images, TensorImages):
+        return TensorImages(images.images[indices])
+    return ChosenImages(images, indices)
