@@ -39,17 +39,17 @@ def check_arguments(quantizer: LooCQuantizer, latent_channels: int | None) -> No
         interpolation_scale=0,
         rate_weight=0,
     )
-    no_channels = latent_channels is not None and latent_channels < 1
-    unit_signs = q.latent_norm == "unit" and q.embedding_dim == 1
-    rate_of_angles = bool(q.rate_weight) and q.distance != "l2"
-    lost_contrast = q.contras_loss and q.codebook_update != "gradient"
+    too_few_channels = latent_channels is not None and latent_channels < 1
+    only_signs = q.latent_norm == "unit" and q.embedding_dim == 1
+    rate_without_l2 = bool(q.rate_weight) and q.distance != "l2"
+    contrast_by_ema = q.contras_loss and q.codebook_update != "gradient"
     check_conditions(
-        (no_channels, f"latent_channels {latent_channels} is less than 1"),
-        (unit_signs, "latent_norm 'unit' turns all units of embedding_dim 1 into ±1"),
+        (too_few_channels, f"latent_channels {latent_channels} is less than 1"),
+        (only_signs, "latent_norm 'unit' turns all units of embedding_dim 1 into ±1"),
         (not 0 <= q.ema_decay < 1, f"ema_decay {q.ema_decay} is not in [0, 1)"),
         (q.rate_weight == math.inf, "rate_weight inf is not finite"),
-        (rate_of_angles, f"rate_weight {q.rate_weight} needs distance 'l2', not {q.distance!r}"),
-        (lost_contrast, f"contras_loss has no effect with codebook_update {q.codebook_update!r}"),
+        (rate_without_l2, f"rate_weight {q.rate_weight} needs distance 'l2', not {q.distance!r}"),
+        (contrast_by_ema, f"contras_loss has no effect with codebook_update {q.codebook_update!r}"),
     )
 
 
