@@ -13,7 +13,7 @@ from modules.options import option
 class DataConfig:
     """The data set and how its images are read."""
 
-    dataset: str = option("fashion-mnist-sample", "data set", choices=tuple(DATASETS))
+    dataset: str = option("fashion-mnist-sample", "data set", choices=DATASETS)
     data_folder: str | None = option(None, "folder of the data set (default: data/<dataset>)")
     image_size: int | None = option(
         None,

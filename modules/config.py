@@ -27,22 +27,20 @@ class ModelConfig:
     Raises ValueError, naming the flags and both values, if fields contradict each other.
     """
 
-    model: str = option("vqvae", "network around the quantiser", choices=tuple(MODELS))
-    quantizer: str = option("looc", "quantiser", choices=tuple(QUANTIZERS))
+    model: str = option("vqvae", "network around the quantiser", choices=MODELS)
+    quantizer: str = option("looc", "quantiser", choices=QUANTIZERS)
     num_embedding: int = option(
         256, "number of codevectors K in a codebook", minimum=1, maximum=LARGEST_CODEBOOK
     )
     embedding_dim: int = option(4, "dimension d of a codevector", minimum=1, maximum=2**14)
-    distance: str = option(
-        "cos", "similarity by which codevectors are searched", choices=tuple(DISTANCES)
-    )
+    distance: str = option("cos", "similarity by which codevectors are searched", choices=DISTANCES)
     anchor: str = option(
-        "closest", "anchor for re-initialising unused codevectors", choices=tuple(ANCHORS)
+        "closest", "anchor for re-initialising unused codevectors", choices=ANCHORS
     )
     split: str = option(
         "fixed",
         "channels of a unit: contiguous (fixed) or every m-th (interval)",
-        choices=tuple(SPLITS),
+        choices=SPLITS,
     )
     interpolation_scale: int = option(
         0, "scale β of extrapolation-by-interpolation (0 or 1: off)", minimum=0, maximum=8
@@ -61,16 +59,16 @@ class ModelConfig:
     codebook_start: str = option(
         "uniform",
         "initial codevectors: random, features of the first batch, or their k-means centres",
-        choices=tuple(STARTS),
+        choices=STARTS,
     )
     latent_norm: str = option(
         "none",
         "normalisation of the latents: per unit, per position (layer), or per channel over the "
         "batch or by running averages",
-        choices=tuple(LATENT_NORMS),
+        choices=LATENT_NORMS,
     )
     gradient: str = option(
-        "straight_through", "gradient estimator through the quantiser", choices=tuple(GRADIENTS)
+        "straight_through", "gradient estimator through the quantiser", choices=GRADIENTS
     )
     rate_weight: float = option(
         0.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -11,7 +11,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
@@ -20,12 +20,13 @@ def option(
 ) -> Any:
     """Return a dataclass field that is also a command-line flag.
 
-    `minimum` and `maximum` are inclusive bounds, `above` is an exclusive lower bound. A field with
-    flag=False is stored in checkpoints but is not a flag.
+    `choices` may be a registry, to which names can still be added. `minimum` and `maximum` are
+    inclusive bounds, `above` is an exclusive lower bound. A field with flag=False is stored in
+    checkpoints but is not a flag.
     """
     metadata = {
         "help": help,
-        "choices": None if choices is None else tuple(choices),
+        "choices": choices,
         "minimum": minimum,
         "above": above,
         "maximum": maximum,

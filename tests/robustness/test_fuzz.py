@@ -745,7 +745,7 @@ def random_flag(rng: random.Random, script: str) -> list[str]:
     elif item.name in FEW:
         value = rng.choice([word for word in ODD_WORDS if not number_like(word)])
     elif item.metadata["choices"] and rng.random() < 0.8:
-        value = rng.choice(item.metadata["choices"])
+        value = rng.choice([*item.metadata["choices"]])
     elif number_kind(item.type) is not str and rng.random() < 0.8:
         value = rng.choice(["1", "2", "3", "7", "0"])
     else:
