@@ -26,7 +26,7 @@ from utils.codebook.statistics import CodebookStatistics
 from utils.errors import UserError
 from utils.evaluation.schema import CodebookUse
 from utils.flags.arguments import build_model_config
-from utils.report.codebook import unit_slots
+from utils.report.codebook_use import unit_slots
 from utils.report.files import find
 from utils.training.trainer import check_parts
 

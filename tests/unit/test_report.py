@@ -25,12 +25,12 @@ from utils import report
 from utils.checkpoints.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.evaluation.schema import Analysis, Metrics, parse
-from utils.report import codebook, curves, write_report
+from utils.report import codebook_use, scalar_curves, write_report
 from utils.report.charts import chart, draw_lines
-from utils.report.codebook import unit_slots, usage_histogram
-from utils.report.curves import MAX_POINTS, thinned
+from utils.report.codebook_use import unit_slots, usage_histogram
 from utils.report.files import find
 from utils.report.markup import section
+from utils.report.scalar_curves import MAX_POINTS, thinned
 from utils.report.tables import key_figures, lead
 
 VOID = {"meta", "img", "br", "wbr", "image", "path", "use"}
@@ -100,7 +100,7 @@ def charts(monkeypatch: pytest.MonkeyPatch) -> None:
             DRAWN[key] = chart(*words)
         return DRAWN[key]
 
-    for module in (codebook, curves):
+    for module in (codebook_use, scalar_curves):
         monkeypatch.setattr(module, "chart", remembered)
 
 
@@ -274,7 +274,7 @@ def test_values_of_another_kind_are_refused_or_shown(results: Path) -> None:
             changes: dict[str, Any] = {name: changed}
             shown = replace(found, **changes)
             lead(shown)
-            report.made(shown)
+            report.origin(shown)
             for build in (key_figures, usage_histogram, unit_slots):
                 assert section("i", "t", partial(build, shown))
     assert refused > 50
@@ -284,7 +284,7 @@ def test_an_empty_folder_gives_a_page(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert len([a for _, a in page.elements if a.get("class") == "missing"]) >= 8
     assert "python test.py" in page.text
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="not a results folder"):
         write_report(tmp_path / "absent")
 
 

@@ -1,9 +1,11 @@
-"""One page about a run: report.html in the results folder, which opens from disk, without network.
+"""report.html: one page about a run, in its results folder; it opens without network.
 
-It is made of what main.py, test.py and evaluation.py have written. What is missing or damaged
-becomes a line that says so, and how to get it. Again, by hand:
+It shows the files that main.py, test.py and evaluation.py have written. For a missing or damaged
+file it says so, and which command writes it. To write the page again:
 
 python -m utils.report <results folder>
+
+A section is a function of `Found` that returns HTML or raises Missing, and one line in `page`.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.files import whole_file
-from utils.report.codebook import codebook_map, unit_slots, usage_histogram
-from utils.report.curves import training_curves
+from utils.report.codebook_use import codebook_map, unit_slots, usage_histogram
 from utils.report.files import Found, experiment, find
 from utils.report.markup import section, text
 from utils.report.pictures import reconstructions, worst_images
+from utils.report.scalar_curves import training_curves
 from utils.report.tables import commands, configuration, key_figures, lead, quantised
 
-LARGEST_SIDE, SMALLEST_SIDE = 256, 48  # images are shrunk to a side that keeps to LARGEST
 LARGEST = 4_500_000  # characters of the page
-OF_CODEBOOKS = ("usage", "codebook", "slots")  # sections
+LARGEST_SIDE, SMALLEST_SIDE = 256, 48  # images are shrunk until the page is below LARGEST
+OF_CODEBOOKS = ("usage", "codebook", "slots")  # sections of quantised models only
 
 
 def write_report(results: Path, logs: Path | None = None) -> Path:
@@ -37,7 +39,7 @@ def write_report(results: Path, logs: Path | None = None) -> Path:
     <output>/results/<experiment>/<checkpoint>. Raises UserError where the page cannot be written.
     """
     if not results.is_dir():
-        raise UserError(f"{results} is no folder of results")
+        raise UserError(f"{results} is not a results folder")
     found = find(results, logs)
     side = LARGEST_SIDE
     while len(content := page(found, side)) > LARGEST and side > SMALLEST_SIDE:
@@ -49,7 +51,7 @@ def write_report(results: Path, logs: Path | None = None) -> Path:
 
 
 def page(found: Found, side: int) -> str:
-    """The page, with no image larger than side."""
+    """Return the page's HTML, with no image larger than side."""
     sections: dict[str, tuple[str, Callable[[Found], str]]] = {
         "figures": ("Key figures", key_figures),
         "reconstructions": ("Reconstructions", lambda found: reconstructions(found, side)),
@@ -81,11 +83,12 @@ def page(found: Found, side: int) -> str:
         f"<header><h1>{breakable}</h1>{lead(found)}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
         f'<main id="main" tabindex="-1">{bodies}</main>\n'
-        f"<footer><p>{made(found)}</p></footer></body></html>\n"
+        f"<footer><p>{origin(found)}</p></footer></body></html>\n"
     )
 
 
-def made(found: Found) -> str:
+def origin(found: Found) -> str:
+    """Return the footer: when, from what and by which versions the page was written."""
     stored = found.metrics.versions
     packages = stored or {name: version(name) for name in ("torch", "torchvision", "numpy")}
     versions = ", ".join(f"{name} {number}" for name, number in packages.items())

@@ -1,4 +1,4 @@
-"""The parts that the page is made of: text, numbers, tables, figures and sections."""
+"""Building blocks of the page: text, numbers, tables, figures and sections."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Rows = Sequence[Sequence[object]]
 
 
 class Missing(Exception):
-    """What a section lacks; its message says how to get it."""
+    """A section lacks a file; the message, HTML, says how to get it."""
 
 
 def text(value: object) -> str:
-    """Anything as text of HTML, on one line."""
+    """Escape anything for HTML, on one line."""
     return escape(printable(str(value)))
 
 
 def shown(value: object, digits: int = 4) -> str:
-    """A number for people; a dash for anything else."""
+    """Format a number; a dash stands for anything else."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "–"
     if not math.isfinite(value):
@@ -30,7 +30,7 @@ def shown(value: object, digits: int = 4) -> str:
 
 
 def spread(count: int, number: int) -> list[int]:
-    """Positions of at most so many, evenly spaced from the first to the last."""
+    """Return at most number positions of count, evenly spaced from the first to the last."""
     if count <= number:
         return list(range(count))
     return [round(position * (count - 1) / (number - 1)) for position in range(number)]
@@ -39,7 +39,7 @@ def spread(count: int, number: int) -> list[int]:
 def table(
     caption: str, header: Sequence[str], groups: Mapping[str, Rows], style: str = "numbers"
 ) -> str:
-    """Rows under their groups' names (none where it is empty); the first cell of a row heads it."""
+    """Return a table of rows by group; an empty group name shows no heading."""
     parts = [f"<caption>{text(caption)}</caption><thead><tr>"]
     parts += [f'<th scope="col">{text(cell)}</th>' for cell in header]
     parts.append("</tr></thead>")
@@ -64,23 +64,23 @@ def details(summary: str, content: str) -> str:
 
 
 def figure(content: str, caption: str, *, beside: bool = False) -> str:
-    """caption is HTML; it stands beside the content where there is room and it is asked for."""
+    """Return a figure; the caption is HTML, and beside places it there if the page is wide."""
     style = ' class="beside"' if beside else ""
     return f"<figure{style}>{content}<figcaption>{caption}</figcaption></figure>"
 
 
 def command(*lines: str) -> str:
-    """Commands to copy."""
+    """Return commands to copy."""
     return "".join(f"<pre><code>{text(line)}</code></pre>" for line in lines)
 
 
 def section(identity: str, title: str, build: Callable[[], str]) -> str:
-    """A section; where it cannot be built it says why."""
+    """Return a section; if it cannot be built, it says why."""
     try:
         body = build()
     except Missing as gap:
         body = f'<div class="missing">{gap}</div>'
-    except Exception as error:  # the files may hold anything
+    except Exception as error:  # damaged files may hold anything
         reason = text(f"{type(error).__name__}: {one_line(error)[:200]}")
         body = f'<div class="missing">This cannot be shown; a file is damaged. {reason}</div>'
     return f'<section aria-labelledby="{identity}"><h2 id="{identity}">{title}</h2>{body}</section>'

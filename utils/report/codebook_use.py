@@ -1,4 +1,4 @@
-"""How the codebook is used: by rank, on a map, and by unit slot."""
+"""Sections on the use of the codebook: by rank, on a map, and by unit slot."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from utils.report.files import Found, stale, test_command
 from utils.report.markup import Missing, command, details, figure, shown, spread, table, text
 from utils.report.pictures import uri
 
-MAX_COLUMNS = 512  # of the map of slots
+MAX_COLUMNS = 512  # of a histogram or a heat map
 
 
 def counts_of(found: Found) -> list[float]:
-    """How often each codevector was used."""
+    """Return the count of each codevector."""
     found.need("analysis.json", "test.py writes it:" + command(test_command(found)))
     counts = [float(count) for count in found.analysis.codebook.counts or ()]
     if not counts or sum(counts) <= 0:
@@ -81,7 +81,7 @@ def codebook_map(found: Found) -> str:
     if len(codebook) != len(counts):
         raise Missing(
             f"The checkpoint has {len(codebook)} codevectors, analysis.json {len(counts)}; "
-            "test.py puts them in step:" + command(test_command(found))
+            "test.py writes it anew:" + command(test_command(found))
         )
     points, variance = principal_components(codebook)
     used = counts > 0
@@ -102,7 +102,7 @@ def codebook_map(found: Found) -> str:
 
 
 def codebook_picture(found: Found) -> str:
-    """codebook.png as test.py drew it."""
+    """Show codebook.png as test.py drew it."""
     path = found.results / "codebook.png"
     if not path.is_file():
         raise Missing(

@@ -1,4 +1,4 @@
-"""The curves of training, each with what to see in it."""
+"""Section on training: its curves, each with a guide to reading it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.report.markup import Missing, details, figure, shown, spread, table, 
 
 MAX_POINTS = 400  # of a curve
 MAX_ROWS = 12  # of a curve's table
-CURVES = {  # scalar → (title, unit, least of the axis, what to see)
+CURVES = {  # scalar → (title, unit, start of the axis, how to read it)
     "loss": (
         "Loss",
         "loss",
@@ -24,7 +24,7 @@ CURVES = {  # scalar → (title, unit, least of the axis, what to see)
         "dB",
         None,
         "Training and validation should rise together. <b>Bad:</b> validation that falls while "
-        "training rises: the model learns its images by heart.",
+        "training rises: the model overfits.",
     ),
     "usage_percent": (
         "Codebook usage",
@@ -37,14 +37,14 @@ CURVES = {  # scalar → (title, unit, least of the axis, what to see)
         "Perplexity",
         "codevectors",
         0,
-        "How many codevectors, equally used, would carry as much; K is the ceiling. <b>Bad:</b> "
-        "far below K, or a collapse.",
+        "The number of equally used codevectors with the same entropy; at most K. <b>Bad:</b> far "
+        "below K, or a collapse.",
     ),
 }
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most MAX_POINTS points: of each stretch the lowest and the highest; spikes stay."""
+    """Keep at most MAX_POINTS points, the lowest and highest of each stretch: spikes stay."""
     if len(points) <= MAX_POINTS:
         return list(points)
     size = -(-2 * len(points) // MAX_POINTS)
@@ -100,7 +100,7 @@ def points_range(series: Mapping[str, Sequence[Point]]) -> str:
 
 
 def curve_table(title: str, series: Mapping[str, Sequence[Point]]) -> str:
-    """A few values of each curve; the curves are not looked at at the same steps."""
+    """Return a few values of each curve; curves may have values at different steps."""
     few = [[points[i] for i in spread(len(points), MAX_ROWS)] for points in series.values()]
     steps = sorted({step for points in few for step, _ in points})
     columns = [dict(points) for points in few]
