@@ -89,6 +89,9 @@ def write_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content))
 
 
+pytestmark = pytest.mark.usefixtures("draw_figures")
+
+
 @pytest.fixture(autouse=True)
 def charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw each chart once: most of the reports here show the same ones, and it takes time."""
