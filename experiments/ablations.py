@@ -20,15 +20,16 @@ from experiments.options import (
     ALIVE,
     LRS,
     SETUPS,
-    add_options,
+    Contender,
+    Settings,
     chosen,
     settings_of,
     shared_training,
 )
 from experiments.page import Experiment
-from experiments.runs import Contender
+from modules.options import option
 from utils.errors import UserError, run
-from utils.flags.arguments import Parser
+from utils.flags.arguments import build, parse_flags
 from utils.flags.recipes import RECIPES
 from utils.logger import start_logging
 from utils.training.trainer import TrainConfig
@@ -151,28 +152,29 @@ TABLES = {
 }
 
 
+@dataclass(frozen=True)
+class AblationsConfig:
+    table: str | None = option(None, "question to answer", choices=tuple(TABLES))
+    images: str = option("fashion-mnist", "images to train on", choices=tuple(SETUPS))
+    recipe: str = option("paper", "recipe to vary", choices=tuple(RECIPES))
+
+
 def main() -> None:
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--table", choices=tuple(TABLES), required=True)
-    parser.add_argument("--images", choices=tuple(SETUPS), default="fashion-mnist")
-    parser.add_argument(
-        "--recipe", choices=tuple(RECIPES), default="paper", help="recipe to vary (default: paper)"
-    )
-    add_options(parser, "output/ablations")
-    arguments = parser.parse_args()
+    flags = parse_flags(__doc__, AblationsConfig, Settings)
     start_logging()
-    name, images, question = arguments.table, arguments.images, TABLES[arguments.table]
-    recipe = arguments.recipe
-    if arguments.lrs and question.lrs is None:
-        raise UserError(
-            f"--lrs {arguments.lrs[0]} has no effect with --table {name}, of fixed rates"
-        )
+    config = build(AblationsConfig, flags)
+    name, images, recipe = config.table, config.images, config.recipe
+    if name is None:
+        raise UserError("--table is missing")
+    question = TABLES[name]
+    if "lrs" in flags and question.lrs is None:
+        raise UserError(f"--lrs {flags['lrs'][0]} has no effect with --table {name}")
     if recipe != "paper" and not question.recipe:
         raise UserError(f"--recipe {recipe} has no effect with --table {name}")
     variants = list(question.variants(recipe))
-    selected = chosen(variants, arguments.only)
+    selected = chosen(variants, flags.get("only", ()))
     setup = replace(SETUPS[images], lrs=question.lrs or ())
-    settings = settings_of(arguments, setup, images)
+    settings = settings_of(flags, "ablations", setup, images)
     other = [] if recipe == "paper" else [recipe]
     experiment = Experiment(
         "-".join(["ablation", images, name, str(settings.steps), *other]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,18 @@ from experiments.margins import margins_table
 from experiments.options import (
     ALIVE,
     SETUPS,
-    add_options,
+    Contender,
+    Settings,
     chosen,
     settings_of,
     shared_training,
 )
 from experiments.page import Experiment, Extras
-from experiments.runs import Contender
 from experiments.tables import Row
-from utils.errors import run
+from modules.options import option
+from utils.errors import UserError, run
 from utils.evaluation.metrics import METRICS
-from utils.flags.arguments import Parser
+from utils.flags.arguments import build, parse_flags
 from utils.logger import start_logging
 from utils.training.trainer import TrainConfig
 
@@ -210,15 +212,20 @@ that shared the machine, as noted below. Margins compare upper hulls, over log2 
 means over seeds; beyond its last point a hull stays level."""
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    suite: str | None = option(None, "contenders and images", choices=tuple(SUITES))
+
+
 def main() -> None:
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--suite", choices=tuple(SUITES), required=True)
-    add_options(parser, "output/compare")
-    arguments = parser.parse_args()
+    flags = parse_flags(__doc__, CompareConfig, Settings)
     start_logging()
-    name, setup, contenders = arguments.suite, SETUPS[arguments.suite], SUITES[arguments.suite]
-    selected = chosen(contenders, arguments.only)
-    settings = settings_of(arguments, setup, name)
+    name = build(CompareConfig, flags).suite
+    if name is None:
+        raise UserError("--suite is missing")
+    setup, contenders = SETUPS[name], SUITES[name]
+    selected = chosen(contenders, flags.get("only", ()))
+    settings = settings_of(flags, "compare", setup, name)
     experiment = Experiment(
         f"compare-{name}-{settings.steps}",
         f"Rate and distortion: {setup.title}",

@@ -1,31 +1,96 @@
-"""Setups, and the options on the command line of the programs that train many models."""
+"""Setups, and the settings of the command line of compare and ablations."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from datasets import ImageSet, open_dataset
 from experiments.children import Flags
-from experiments.runs import Contender, Settings, Setup
+from modules.options import option
 from utils.errors import UserError, unknown_name
 from utils.files import writable_folder
-from utils.flags.arguments import Parser
+from utils.flags.arguments import build
 from utils.flags.recipes import RECIPES
 from utils.logger import log
 from utils.training.trainer import TrainConfig
+from utils.weights.registry import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
 
+PIXEL_METRICS = ("l1", "ssim", "psnr")
 LRS = (RECIPES["best"]["lr"],)
 SAMPLED = 32  # images of a set in its fingerprint
 # The library's options against unused codevectors.
 ALIVE: Flags = {"codebook_start": "kmeans", "dead_code_threshold": 2}
 TINY: Flags = {"hidden_size": 16, "num_residual_hidden": 8, "num_residual_layers": 1}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to measure: its name, the family whose curve it lies on, and its flags of main.py."""
+
+    name: str
+    family: str
+    flags: Flags
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Images and budget shared by all contenders."""
+
+    title: str  # of the images
+    flags: Flags
+    lrs: tuple[float, ...]  # default of --lrs; none: those of the recipes
+    steps: int = 1000
+    data_folder: str | None = None
+    missing: str = ""  # what to do if the data folder does not exist
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A setup, and the options of compare and ablations. `settings_of` fills those without default.
+
+    Without learning rates a contender has that of its recipe.
+    """
+
+    setup: Setup
+    steps: int = option(None, "training steps (default: the suite's)", minimum=1)
+    seeds: tuple[int, ...] = option((42,), "seeds of the runs", minimum=0)
+    lrs: tuple[float, ...] = option(
+        *(None, "learning rates to choose from by validation PSNR (default: the suite's)"),
+        above=0,
+        maximum=10,
+    )
+    jobs: int = option(1, "runs at a time", minimum=1)
+    threads: int = option(None, "threads per job (default: cores / jobs)", minimum=1)
+    output: Path = option(None, "folder of the runs (default: output/compare or output/ablations)")
+    docs: Path = option(Path("docs/results"), "folder of the pages")
+    data_folder: str | None = option(None, "folder of the data set (default: the suite's)")
+    weights_dir: str | None = option(None, "folder of LPIPS's weights (default: torch hub's)")
+    num_test: int | None = option(None, "pairs to measure LPIPS on (default: all)", minimum=1)
+    only: tuple[str, ...] = option(
+        (), "run these contenders or families; * stands for any characters"
+    )
+    keep: bool = option(False, "keep rows and seeds of the existing page whose flags are the same")
+    images: str = ""  # their numbers and fingerprint
+
+    @property
+    def flags(self) -> Flags:
+        """The flags of main.py shared by all contenders."""
+        return {**self.setup.flags, "max_steps": self.steps}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics to measure: LPIPS only if its weights are there."""
+        weights = WEIGHTS[METRIC_WEIGHTS["lpips"]]
+        has_lpips = find(weights, weights_folder(self.weights_dir)) is not None
+        return (*PIXEL_METRICS, "lpips") if has_lpips else PIXEL_METRICS
+
+
 SETUPS = {
     "smoke": Setup(
         "Fashion-MNIST's sample, 1,000 test images of 28×28, a tiny network",
@@ -59,70 +124,27 @@ def shared_training(recipe: str) -> dict[str, Any]:
     return {name: value for name, value in RECIPES[recipe].items() if name in known}
 
 
-def add_options(parser: Parser, output: str) -> None:
-    """Add the options that compare and ablations share."""
-    cores, add = os.cpu_count() or 1, parser.add_argument
-    lrs = "learning rates to choose from by validation PSNR (default: the suite's)"
-    only = "run these contenders or families; * stands for any characters"
-    keep = "keep rows and seeds of the existing page whose flags are the same"
-    add("--steps", type=natural, help="training steps (default: the suite's)")
-    add("--seeds", type=whole, nargs="+", default=[42], help="(default: 42)")
-    add("--lrs", type=positive, nargs="+", default=[], metavar="LR", help=lrs)
-    add("--jobs", type=natural, default=1, help="runs at a time (default: 1)")
-    add("--threads", type=natural, help=f"threads per job (default: {cores} cores / jobs)")
-    add("--output", type=Path, default=Path(output), help="folder of the runs")
-    add("--docs", type=Path, default=Path("docs/results"), help="folder of the pages")
-    add("--data_folder", help="folder of the data set (default: the suite's)")
-    add("--weights_dir", help="folder of LPIPS's weights (default: torch hub's)")
-    add("--num_test", type=natural, metavar="N", help="pairs to measure LPIPS on (default: all)")
-    add("--only", nargs="+", default=[], metavar="NAME", help=only)
-    add("--keep", action="store_true", help=keep)
-
-
-def natural(text: str) -> int:
-    return at_least(1, int(text))
-
-
-def whole(text: str) -> int:
-    return at_least(0, int(text))
-
-
-def at_least(least: int, number: int) -> int:
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is less than {least}")
-    return number
-
-
-def positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 10:
-        raise argparse.ArgumentTypeError(f"{number} is not between 0 and 10")
-    return number
-
-
-natural.__name__ = whole.__name__ = "whole number"  # for argparse's messages
-positive.__name__ = "number"
-
-
-def settings_of(arguments: argparse.Namespace, setup: Setup, suite: str) -> Settings:
-    """Return the command line's settings; the setup fills what is not given.
+def settings_of(flags: Mapping[str, Any], program: str, setup: Setup, suite: str) -> Settings:
+    """Return the settings of the flags given; the setup fills in what is not given.
 
     Images are downloaded where that is possible. Raises UserError if images or folders are missing.
     """
-    settings = Settings(
-        setup=setup,
-        steps=arguments.steps or setup.steps,
-        seeds=tuple(dict.fromkeys(arguments.seeds)),
-        lrs=tuple(dict.fromkeys(arguments.lrs)) or setup.lrs,
-        jobs=arguments.jobs,
-        threads=arguments.threads or max(1, (os.cpu_count() or 1) // arguments.jobs),
-        output=arguments.output / suite,
-        docs=arguments.docs,
-        data_folder=arguments.data_folder or setup.data_folder,
-        weights_dir=arguments.weights_dir,
-        num_test=arguments.num_test,
-        keep=arguments.keep,
-        images=images_of(arguments, setup),
+    jobs = flags.get("jobs", 1)
+    defaults = {
+        "setup": setup,
+        "steps": setup.steps,
+        "lrs": setup.lrs,
+        "threads": max(1, (os.cpu_count() or 1) // jobs),
+        "output": Path("output", program),
+        "data_folder": setup.data_folder,
+    }
+    given = build(Settings, {**defaults, **flags})
+    settings = replace(
+        given,
+        seeds=tuple(dict.fromkeys(given.seeds)),
+        lrs=tuple(dict.fromkeys(given.lrs)),
+        output=given.output / suite,
+        images=images_of(given),
     )
     writable_folder(settings.output, "--output")
     writable_folder(settings.docs, "--docs")
@@ -131,15 +153,15 @@ def settings_of(arguments: argparse.Namespace, setup: Setup, suite: str) -> Sett
     return settings
 
 
-def images_of(arguments: argparse.Namespace, setup: Setup) -> str:
+def images_of(settings: Settings) -> str:
     """Return the numbers of training and test images, and their fingerprint."""
-    folder = arguments.data_folder or setup.data_folder
+    setup, folder = settings.setup, settings.data_folder
     if setup.missing and not Path(str(folder)).is_dir():
         raise UserError(f"--data_folder {folder} does not exist; {setup.missing}")
     source, size = (setup.flags["dataset"], folder), setup.flags.get("image_size")
     training, test = (open_dataset(*source, split, size) for split in ("train", "test"))
-    if arguments.num_test is not None and arguments.num_test > len(test):
-        raise UserError(f"--num_test {arguments.num_test}, but there are {len(test)} test images")
+    if settings.num_test is not None and settings.num_test > len(test):
+        raise UserError(f"--num_test {settings.num_test}, but there are {len(test)} test images")
     return f"{len(training):,} + {len(test):,}, SHA-256 {fingerprint(training, test)}"
 
 

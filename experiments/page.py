@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from experiments.children import words
-from experiments.runs import Contender, Settings, contests, read_json, run_all
+from experiments.options import Contender, Settings
+from experiments.runs import contests, read_json, run_all
 from experiments.tables import Row, collect, figures_table, merged
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS

@@ -11,6 +11,7 @@ import io
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -20,10 +21,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.options import natural
+from modules.options import option
 from utils.errors import UserError, one_line, run
 from utils.files import whole_folder
-from utils.flags.arguments import Parser
+from utils.flags.arguments import build, parse_flags
 from utils.logger import start_logging
 from utils.weights.download import Downloads, Package, Unavailable
 
@@ -41,14 +42,15 @@ TEST_SHARE = 6  # one photograph in six is held out
 SEED = 0
 
 
+@dataclass(frozen=True)
+class PhotosConfig:
+    output: Path = option(Path("data/photos"), "folder to create")
+    side: int = option(SIDE, "side of a crop in pixels", minimum=1)
+
+
 def main() -> None:
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--output", type=Path, default=Path("data/photos"))
-    parser.add_argument(
-        "--side", type=natural, default=SIDE, help=f"side of a crop (default: {SIDE})"
-    )
-    arguments = parser.parse_args()
-    output: Path = arguments.output
+    config = build(PhotosConfig, parse_flags(__doc__, PhotosConfig))
+    output = config.output
     start_logging()
     if output.exists():
         raise UserError(f"--output {output} exists already")
@@ -57,7 +59,7 @@ def main() -> None:
             archive = Downloads(Path(downloads)).package(PACKAGE)
         except Unavailable as error:
             raise UserError(one_line(error)) from error
-        counts = write_crops(photographs(archive), folder, arguments.side)
+        counts = write_crops(photographs(archive), folder, config.side)
     for split, count in counts.items():
         sys.stdout.write(f"{output / split}: {count:,} crops\n")
 

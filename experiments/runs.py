@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from experiments.children import Children, Failure, Flags, stopping
+from experiments.options import PIXEL_METRICS, Contender, Settings
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.errors import UserError, one_line
 from utils.files import write_json
@@ -29,61 +30,6 @@ from utils.flags.recipes import with_recipe
 from utils.logger import log
 from utils.tables import machine
 from utils.training.trainer import TrainConfig
-from utils.weights.registry import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
-
-PIXEL_METRICS = ("l1", "ssim", "psnr")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model to measure: its name, the family whose curve it lies on, and its flags of main.py."""
-
-    name: str
-    family: str
-    flags: Flags
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Images and budget shared by all contenders."""
-
-    title: str  # of the images
-    flags: Flags
-    lrs: tuple[float, ...]  # default of --lrs; none: those of the recipes
-    steps: int = 1000
-    data_folder: str | None = None
-    missing: str = ""  # what to do if the data folder does not exist
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A setup, and what the command line says about it."""
-
-    setup: Setup
-    steps: int
-    seeds: tuple[int, ...]
-    lrs: tuple[float, ...]  # none: that of the contender's recipe
-    jobs: int
-    threads: int  # of each job
-    output: Path
-    docs: Path
-    data_folder: str | None
-    weights_dir: str | None
-    num_test: int | None  # pairs that LPIPS is measured on; None: all
-    keep: bool = False  # keep rows of the existing page that have the same flags
-    images: str = ""  # a fingerprint
-
-    @property
-    def flags(self) -> Flags:
-        """The flags of main.py shared by all contenders."""
-        return {**self.setup.flags, "max_steps": self.steps}
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The metrics to measure: LPIPS only if its weights are there."""
-        weights = WEIGHTS[METRIC_WEIGHTS["lpips"]]
-        has_lpips = find(weights, weights_folder(self.weights_dir)) is not None
-        return (*PIXEL_METRICS, "lpips") if has_lpips else PIXEL_METRICS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.children import words
-from experiments.runs import Contender, Contest, Settings, finished
+from experiments.options import Contender, Settings
+from experiments.runs import Contest, finished
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.schema import CODEBOOK, RATES, Figure
 from utils.tables import Table, machine_line

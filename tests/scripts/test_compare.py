@@ -26,9 +26,9 @@ from experiments.ablations import TABLES
 from experiments.children import Children, Failure, words
 from experiments.compare import STYLES, SUITES, draw_curves
 from experiments.margins import curve, margins, margins_table
-from experiments.options import SETUPS, chosen, fingerprint
+from experiments.options import SETUPS, Contender, Settings, chosen, fingerprint
 from experiments.page import Experiment, Page
-from experiments.runs import Contender, Run, Settings, contests, finished, run_all
+from experiments.runs import Run, contests, finished, run_all
 from experiments.tables import Row, collect, figures_table, merged_validation, spread
 from modules import ModelConfig
 from tests.conftest import ROOT, refusal, run_process
@@ -503,8 +503,8 @@ def test_halving_averages() -> None:
     [
         (["--only", "lock"], "--only lock is unknown; did you mean looc?"),
         (["--jobs", "0"], "argument --jobs: 0 is less than 1"),
-        (["--seeds", "x"], "argument --seeds: invalid whole number value: 'x'"),
-        (["--lrs", "0"], "argument --lrs: 0.0 is not between 0 and 10"),
+        (["--seeds", "x"], "argument --seeds: 'x' is not a whole number"),
+        (["--lrs", "0"], "argument --lrs: 0.0 is not greater than 0"),
         (["--suite", "photos"], "--data_folder data/photos does not exist"),
         (["--num_test", "1001"], "--num_test 1001, but there are 1000 test images"),
     ],

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 from modules.config import ModelConfig, implied_flags
 from utils.errors import UserError, printable, unknown_name
@@ -98,9 +99,9 @@ def names(item: Field[Any]) -> tuple[str, ...]:
 
 
 def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
-    several = kind == tuple[str, ...]
-    default: Any = item.default
-    shown = "" if default is None else f" (default: {' '.join(default) if several else default})"
+    several, default = get_origin(kind) is tuple, item.default
+    words = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = "" if words in (None, "") else f" (default: {words})"
     text = (item.metadata["help"] + shown).replace("%", "%%")
     common = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
     if kind is bool:
@@ -117,8 +118,8 @@ def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
 
 
 def number_kind(kind: Any) -> type:
-    """Return int, float or str, the type of one value of a field."""
-    return next(base for base in (int, float, str) if base.__name__ in str(kind))
+    """Return int, float, Path or str, the type of one value of a field."""
+    return next(base for base in (int, float, Path, str) if base.__name__ in str(kind))
 
 
 def converter(item: Field[Any], kind: Any) -> Callable[[str], Any]:
