@@ -1,4 +1,4 @@
-"""The base class of all models: an encoder, a quantiser, a decoder."""
+"""Base class of all models: an encoder, a quantiser, a decoder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class NetworkSpec:
 
 
 class Autoencoder(nn.Module, ABC):
-    """An image autoencoder with quantised latents.
+    """Image autoencoder with quantised latents.
 
     Images are (B, in_channels, height, width) in [−1, 1], height and width multiples of the
     configuration's `downsampling` f. Anything else raises ValueError, and so does a quantiser or
@@ -95,10 +95,9 @@ class Autoencoder(nn.Module, ABC):
 
 
 def apply(network: nn.Module, x: Tensor) -> Tensor:
-    """network(x), for an empty batch too, which attention cannot take: (b, …) → (b, …).
+    """Return network(x), also for an empty batch, which attention refuses: (b, …) → (b, …).
 
-    One of several processes may have no image, and its backward pass still has to reach all
-    weights.
+    One of several processes may have no image; its backward pass still has to reach all weights.
     """
     if len(x):
         result: Tensor = network(x)

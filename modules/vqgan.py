@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class VQGAN(Autoencoder):
-    """The encoder and decoder of Esser, Rombach, Ommer, "Taming Transformers", CVPR 2021.
+    """Encoder and decoder of Esser, Rombach, Ommer, "Taming Transformers", CVPR 2021.
 
     Residual blocks at each resolution, attention at the lowest ones and in the middle, as in
     latent diffusion and diffusers, whose weights fit. Raises ValueError if diffusers is not
@@ -64,9 +64,9 @@ class VQGAN(Autoencoder):
         return apply(self.decoder, self.post_vq_conv(latents))
 
     def compile_parts(self) -> None:
-        """Compile block by block: the gradients of the last layer are also asked for alone.
+        """Compile block by block, since the gradients of the last layer are also needed alone.
 
-        Blocks differ in shape only, so dynamic shapes would compile them as one slow kernel.
+        Blocks that differ only in shape get a kernel each, not one for any shape.
         """
         blocks = [*self.encoder.down_blocks, self.encoder.mid_block]
         for block in [*blocks, self.decoder.mid_block, *self.decoder.up_blocks]:
@@ -87,7 +87,7 @@ def parse_multipliers(text: str) -> tuple[int, ...]:
 
 
 def default_groups(channels: int) -> int:
-    """Default number of normalisation groups; one of a single channel would lose its brightness."""
+    """Default number of normalisation groups; a group of one channel would lose its mean."""
     most = max(1, min(32, channels // 4))
     return next(number for number in range(most, 0, -1) if channels % number == 0)
 

@@ -90,7 +90,7 @@ class Decoder(nn.Module):
 
 
 class VQVAE(Autoencoder):
-    """The network of van den Oord et al., arXiv 1711.00937, as CVQ-VAE and LooC train it."""
+    """Network of van den Oord et al., arXiv 1711.00937, in the form that CVQ-VAE and LooC train."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""No quantiser: latents pass as they are, for an autoencoder to compare with."""
+"""No quantiser: the latents pass unchanged, as an upper bound of quality."""
 
 from __future__ import annotations
 

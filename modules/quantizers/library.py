@@ -1,7 +1,7 @@
-"""Quantisers of vector-quantize-pytorch under the interface of LooCQuantizer.
+"""Quantisers of vector-quantize-pytorch that learn a codebook.
 
-In training a quantiser is what the library makes of it, at the library's own settings except those
-that have a flag here. Outside training, latents are the decoding of their indices.
+Training is that of the library, at its own settings except those that have a flag here. Outside
+training, latents are the decoding of their indices.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LibraryQuantizer(LatentNorm):
 
     @property
     def codebook(self) -> Tensor:
-        """All codevectors, (K, d); where each slot has its own codebook, one after another."""
+        """All codevectors, (K, d), or (m·K, d) if each slot has its own codebook."""
         return self.codebook_of(self.library).flatten(0, -2)
 
     def forward(self, z: Tensor) -> Quantized:
@@ -130,7 +130,7 @@ class LibraryQuantizer(LatentNorm):
     def _indices(self, found: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(B, H·W) or (B, H·W, m) → (B, H, W, m), int64 in [0, K), for latents of this shape."""
         batch, _, height, width = shape
-        within = found.long().clamp(0, self.num_embedding - 1)  # NaN gives others
+        within = found.long().clamp(0, self.num_embedding - 1)  # NaN gives indices out of range
         return within.reshape(batch, height, width, found.shape[2] if found.dim() > 2 else 1)
 
 
@@ -140,7 +140,7 @@ def spread(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     return positions.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-# How each module is made, and what its methods are called
+# Makers: one per module of the library
 
 
 def wrap(
@@ -149,7 +149,7 @@ def wrap(
     decode: Callable[[Any, Tensor], Tensor],
     codebook: str = "codebook",
 ) -> LibraryQuantizer:
-    """The quantiser of this configuration around a module whose codevectors have this name."""
+    """Wrap a module; `codebook` is the name of its codevectors."""
     return LibraryQuantizer(
         library,
         config.num_embedding,
@@ -232,7 +232,7 @@ def make_sim(config: ModelConfig) -> LibraryQuantizer:
 
 
 def check_start(config: ModelConfig) -> None:
-    """Check that the library has this start of the codebook."""
+    """Check that the library can initialise codevectors in this way."""
     if config.codebook_start == "features":
         raise ValueError(
             f"--codebook_start features needs --quantizer looc, cvq or vq, not {config.quantizer}, "

@@ -16,7 +16,7 @@ from .spec import COMMON_FLAGS, LARGEST_CODEBOOK, QuantizerSpec, check_units, un
 if TYPE_CHECKING:
     from ..config import ModelConfig
 
-LEAST_LEVEL, LARGEST_LEVEL = 3, 16  # of a dimension of FSQ, where levels are chosen here
+LEAST_LEVEL, LARGEST_LEVEL = 3, 16  # per dimension of FSQ, when derived from K and d
 
 
 def decode_grid(library: Any, indices: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def decode_grid(library: Any, indices: Tensor) -> Tensor:
 
 
 def even_levels(product: int, count: int, largest: int = LARGEST_LEVEL) -> tuple[int, ...] | None:
-    """Return `count` levels of this product, falling and as even as possible; None without any."""
+    """Return `count` levels of this product, falling and as even as possible, or None."""
     if not count:
         return () if product == 1 else None
     found = []

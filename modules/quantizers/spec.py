@@ -1,4 +1,4 @@
-"""The interface of a quantiser, and its spec: how it is configured, checked and made."""
+"""Interface of a quantiser, and its spec: how it is configured, checked and made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Quantizer(Protocol):
 
     @property
     def codebook(self) -> Tensor:
-        """All codevectors, (K, d); where each slot has its own codebook, one after another."""
+        """All codevectors, (K, d), or (m·K, d) if each slot has its own codebook."""
 
     def __call__(self, z: Tensor) -> Quantized:
         """Quantise latents z (B, C, H, W)."""

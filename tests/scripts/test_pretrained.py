@@ -1,4 +1,4 @@
-"""Encoders and decoders of diffusers and taming-transformers, by their real classes, under ours.
+"""Encoders and decoders of diffusers and taming-transformers (their own classes), loaded into ours.
 
 The classes are those of the extra `plugin`; their weights are random.
 """
@@ -33,14 +33,14 @@ TAMING = {
     **{"double_z": False, "z_channels": 6, "resolution": 32, "in_channels": 3, "out_ch": 3},
     **{"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (), "dropout": 0.0},
 }
-# In float64; but the mean of a distribution is kept in float32.
+# Models run in float64, but the mean of a distribution is stored in float32.
 equal = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
 Change = Callable[[dict[str, Any]], Any]
 Function = Callable[[Tensor], Tensor]
 
 
 def network(flags: Mapping[str, Any], latent_channels: int | None = None) -> VQGAN:
-    """The network of these flags, with another number of channels of the latents if given."""
+    """Build the network of these flags, with another number of latent channels if given."""
     changed = {} if latent_channels is None else {"latent_channels": latent_channels}
     return VQGAN(ModelConfig(model="vqgan", embedding_dim=1, **{**flags, **changed}))
 
@@ -52,7 +52,7 @@ def in_the_quantiser(names: Iterable[str]) -> set[str]:
 def assert_same(
     pretrained: Pretrained, source: nn.Module, encode: Function, decode: Function
 ) -> None:
-    """A network of these flags and weights gives what the source gives, both in float64."""
+    """Check that our network with these flags and weights equals the source, both in float64."""
     model = network(pretrained.flags).eval()
     fitted = fit(pretrained, model.state_dict())
     assert {*fitted.new} == in_the_quantiser(model.state_dict())
@@ -68,7 +68,7 @@ def assert_same(
 
 
 def scattered(module: nn.Module) -> nn.Module:
-    """The module with all weights random, those of norms and biases too."""
+    """Set all weights at random, including norms and biases."""
     torch.manual_seed(0)
     for parameter in module.parameters():
         noise = torch.randn_like(parameter)
@@ -77,7 +77,7 @@ def scattered(module: nn.Module) -> nn.Module:
 
 
 def of_diffusers(name: str, **options: Any) -> Any:
-    """A small model of diffusers: two resolutions of 32 and 64 channels, unless told otherwise."""
+    """Make a small model of diffusers; by default two resolutions of 32 and 64 channels."""
     settings = {
         "block_out_channels": (32, 64),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -164,7 +164,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def rewrite(folder: Path, change: Change) -> None:
-    """Save what change makes of the weights in the folder in their place."""
+    """Replace the weights in the folder by the result of `change`."""
     safetensors, path = need("safetensors.torch"), weights_file(folder)
     safetensors.save_file(change(safetensors.load_file(path)), path)
 
@@ -203,7 +203,7 @@ def test_half_precision_becomes_single(tmp_path: Path) -> None:
 
 
 def of_taming(embed_dim: int = 5, **options: Any) -> Any:
-    """The first stage of taming-transformers, as its VQModel puts it together."""
+    """Make the first stage of taming-transformers, as its VQModel does."""
     layers = need("taming.modules.diffusionmodules.model")
     settings: dict[str, Any] = {**TAMING, **options}
     z_channels, factor = settings["z_channels"], 2 if settings["double_z"] else 1
@@ -219,7 +219,7 @@ def of_taming(embed_dim: int = 5, **options: Any) -> Any:
 
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> type:
-    """A class of pytorch_lightning that is there while the checkpoint is written."""
+    """Make a class of pytorch_lightning that exists only while the checkpoint is written."""
     module = ModuleType("pytorch_lightning.callbacks.invented")
     made = type("Callback", (), {"__module__": module.__name__})
     module.Callback = made  # type: ignore[attr-defined]
@@ -230,7 +230,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> type:
 
 
 def as_lightning(model: nn.Module, callback: type) -> dict[str, Any]:
-    """A checkpoint of the trainer: a class and objects of its own, numbers of NumPy."""
+    """Make a checkpoint of Lightning: its own class and objects, numbers of NumPy."""
     state = callback()
     state.best = 0.5
     return {
@@ -349,7 +349,7 @@ def test_tensors_without_a_place_are_noticed(tmp_path: Path) -> None:
 
 
 def test_main_starts_from_weights_and_trains_on(script: Script, tmp_path: Path) -> None:
-    """Encoder and decoder are those of the folder, but for a step too small to be seen."""
+    """Encoder and decoder equal those of the folder, up to one negligible step."""
     model = of_diffusers("VQModel", block_out_channels=(8, 16), norm_num_groups=8)
     model.save_pretrained(tmp_path / "vq")
     write_pictures(tmp_path / "pictures")
@@ -390,7 +390,7 @@ def test_main_starts_from_weights_and_trains_on(script: Script, tmp_path: Path) 
 
 
 def refused(path: Path) -> str:
-    """The one line with which the path is refused, without the flag and the path."""
+    """Return the message that refuses the path, without flag and path."""
     message = refusal(lambda: read_pretrained(path))
     start = f"--pretrained {path}"
     assert message.startswith(start)
@@ -552,7 +552,7 @@ def test_nothing_is_executed(legacy: bool, trainer: type, tmp_path: Path) -> Non
 def test_a_class_of_the_trainer_is_never_called(
     trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor any other name of its package: all that the file asks for is asked of an empty object."""
+    """No other name of its package is used either: every object of the file is a stand-in."""
     trainer.__reduce__ = lambda _: (trainer, (1, 2), {"a": 3})
     torch.save(as_lightning(of_taming(), trainer), tmp_path / "m.ckpt")
     called: list[Any] = []

@@ -11,7 +11,7 @@ from datasets.config import DataConfig
 from modules import VQVAE, ModelConfig
 from utils.checkpoints.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.flags.arguments import build, build_model_config, flag_fields, parse_flags
+from utils.flags.arguments import build, build_model_config, flag_fields, parse_flags, resolve
 from utils.flags.recipes import RECIPES, with_recipe
 from utils.training.trainer import TrainConfig
 
@@ -127,6 +127,17 @@ def test_a_recipe_fills_the_flags_that_were_not_given() -> None:
         flags = with_recipe({"recipe": recipe})
         build(TrainConfig, flags)
         build_model_config(flags, 1)
+
+
+def test_flags_are_completed_in_a_fixed_order(tmp_path: Path) -> None:
+    """Command line, preset, own defaults of the quantiser, recipe."""
+    preset = tmp_path / "preset.txt"
+    preset.write_text("# a comment\n--quantizer vq --recipe best --lr 1 --seed 5 --anchor none\n")
+    flags, pretrained = resolve({"preset": str(preset), "seed": 6}, *GROUPS)
+    assert pretrained is None
+    assert (flags["seed"], flags["lr"], flags["schedule"]) == (6, 1, "wsd")
+    assert (flags["distance"], flags["codebook_update"]) == ("l2", "ema")
+    assert "batch_size" not in flags
 
 
 def test_a_recipe_leaves_what_the_quantiser_implies() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints rebuild their model, check flags, and refuse whatever is not one."""
+"""Checkpoints rebuild their model and check flags; anything else is refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_reference_checkpoint_reconstructs_the_same_image(name: str) -> None:
 def test_an_older_checkpoint_opens_and_resumes(
     script: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """Written before the redesign, by the command in golden/README.md."""
+    """The checkpoint was written before the redesign, by the command in golden/README.md."""
     model, data = load_model(GOLDEN / "last_step3.pt"), np.load(GOLDEN / "last_step3_io.npz")
     with torch.no_grad():
         reconstruction, quantized = model(torch.from_numpy(data["images"]))
@@ -152,7 +152,7 @@ def test_one_wrong_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, -1, 2**63, 1.5, True, torch.zeros(2)])
 def test_a_count_is_checked(value: object, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "m.pt", VQVAE(SMALL), {"step": value})
-    with pytest.raises(UserError, match=r"m\.pt is damaged: its step is no count"):
+    with pytest.raises(UserError, match=r"m\.pt is damaged: its step is not a count"):
         read_checkpoint(tmp_path / "m.pt").count("step")
 
 

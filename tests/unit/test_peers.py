@@ -1,4 +1,4 @@
-"""Properties of every quantiser under the one interface, and of what they refuse."""
+"""Properties of every quantiser under one interface; refused flags."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 
 @pytest.fixture(autouse=True)
 def library(request: pytest.FixtureRequest) -> None:
-    """Peers need the library; the tests of its absence do not."""
+    """Skip tests that need the library if it is not installed."""
     if "absent" not in request.node.name:
         pytest.importorskip("vector_quantize_pytorch", reason="the peers' library")
 
@@ -65,7 +65,7 @@ def make(name: str) -> VQVAE:
 
 
 def peer(name: str) -> tuple[LibraryQuantizer, torch.Tensor]:
-    """A quantiser, and latents for it that no layout favours."""
+    """Return a quantiser and latents in channels-last layout."""
     model = make(name)
     assert isinstance(model.quantizer, LibraryQuantizer)
     generator = torch.Generator().manual_seed(1)
@@ -74,7 +74,7 @@ def peer(name: str) -> tuple[LibraryQuantizer, torch.Tensor]:
 
 
 def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    buffers = dict(module.named_buffers())  # those that no checkpoint keeps too
+    buffers = dict(module.named_buffers())  # including those that are not in a checkpoint
     return {key: value.clone() for key, value in {**module.state_dict(), **buffers}.items()}
 
 
@@ -105,7 +105,7 @@ def test_latents_are_normalised_as_loocs(
 
         monkeypatch.setattr(quantizer.library, "forward", watch)
     generator = torch.Generator().manual_seed(1)
-    for training in (True, True, False):  # the averages have moved before they are put to use
+    for training in (True, True, False):  # evaluation uses averages that have moved
         z = 3 + 2 * torch.randn(3, channels, 5, 4, generator=generator)
         expected = looc._cut(z, training).flatten(3).flatten(1, 2)
         model.train(training)
@@ -138,7 +138,7 @@ def test_indices_are_within_their_codebooks(name: str) -> None:
 @every_setting
 def test_output_is_exactly_the_decoding_of_its_own_indices(name: str) -> None:
     quantizer, z = peer(name)
-    quantizer(z)  # that k-means has started
+    quantizer(z)  # k-means has run
     output, loss, indices = quantizer.eval()(z)
     assert torch.equal(quantizer.decode(indices), output)
     assert torch.equal(quantizer.encode(z), indices)
@@ -149,7 +149,7 @@ def test_output_is_exactly_the_decoding_of_its_own_indices(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if QUANTIZERS[name].parts])
 def test_no_image_is_a_batch_too(name: str) -> None:
-    """As a process may have it, of several that share the last images of an epoch."""
+    """One of several processes may have no image at the end of an epoch."""
     model = make(name)
     for mode in (True, False):
         z = torch.zeros(0, model.config.channels, 5, 4, requires_grad=True)
@@ -173,7 +173,7 @@ def test_every_unit_decodes_to_its_codevector(name: str) -> None:
 
 @every_setting
 def test_training_gives_nearly_the_same(name: str) -> None:
-    """The library's own output, which the gradient's form rounds otherwise."""
+    """The library's output differs from the decoding by rounding only."""
     quantizer, z = peer(name)
     quantizer(z)
     codebook = state_of(quantizer)
@@ -458,7 +458,7 @@ def test_scripts_without_a_quantiser(script: Script, mnist: Path) -> None:
 
 
 class Signs(torch.nn.Module):
-    """One bit per position: the sign of the mean over the channels."""
+    """A quantiser with one bit per position, the sign of the mean over the channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
