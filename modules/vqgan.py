@@ -102,7 +102,7 @@ def check_resolutions(config: ModelConfig) -> None:
     multipliers = parse_multipliers(config.channel_multipliers)
     if not multipliers:
         raise ValueError(
-            f"--channel_multipliers {config.channel_multipliers} is no list of up to 8 numbers "
+            f"--channel_multipliers {config.channel_multipliers} is not a list of up to 8 numbers "
             "below 100, like 1,1,2,2,4"
         )
     if config.num_residual_layers < 1:

@@ -67,14 +67,14 @@ def check_levels(config: ModelConfig) -> None:
     """Check that there are d levels whose product is K."""
     if config.levels is None:
         raise ValueError(
-            f"--num_embedding {config.num_embedding} is no product of levels from {LEAST_LEVEL} to "
-            f"{LARGEST_LEVEL}, --embedding_dim {config.embedding_dim} of them; give --levels"
+            f"--num_embedding {config.num_embedding} is not a product of {config.embedding_dim} "
+            f"levels from {LEAST_LEVEL} to {LARGEST_LEVEL}; give --levels"
         )
     levels = parse_levels(config.levels)
     if not levels or min(levels) < LEAST_LEVEL:
         raise ValueError(
-            f"--levels {config.levels} is no list of up to 12 numbers from {LEAST_LEVEL} on, "
-            "like 8,5,5,5"
+            f"--levels {config.levels} is not a list of up to 12 numbers of at least "
+            f"{LEAST_LEVEL}, like 8,5,5,5"
         )
     product = math.prod(levels)
     if product > LARGEST_CODEBOOK:

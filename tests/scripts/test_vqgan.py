@@ -89,7 +89,7 @@ def test_images_codes_and_back(multipliers: str, factor: int, quantizer: str) ->
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"channel_multipliers": "1,0"}, "--channel_multipliers 1,0 is no list"),
+        ({"channel_multipliers": "1,0"}, "--channel_multipliers 1,0 is not a list"),
         ({"attention_levels": 3}, "--attention_levels 3 is more than the 2 of"),
         ({"num_residual_layers": 0}, "--num_residual_layers 0 is less than the 1"),
         ({"norm_groups": 3}, "--norm_groups 3 does not divide --hidden_size 8"),
