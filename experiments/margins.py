@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from operator import itemgetter
+
+import numpy as np
 
 from experiments.tables import Row
 from utils.tables import Table
@@ -31,11 +32,8 @@ class Curve:
         """
         if not self.points or rate < self.points[0][0]:
             return None
-        for (left, low), (right, high) in pairwise(self.points):
-            if rate < right:
-                share = math.log2(rate / left) / math.log2(right / left)
-                return low + share * (high - low)
-        return self.points[-1][1]
+        rates, values = zip(*self.points)
+        return float(np.interp(math.log2(rate), np.log2(rates), values))
 
 
 def curve(rows: Iterable[Row]) -> Curve:
