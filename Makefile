@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 OUTPUT ?= output
-# Where the weights of LPIPS's and FID's networks lie; torch hub's folder unless set.
+# Folder of the weights of LPIPS's and FID's networks; torch hub's folder unless set.
 WEIGHTS_DIR ?=
 WEIGHTS_FLAG := $(if $(WEIGHTS_DIR),--weights_dir $(WEIGHTS_DIR))
 EXP := demo
@@ -14,22 +14,22 @@ EXP := demo
 DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
 # Flags of compare and ablations; their pages do not replace those in docs/results.
 RUN_FLAGS ?= --steps 300 --num_test 2000 --jobs 2 --docs $(OUTPUT)/docs
-# Besides those of --preset photos-64.
+# Flags besides those of --preset photos-64.
 VQGAN_FLAGS ?=
 TABLES := headline codebook dimension anchor offline contrastive interpolation ingredients recipes
 
 help:
 	@echo "make demo      train, test and evaluate on bundled Fashion-MNIST images, about 2 minutes on 2 cores"
-	@echo "make test      the test suite"
+	@echo "make test      run the tests"
 	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
-	@echo "make lint      ruff and mypy"
-	@echo "make bench     speed and memory against peers, about 25 minutes on 2 cores; writes docs/results/benchmarks.*, docs/results/loader.*"
-	@echo "make compare   LooC and its peers on Fashion-MNIST, about two hours on 2 cores; writes $(OUTPUT)/docs/compare-*"
-	@echo "make ablations the tables of the flags, about an hour on 2 cores; writes $(OUTPUT)/docs/ablation-*"
-	@echo "make vqgan     --preset photos-64: trains, tests and evaluates a small VQGAN, about an hour on 2 cores"
-	@echo "make photos    real photographs, cut for compare.py --suite photos"
-	@echo "make fuzz      1,000 damaged images, checkpoints and command lines each"
-	@echo "make soak      20,000 steps, 200,000 images, 20,000 pairs; writes docs/results/soak.md"
+	@echo "make lint      check with ruff and mypy"
+	@echo "make bench     measure speed and memory against peers, about 25 minutes on 2 cores; writes docs/results/benchmarks.*, docs/results/loader.*"
+	@echo "make compare   compare LooC with other quantisers on Fashion-MNIST, about two hours on 2 cores; writes $(OUTPUT)/docs/compare-*"
+	@echo "make ablations measure the tables of the flags, about an hour on 2 cores; writes $(OUTPUT)/docs/ablation-*"
+	@echo "make vqgan     train, test and evaluate a small VQGAN (--preset photos-64), about an hour on 2 cores"
+	@echo "make photos    fetch photographs and cut them, for vqgan and experiments/compare.py --suite photos"
+	@echo "make fuzz      test 1,000 damaged images, checkpoints and command lines each"
+	@echo "make soak      measure 20,000 steps, 200,000 images, 20,000 pairs; writes docs/results/soak.md"
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
