@@ -31,8 +31,9 @@ def page() -> str:
 
 
 def groups(script: str) -> Iterator[type]:
-    """The dataclasses of flags that a script uses."""
-    for value in runpy.run_path(str(ROOT / script), run_name=script).values():
+    """The dataclasses of flags that a script uses: its GROUPS, or each of its classes …Config."""
+    found = runpy.run_path(str(ROOT / script), run_name=script)
+    for value in found.get("GROUPS", found.values()):
         if isinstance(value, type) and value.__name__.endswith("Config"):
             yield value
 
