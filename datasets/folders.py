@@ -9,7 +9,7 @@ from datasets.image_sets import FileImages, ImageSet, Split
 from datasets.sampling import hold_out
 from datasets.staging import fetch
 from utils.errors import UserError
-from utils.images import SUFFIXES, image_names
+from utils.image_files import SUFFIXES, image_names
 from utils.logger import log
 
 FFHQ_TRAIN = 60_000

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils.images import open_image, viewed
+from utils.image_files import open_image, viewed
 
 Split: TypeAlias = Literal["train", "test"]
 

@@ -1,4 +1,4 @@
-"""Where to compute, and the seed of all randomness."""
+"""The device to compute on, and the seeds of all random generators."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from utils.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of --device: "auto" is CUDA where there is one, else the CPU.
+    """Return the device of --device; "auto" is CUDA if available, else the CPU.
 
-    One of several GPUs that is named becomes the current one. Raises UserError for a name that is
-    no device, or a device this machine does not have.
+    A GPU with a number becomes the current one. Raises UserError for an unknown name, or a device
+    that this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,7 +24,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(
-            f"--device {name} is no device; choose auto, cpu, cuda or cuda:N"
+            f"--device {name} is not a device; choose auto, cpu, cuda or cuda:N"
         ) from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; choose auto, cpu, cuda or cuda:N")
@@ -35,35 +35,35 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices"
         )
-    if device.index is not None:  # where libraries allocate and draw without being told a device
+    if device.index is not None:  # the default of libraries
         torch.cuda.set_device(device)
     return device
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the blocks it is given back, rather than fault them in anew every step."""
+    """Let glibc keep freed blocks, which avoids page faults in every step."""
     trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):
-        pass  # another C library, with thresholds of its own
+        pass  # another C library, with other thresholds
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
-    """Seed every generator; on CUDA choose deterministic algorithms where PyTorch has them."""
+    """Seed all generators; on CUDA choose deterministic algorithms where PyTorch has them."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002, libraries draw from the global generator
+    np.random.seed(seed)  # noqa: NPY002, libraries use the global generator
     torch.manual_seed(seed)
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else sums vary in order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or the order of sums varies
         torch.backends.cudnn.benchmark = False
-        for choose in (  # attention whose backward passes do, too, where that is but warned of
+        for enable in (  # attention with other orders of summation, of which PyTorch only warns
             torch.backends.cuda.enable_mem_efficient_sdp,
             torch.backends.cuda.enable_flash_sdp,
             torch.backends.cuda.enable_cudnn_sdp,
         ):
-            choose(False)
+            enable(False)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Several processes under torchrun; each function also works in a single one."""
+"""Training in several processes under torchrun; all functions also work in a single one."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ Value = TypeVar("Value")
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Return whether torchrun started this process as one of several."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return several and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def rank() -> int:
-    """This process's number, 0 for the first."""
+    """Return the number of this process, 0 for the first."""
     if num_ranks() > 1:
         return dist.get_rank()
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def start_ranks(device_flag: str) -> torch.device:
-    """Join the processes that torchrun started, if it did; returns this one's device.
+    """Join the processes that torchrun started, if any, and return this one's device.
 
-    Raises UserError where --device is not there, or not there for every process.
+    Raises UserError where there is no such device for every process.
     """
     device = resolve_device(device_flag)
     if not launched():
@@ -52,37 +52,37 @@ def start_ranks(device_flag: str) -> torch.device:
             raise UserError(f"--nproc_per_node {local + 1} or more, but there are {count} GPUs")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    # CPU tensors go by gloo in both cases: what the host has to know does not wait for the GPU.
+    # CPU tensors use gloo in both cases: numbers for the host do not wait for the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
 def seed_rank(seed: int) -> None:
-    """Have each process draw numbers of its own; the first goes on with its generator as it is."""
+    """Give each process its own random numbers; the first keeps its generator as it is."""
     if rank() > 0:
         torch.manual_seed(seed + 2**32 * rank())
 
 
 def stop_ranks() -> None:
-    """Leave the others, at the end of the work."""
+    """Leave the process group."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def share_gradients(model: nn.Module) -> nn.Module:
-    """The model, with its gradients averaged over all processes in the backward pass."""
+    """Wrap the model so that backward passes average gradients over all processes."""
     if num_ranks() == 1:
         return model
-    # Of a kernel with one input channel the memory layout is ambiguous, which costs nothing.
+    # The memory layout of a kernel with one input channel is ambiguous, which costs nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the flag's new name is not in older torch
-        # Buffers are the quantiser's, which keeps them the same everywhere by itself.
+        warnings.simplefilter("ignore", FutureWarning)  # older torch lacks the new name of the flag
+        # Buffers belong to the quantiser, which keeps them equal in all processes.
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def gradients_kept(model: nn.Module) -> AbstractContextManager[None]:
-    """While it lasts, backward passes add up gradients without averaging them."""
+    """Accumulate gradients without averaging them over processes, in a with block."""
     if isinstance(model, DistributedDataParallel):
         kept: AbstractContextManager[None] = model.no_sync()
         return kept
@@ -90,7 +90,7 @@ def gradients_kept(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def sum_numbers(*values: float) -> list[float]:
-    """The sums over all processes of numbers that the host knows."""
+    """Sum each number over all processes."""
     if num_ranks() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
@@ -100,7 +100,7 @@ def sum_numbers(*values: float) -> list[float]:
 
 
 def gather(value: Value) -> list[Value]:
-    """Every process's value, in the order of ranks, in every process."""
+    """Return the values of all processes, in the order of ranks, in every process."""
     if num_ranks() == 1:
         return [value]
     values: list[Any] = [None] * num_ranks()
@@ -109,12 +109,12 @@ def gather(value: Value) -> list[Value]:
 
 
 def gather_items(items: Iterable[Value]) -> list[Value]:
-    """The items of every process, in the order of ranks, in every process."""
+    """Return the items of all processes, in the order of ranks, in every process."""
     return list(chain.from_iterable(gather(list(items))))
 
 
 def from_first(make: Callable[[], Value]) -> Value:
-    """What the first process made, in every process."""
+    """Call make in the first process, and return its value in every process."""
     if num_ranks() == 1:
         return make()
     values: list[Any] = [make() if rank() == 0 else None]
@@ -125,7 +125,7 @@ def from_first(make: Callable[[], Value]) -> Value:
 
 @contextmanager
 def first_goes_ahead() -> Iterator[None]:
-    """Let the first process through, then all others: it downloads, they find the files."""
+    """Run a block in the first process, then in the others: they find the files it downloaded."""
     if rank() > 0:
         wait_for_all()
     yield
@@ -134,15 +134,15 @@ def first_goes_ahead() -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Until every process is here."""
+    """Wait until all processes are here."""
     sum_numbers(0)
 
 
 @contextmanager
 def shared_folder(path: Path) -> Iterator[Path]:
-    """`whole_folder` of the first process, for all to write to; it appears when all have written.
+    """Yield a `whole_folder` to all processes; it appears when all have written to it.
 
-    All processes have to see the same file system.
+    All processes have to share the file system.
     """
     if rank() == 0:
         with whole_folder(path) as folder:

@@ -1,4 +1,4 @@
-"""The user's mistakes: one line on the screen, exit code 2, no traceback."""
+"""Errors that the user can correct: one line on the screen, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-PATIENCE = 5.0  # seconds
+PATIENCE = 5.0  # seconds that a process waits for the first one to report an error
 
 
 class UserError(Exception):
-    """Something the user can put right; its message is one line naming the flag or file."""
+    """An error the user can correct; its message is one line naming the flag or file."""
 
 
 class Stopped(Exception):
-    """A run that a signal ended in good order; its message says where it continues."""
+    """A signal stopped the run, which has saved its state; the message says how to continue."""
 
     def __init__(self, number: signal.Signals, message: str) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 def unknown_name(flag: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is in no registry, with the nearest choice."""
+    """Return the message for an unknown name, with the nearest known one."""
     known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(known)}"
@@ -38,18 +38,18 @@ def unknown_name(flag: str, name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line."""
+    """Return an exception's message on one line."""
     return printable(str(error)) or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Text on one line, in which what a terminal does not show, or obeys, is escaped."""
+    """Return text on one line, with control and other unprintable characters escaped."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the host or of a device ran out."""
+    """Return whether memory of the host or of a device ran out."""
     return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory")
     )
@@ -57,7 +57,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_for(flags: str) -> Iterator[None]:
-    """Raise a UserError naming the flags that decide how much memory is taken, if it runs out."""
+    """Raise a UserError naming the flags that determine memory use, if memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -66,8 +66,8 @@ def memory_for(flags: str) -> Iterator[None]:
         raise
 
 
-def told_elsewhere(arguments: threading.ExceptHookArgs) -> None:
-    """Print no traceback of a full disk that TensorBoard's thread met: its next call raises it."""
+def thread_failed(arguments: threading.ExceptHookArgs) -> None:
+    """Print a thread's traceback, but not TensorBoard's on a full disk: its next call raises it."""
     of_tensorboard = type(arguments.thread).__name__ == "_AsyncWriterThread"
     if not (of_tensorboard and isinstance(arguments.exc_value, OSError)):
         threading.__excepthook__(arguments)
@@ -75,15 +75,15 @@ def told_elsewhere(arguments: threading.ExceptHookArgs) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line and exit code 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold what no encoding has
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold bytes that are not text
         sys.stdout.reconfigure(errors="backslashreplace")
-    threading.excepthook = told_elsewhere
+    threading.excepthook = thread_failed
     try:
         main()
     except UserError as error:
         fail(one_line(error))
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # whoever read the output has gone
+        if isinstance(error, BrokenPipeError):  # the reader of the output has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         fail(f"{error.filename or 'input or output'}: {error.strerror or one_line(error)}")
@@ -104,8 +104,8 @@ def run(main: Callable[[], None]) -> None:
 def fail(message: str) -> NoReturn:
     """End with one line and exit code 2.
 
-    Of several processes all but the first wait a little: mostly the first reports the same, upon
-    which torchrun ends them all.
+    Of several processes all but the first wait a little: usually the first reports the same error,
+    and torchrun then ends them all.
     """
     rank = int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
     if rank > 0:
@@ -116,7 +116,7 @@ def fail(message: str) -> NoReturn:
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether torch.distributed no longer reaches another process."""
+    """Return whether torch.distributed no longer reaches another process."""
     return type(error).__name__.startswith("Dist") or any(
         words in str(error) for words in ("Connection closed by peer", "Connection reset", "gloo")
     )

@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from utils.errors import UserError, one_line
 def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to path when the block succeeds.
 
-    Where previous is given, what was at path is kept there; a process that dies between the two
-    renamings leaves previous alone. Raises UserError naming the path where it cannot be written.
+    The old file, if any, moves to previous, if given; a process that dies between the two renamings
+    leaves only previous. Raises UserError naming the path where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut could leave the new name without content
+            os.fsync(file.fileno())  # or a power cut could leave an empty file
         if previous is not None and path.exists():
             path.replace(previous)
         temporary.replace(path)
@@ -38,13 +38,13 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new empty folder beside path; put it in path's place when the block succeeds.
+    """Yield a new empty folder beside path; it replaces path when the block succeeds.
 
-    Whatever was at path stays untouched until then. Raises UserError where it cannot be written.
+    Until then path is not changed. Raises UserError where it cannot be written.
     """
     temporary, retired = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
-        for left_over in (temporary, retired):  # by a run that was killed
+        for left_over in (temporary, retired):  # of a killed run
             shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
@@ -74,7 +74,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def writable_folder(path: Path, flag: str) -> Path:
-    """Create the folder if need be; raise UserError naming the flag where it cannot be written."""
+    """Create the folder if necessary; raise UserError naming the flag if it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,18 +86,18 @@ def writable_folder(path: Path, flag: str) -> Path:
 
 
 def inside(folder: Path, name: str, flag: str) -> Path:
-    """folder / name; raise UserError where the name would leave the folder."""
+    """Return folder / name; raise UserError if that is not inside the folder."""
     check_unicode(name, flag)
     path = folder / name
     if path.resolve() == folder.resolve():
-        raise UserError(f"{flag} {name!r} is no name")
+        raise UserError(f"{flag} {name!r} is not a name")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{flag} {name!r} leaves the folder {folder}")
     return path
 
 
 def check_unicode(name: str, flag: str) -> None:
-    """Raise UserError for bytes that are no UTF-8, which TensorBoard cannot write."""
+    """Raise UserError for a name that is not UTF-8, which TensorBoard cannot write."""
     try:
         name.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""One logger for the scripts; its lines do not break the progress bar."""
+"""The scripts' logger, whose lines do not break the progress bar."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ log = logging.getLogger("looc")
 
 
 class BarHandler(logging.Handler):
-    """Writes above a running progress bar."""
+    """Handler that writes above a running progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def start_logging(file: Path | None = None, *, quiet: bool = False) -> None:
-    """Send log lines to the screen and, where given, append them with their time to a file.
+    """Send log lines to the screen and, if given, append them with their time to a file.
 
-    Where quiet, only errors are sent, and to the screen.
+    If quiet, only errors are logged.
     """
     log.setLevel(logging.ERROR if quiet else logging.INFO)
     log.handlers.clear()
     log.addHandler(BarHandler())
-    logging.raiseExceptions = False  # a full disk shall not print a traceback a line
+    logging.raiseExceptions = False  # or a full disk prints a traceback for each line
     if file is not None:
         handler = logging.FileHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -97,7 +97,7 @@ def bounded() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         faulthandler.dump_traceback_later(6 * SECONDS, exit=True)  # a hang outside of Python
         with warnings.catch_warnings(record=True) as caught:
-            # utils.images and datasets.loader have asked for that, but pytest undoes it.
+            # utils.image_files and datasets.loader have asked for that, but pytest undoes it.
             warnings.filterwarnings("ignore", module=r"PIL\.")
             warnings.filterwarnings("ignore", "This DataLoader will create")
             yield

@@ -30,7 +30,7 @@ from tests.conftest import Outcome, refusal, run_process
 from utils.checkpoints.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.evaluation.pairs import Pair, read_header, read_image
-from utils.images import SUFFIXES
+from utils.image_files import SUFFIXES
 
 CPU = torch.device("cpu")
 Script = Callable[..., Outcome]

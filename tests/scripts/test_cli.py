@@ -304,7 +304,7 @@ def test_cuda_where_there_is_none(name: str, script: Script, mnist: Path) -> Non
         ("--device tpu", "--device tpu"),
         ("--search_memory 0", "argument --search_memory: 0 is less than 1"),
         ("--search fais", "did you mean faiss?"),
-        ("--exp_name .", "--exp_name '.' is no name"),
+        ("--exp_name .", "--exp_name '.' is not a name"),
     ],
 )
 def test_main_refuses_in_one_line(words: str, message: str, script: Script, tmp_path: Path) -> None:

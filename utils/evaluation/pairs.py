@@ -16,7 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 from utils.errors import UserError, printable
 from utils.evaluation.metrics import Pixels, Values
 from utils.evaluation.protocols import Protocol
-from utils.images import SUFFIXES, image_names, more_than_8_bits, open_image, viewed, viewed_size
+from utils.image_files import (
+    SUFFIXES,
+    image_names,
+    more_than_8_bits,
+    open_image,
+    viewed,
+    viewed_size,
+)
 
 GREY_MODES = ("1", "L", "LA", "La")
 MAX_NAMED = 5  # names in an error

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from utils.codebook.plots import principal_components
-from utils.images import open_image, viewed
+from utils.image_files import open_image, viewed
 from utils.report.charts import chart, draw_bars, draw_heat_map, draw_scatter
 from utils.report.files import Found, stale, test_command
 from utils.report.markup import Missing, command, details, figure, shown, spread, table, text

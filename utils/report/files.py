@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import one_line
 from utils.evaluation.schema import Analysis, Metrics, Rate, read
-from utils.images import image_names
+from utils.image_files import image_names
 from utils.report.charts import Point
 from utils.report.markup import Missing, command, text
 

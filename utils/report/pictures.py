@@ -13,7 +13,8 @@ from PIL import Image
 
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS, Metric
-from utils.images import fitted, open_image, viewed
+from utils.image_files import open_image, viewed
+from utils.images import fitted
 from utils.report.files import Found, evaluation_command, test_command
 from utils.report.markup import Missing, command, figure, spread, table, text
 

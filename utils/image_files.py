@@ -1,0 +1,209 @@
+"""Image files of unknown origin, read as a viewer shows them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+
+from utils.errors import UserError, one_line
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+)
+# No others, whatever a file's name: Pillow hands some (EPS) to other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Faults of an image are raised or do not matter: Pillow must not print them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+one_at_a_time = threading.Lock()
+
+
+def image_names(folder: Path) -> list[str]:
+    """Return the names of the images in folder and below, relative to it, sorted.
+
+    An image is a regular file with one of SUFFIXES, or a link to one. Hidden files and folders are
+    skipped; links are followed, but not in circles. Raises OSError where a folder cannot be read.
+    """
+    names: list[str] = []
+    above: frozenset[tuple[int, int]] = frozenset()  # its parent folders
+    pending = [(str(folder), "", above)]
+    while pending:
+        place, prefix, above = pending.pop()
+        status = Path(place).stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            continue
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                kind = kind_of(entry)
+                if kind == "folder":
+                    pending.append((entry.path, f"{prefix}{entry.name}/", above | {identity}))
+                elif kind == "file" and entry.name.lower().endswith(SUFFIXES):
+                    names.append(prefix + entry.name)
+    return sorted(names)
+
+
+def kind_of(entry: os.DirEntry[str]) -> Literal["folder", "file"] | None:
+    """Return the kind of an entry or its target; None for pipes, devices and broken links."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):  # also broken links
+            return None
+        raise
+
+
+@contextmanager
+def open_image(source: Path | IO[bytes], name: str) -> Iterator[ImageFile]:
+    """Open an image file of one of FORMATS, without decoding it.
+
+    Raises UserError, one line with the name, for any failure here and in the block: the file is
+    not such an image, damaged, larger than Pillow's limit or without pixels.
+    """
+    try:
+        if isinstance(source, Path) and not source.is_file() and source.exists():
+            raise ValueError("it is not a regular file")
+        with Image.open(source, formats=FORMATS) as image:
+            if min(image.size) < 1:
+                raise ValueError(f"its size is {image.width}×{image.height}")
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise anything
+        raise UserError(f"image {name} cannot be decoded: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return why an image could not be decoded, without the file name that Pillow may add."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is empty, damaged or none of {', '.join(FORMATS)}"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for its pixels"
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image not decoded yet, 1 … 8; 1 where EXIF is damaged.
+
+    A PNG's EXIF is used only where it precedes the pixels, as in browsers.
+    """
+    if image.format == "TIFF" or not image.info:  # Pillow turns TIFF itself
+        return 1
+    try:
+        # Not image.getexif(), which decodes a PNG to find EXIF after its pixels.
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF raises anything; viewers show such images unturned
+        return 1
+    return found if isinstance(found, int) and found in TURNS else 1
+
+
+def viewed_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height as a viewer shows them, of an image not decoded yet."""
+    width, height = image.size
+    return (height, width) if orientation(image) >= 5 else (width, height)
+
+
+def layout(image: ImageFile) -> tuple[Any, ...]:
+    """Return Pillow's description of the pixel format in the file of an image not decoded yet."""
+    found = image.tile[0][3] if image.tile else None
+    return found if isinstance(found, tuple) else (found,)
+
+
+def more_than_8_bits(image: ImageFile) -> bool:
+    """Return whether the file has more than 8 bits per channel; the image is not decoded yet."""
+    found = layout(image)
+    deep_ppm = image.format == "PPM" and len(found) == 2 and found[1] > 255
+    return image.mode.startswith(("I", "F")) or ";16" in str(found[0]) or deep_ppm
+
+
+def viewed(image: ImageFile, mode: Literal["L", "RGB"]) -> Image.Image:
+    """Decode an image as a viewer shows it: first frame, upright, transparency over white.
+
+    16-bit grey levels are reduced to their upper 8 bits. Raises ValueError where they have more
+    than 16 bits.
+    """
+    turn = TURNS.get(orientation(image))
+    scale_transparency(image)
+    with libtiff_silent() if image.format == "TIFF" else nullcontext():
+        image.load()
+    picture = image if turn is None else image.transpose(turn)
+    if picture.mode.startswith(("I", "F")):
+        picture = upper_bits(picture)
+    elif picture.has_transparency_data:
+        picture = over_white(picture)
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def scale_transparency(image: ImageFile) -> None:
+    """Scale the transparent value of a PNG, if it has one, to 8 bits.
+
+    Pillow scales pixels of 2, 4 and 3 × 16 bits to 8 bits, but not this value.
+    """
+    value, pixels = image.info.get("transparency"), layout(image)[0]
+    if value is None or image.format != "PNG":
+        return
+    if pixels == "L;2" and value < 4:
+        image.info["transparency"] = value * 85
+    elif pixels == "L;4" and value < 16:
+        image.info["transparency"] = value * 17
+    elif pixels == "RGB;16B" and max(value) > 255:
+        image.info["transparency"] = tuple(part >> 8 for part in value)
+
+
+@contextmanager
+def libtiff_silent() -> Iterator[None]:
+    """Silence libtiff, which prints errors that Pillow raises as well."""
+    with one_at_a_time, Path(os.devnull).open("wb") as nowhere:
+        screen = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+
+
+def upper_bits(image: Image.Image) -> Image.Image:
+    """Reduce 16-bit grey levels to 8 bits, white where they are transparent."""
+    levels = np.asarray(image)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > 0xFFFF:
+        raise ValueError(f"its grey levels have more than 16 bits (mode {image.mode})")
+    upper = (levels >> 8).astype(np.uint8)
+    if "transparency" in image.info:
+        upper[levels == image.info["transparency"]] = 255
+    return Image.fromarray(upper)
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Put an image of any mode with transparency over white → RGB."""
+    if image.mode == "La":  # premultiplied grey, which Pillow converts to LA only
+        image = image.convert("LA")
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
