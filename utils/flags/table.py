@@ -49,9 +49,10 @@ def table(group: type, scripts: list[str]) -> str:
     for item in flag_fields(group):
         default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
         choices = item.metadata["choices"]
-        text = item.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+        text = item.metadata["help"]
         shown = "" if default is None else f"`{default}`"
         text = text.replace("<", "&lt;")  # else Markdown takes it for HTML
+        text += f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
         lines.append(f"| {', '.join(f'`{name}`' for name in names(item))} | {shown} | {text} |")
     return "\n".join(lines) + "\n"
 
