@@ -10,6 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor, nn
 
 from utils.evaluation import extremes, metrics, networks, protocols
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.networks import Network
 from utils.images import fitted
+from utils.report import write_report
 
 SCRIPT = Path(__file__).parents[2] / "evaluation.py"
+FOLDERS = ("original", "rec")
 PIXEL_METRICS = ("l1", "ssim", "psnr")
 
 
@@ -611,6 +615,56 @@ def test_no_pictures_among_the_images(results: Path, evaluate: Evaluate) -> None
         code, _, errors = evaluate("--output", str(results / "rec"))
         assert (code, errors.count("\n")) == (0, 1)
         assert "no pictures are written there" in errors
+
+
+@pytest.mark.usefixtures("fakes")
+def test_every_image_is_decoded_once(
+    results: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For measuring, worst_<metric>.png and the report together."""
+    for i in range(40):
+        save(results / "original", **{f"{i:08d}": picture(i)})
+        save(results / "rec", **{f"{i:08d}": picture(100 + i)})
+    decoded: Counter[str] = Counter()
+    load = PngImageFile.load
+
+    def counted(image: PngImageFile) -> Any:
+        if image.tile:  # of a file that was opened and not decoded yet
+            decoded[image.fp.name if image.fp else ""] += 1
+        return load(image)
+
+    monkeypatch.setattr(PngImageFile, "load", counted)
+    assert evaluate("--batch_size", "7", metrics=("l1", "psnr", "lpips"))[0] == 0
+    files = [str(results / folder / f"{i:08d}.png") for i in range(40) for folder in FOLDERS]
+    assert decoded == Counter(files)
+    text = (results / "report.html").read_text()
+    assert text.count("<img") == 16 + 8 + 8
+
+    def shown(page: str) -> str:
+        return page[: page.index("<footer>")]
+
+    write_report(results)  # by hand: reads the few images that it shows, once each
+    assert shown((results / "report.html").read_text()) == shown(text)
+    assert set(decoded.values()) == {1, 2}
+
+
+def test_what_is_kept_are_the_extremes_of_all() -> None:
+    """Whatever the batches, among equal values too; large pairs are shrunk."""
+    random = np.random.default_rng(0)
+    values = [float(value) for value in random.integers(0, 12, 60)]
+    names = [f"{i}" for i in range(60)]
+    images = random.integers(0, 256, (2, 60, 1, 8, 300), dtype=np.uint8)
+    worst, best = extremes.extremes(values, lower_is_better=False)
+    for size in (1, 7, 60):
+        kept = extremes.KeptPairs(["30"])
+        for i in range(0, 60, size):
+            part = slice(i, i + size)
+            kept.add(
+                names[part], (images[0, part], images[1, part]), {"psnr": np.array(values[part])}
+            )
+        assert kept.shown.keys() == {"30", *(names[i] for i in (*worst, *best))}
+    assert {pair.error.shape for pair in kept.shown.values()} == {(7, 256)}
+    assert kept.shown["30"].original.shape == (1, 7, 256)
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])

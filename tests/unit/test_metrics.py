@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.evaluation import metrics, networks
-from utils.evaluation.metrics import METRICS, FeatureStatistics, Pixels
-from utils.evaluation.networks import LPIPS_BACKBONES
+from utils.evaluation.metrics import LPIPS_BACKBONES, METRICS, FeatureStatistics, Pixels
 from utils.evaluation.schema import Score
 from utils.weights.download import Downloads, Unavailable
 
@@ -154,7 +153,7 @@ def test_lpips_of_identical_images_is_zero(random_lpips: tuple[str, nn.Module]) 
 
 def test_smallest_side_of_the_backbone(random_lpips: tuple[str, nn.Module]) -> None:
     net, network = random_lpips
-    side = LPIPS_BACKBONES[net].smallest_side
+    side = LPIPS_BACKBONES[net]
     x = torch.from_numpy(noise(1, 14, height=side, width=side))
     assert np.isfinite(metrics.lpips(x, 255 - x, network)).all()
     with pytest.raises(RuntimeError):

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tests.conftest import ROOT, Outcome, run_process
 from utils.errors import UserError
 from utils.evaluation import networks
+from utils.evaluation.metrics import LPIPS_BACKBONES
 from utils.weights import download, fetch, rebuild, registry
 from utils.weights.download import Package, Unavailable
 from utils.weights.registry import WEIGHTS, Weights
@@ -475,7 +476,7 @@ def test_the_registry_is_the_libraries() -> None:
         assert WEIGHTS[net].url == get_weight(f"{name}.IMAGENET1K_V1").url
     assert WEIGHTS["inception"].url == URL_INCEPTION_V3
     assert set(networks.KNOWN_VALUES) == set(WEIGHTS)
-    assert set(networks.LPIPS_BACKBONES) < set(WEIGHTS)
+    assert set(LPIPS_BACKBONES) < set(WEIGHTS)
     for known in WEIGHTS.values():
         assert known.usual != known.rebuilt
         assert len(known.tensors) == len(known.member_sha256) == len(known.package.sha256) == 64

@@ -1,23 +1,22 @@
-"""The worst and the best images by a metric as one picture."""
+"""The worst and the best pairs by each metric: kept while all pairs are measured, then drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.evaluation.metrics import METRICS, Pixels
-from utils.evaluation.pairs import Pair, read_pair
-from utils.evaluation.protocols import Protocol, to_picture
-from utils.evaluation.scores import Scores
+from utils.evaluation.metrics import METRICS, Pixels, Values
+from utils.evaluation.protocols import from_picture, to_picture
 from utils.files import whole_file
 from utils.images import fitted
 from utils.logger import log
 
-COUNT = 10  # images a row
+COUNT = 10  # pairs in a row
+LARGEST = 256  # pixels: the longer side of a pair that is kept; larger ones are shrunk
 TILE = 144  # pixels
 GAP = 6
 MARGIN = 112  # for the names of the rows
@@ -27,60 +26,99 @@ MAX_NAME = 18  # letters under an image
 
 
 class Shown(NamedTuple):
-    """One pair and its value."""
+    """A pair as it is shown."""
 
     name: str
-    value: float
     original: Pixels  # (C, H, W)
     reconstruction: Pixels  # (C, H, W)
+    error: Values  # |x − y|, the mean over channels: (H, W)
 
 
-def write_extremes(
-    output: Path,
-    scores: Scores,
-    pairs: Sequence[Pair],
-    protocol: Protocol,
-    measured: Sequence[Path],
-) -> list[Path]:
-    """worst_<metric>.png for each metric of single images, in output; their paths.
-
-    None are written inside the measured folders, where they would count as images.
-    """
-    if any(output.resolve().is_relative_to(folder.resolve()) for folder in measured):
-        log.warning("%s holds the images that are measured: no pictures are written there", output)
-        return []
-    by_name = {pair.name: pair for pair in pairs}
-    written = []
-    for metric, values in scores.values.items():
-        worst, best = (
-            [
-                Shown(name, value, *read_pair(by_name[name], protocol))
-                for name, value in ((scores.names[i], values[i]) for i in positions)
-            ]
-            for positions in extremes(values, lower_is_better=METRICS[metric].lower_is_better)
-        )
-        written.append(output / f"worst_{metric}.png")
-        save_extremes(written[-1], metric, worst, best)
-    return written
+def to_show(name: str, original: Pixels, reconstruction: Pixels) -> Shown:
+    """Copy a pair that was measured, (C, H, W) each, and its error map, shrunk if it is large."""
+    error = np.abs(original.astype(np.int16) - reconstruction).mean(axis=0)
+    if max(error.shape) <= LARGEST:
+        return Shown(name, original.copy(), reconstruction.copy(), np.asarray(error))
+    x, y = (from_picture(fitted(to_picture(i), 1, LARGEST)) for i in (original, reconstruction))
+    small = fitted(Image.fromarray(error.astype(np.float32)), 1, LARGEST)
+    return Shown(name, x, y, np.asarray(small, dtype=np.float64).clip(0))
 
 
 def extremes(values: Sequence[float], *, lower_is_better: bool) -> tuple[list[int], list[int]]:
     """Positions of the 10 worst values, worst first, and of the 10 best, best first.
 
-    Of fewer values each list holds all.
+    With fewer values each list holds all.
     """
     sign = 1 if lower_is_better else -1
     order = sorted(range(len(values)), key=lambda position: sign * values[position])
     return order[::-1][:COUNT], order[:COUNT]
 
 
-def save_extremes(path: Path, metric: str, worst: Sequence[Shown], best: Sequence[Shown]) -> None:
+class KeptPairs:
+    """Pairs to show, chosen while all pass by: the extremes of each metric, and those named.
+
+    Memory is bounded: at most 20 pairs per metric, none larger than 256 pixels.
+    """
+
+    def __init__(self, named: Iterable[str] = ()) -> None:
+        self.named = frozenset(named)
+        self.candidates: dict[str, list[tuple[str, float]]] = {}  # metric → (name, value)
+        self.shown: dict[str, Shown] = {}  # by name
+
+    def add(
+        self, names: Sequence[str], images: tuple[Pixels, Pixels], columns: Mapping[str, Values]
+    ) -> None:
+        """Pass a batch, (B, C, H, W) each, with its values (B,) by metric."""
+        for metric, column in columns.items():
+            found = [*self.candidates.get(metric, ()), *zip(names, column.tolist())]
+            worst, best = extremes(
+                [value for _, value in found], lower_is_better=METRICS[metric].lower_is_better
+            )
+            self.candidates[metric] = [found[i] for i in sorted({*worst, *best})]
+        wanted = self.named.union(name for own in self.candidates.values() for name, _ in own)
+        self.shown = {name: pair for name, pair in self.shown.items() if name in wanted}
+        for name, x, y in zip(names, *images):
+            if name in wanted:
+                self.shown[name] = to_show(name, x, y)
+
+
+def write_extremes(
+    output: Path,
+    names: Sequence[str],
+    values: Mapping[str, Sequence[float]],
+    shown: Mapping[str, Shown],
+    measured: Sequence[Path],
+) -> list[Path]:
+    """Write worst_<metric>.png for each metric of single pairs; returns the paths.
+
+    None is written inside the measured folders, where it would count as an image.
+    """
+    if any(output.resolve().is_relative_to(folder.resolve()) for folder in measured):
+        log.warning("%s holds the images that are measured: no pictures are written there", output)
+        return []
+    written = []
+    for metric, column in values.items():
+        worst, best = (
+            [(column[i], shown[names[i]]) for i in positions]
+            for positions in extremes(column, lower_is_better=METRICS[metric].lower_is_better)
+        )
+        written.append(output / f"worst_{metric}.png")
+        save_extremes(written[-1], metric, worst, best)
+    return written
+
+
+def save_extremes(
+    path: Path,
+    metric: str,
+    worst: Sequence[tuple[float, Shown]],
+    best: Sequence[tuple[float, Shown]],
+) -> None:
     """Write a PNG: the worst above the best, each as original, reconstruction and error map.
 
-    The map is |x − y|, the mean over channels; white is the largest error shown. Raises UserError
-    where it cannot be written.
+    White in the error maps is the largest error shown. Raises UserError where the file cannot be
+    written.
     """
-    peak = max(1.0, *(float(error_of(shown).max()) for shown in (*worst, *best)))
+    peak = max(1.0, *(float(shown.error.max()) for _, shown in (*worst, *best)))
     block = 2 * LINE + len(ROWS) * (TILE + GAP) + LINE
     size = MARGIN + COUNT * (TILE + GAP) + GAP, LINE + GAP + 2 * block
     picture = Image.new("RGB", size, "white")
@@ -99,9 +137,9 @@ def save_extremes(path: Path, metric: str, worst: Sequence[Shown], best: Sequenc
         for row, label in enumerate(ROWS):
             centre = top + 2 * LINE + row * (TILE + GAP) + TILE // 2
             draw.text((GAP, centre), label, fill="black", font=font, anchor="lm")
-        for column, shown in enumerate(columns):
+        for column, (value, shown) in enumerate(columns):
             left = MARGIN + column * (TILE + GAP)
-            draw.text((left, top + LINE), f"{shown.value:.4g}", fill="black", font=font)
+            draw.text((left, top + LINE), f"{value:.4g}", fill="black", font=font)
             for row, tile in enumerate(tiles(shown, peak)):
                 picture.paste(tile, (left, top + 2 * LINE + row * (TILE + GAP)))
             draw.text((left, top + block - LINE), caption(shown.name), fill="black", font=font)
@@ -109,15 +147,9 @@ def save_extremes(path: Path, metric: str, worst: Sequence[Shown], best: Sequenc
         picture.save(temporary, format="PNG")
 
 
-def error_of(shown: Shown) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """|x − y|, the mean over channels: (H, W)."""
-    difference = np.abs(shown.original.astype(np.int16) - shown.reconstruction)
-    return np.asarray(difference.mean(axis=0))
-
-
 def tiles(shown: Shown, peak: float) -> list[Image.Image]:
     """Original, reconstruction and error map, each fitted into a square of TILE pixels."""
-    error = (255 * error_of(shown) / peak).round().astype(np.uint8)[None]
+    error = (255 * shown.error / peak).round().astype(np.uint8)[None]
     images = (shown.original, shown.reconstruction, error)
     return [fitted(to_picture(image), TILE, TILE) for image in images]
 

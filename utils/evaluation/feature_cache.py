@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,10 @@ import numpy as np
 import torch
 
 from utils.errors import UserError, one_line
-from utils.evaluation.metrics import FeatureStatistics
+from utils.evaluation.config import EvaluationConfig
+from utils.evaluation.metrics import FeatureStatistics, versions
+from utils.evaluation.networks import Network
+from utils.evaluation.pairs import Pair
 from utils.files import whole_file
 from utils.logger import log
 
@@ -37,6 +40,28 @@ def content_key(files: Iterable[tuple[str, Path]], settings: Mapping[str, str]) 
             raise UserError(f"image {path} cannot be read: {error.strerror}") from error
         digest.update(hashlib.sha256(os.fsencode(name)).digest() + content)
     return digest.hexdigest()
+
+
+def open_cache(
+    config: EvaluationConfig,
+    pairs: Sequence[Pair],
+    networks: Mapping[str, Network],
+    device: torch.device,
+) -> FeatureCache | None:
+    """The place of the statistics of the originals; None where they are not kept.
+
+    A pair that is skipped while reading takes its original along, so --skip_bad_images has none.
+    """
+    if not config.inception or not config.cache or config.skip_bad_images:
+        return None
+    settings = {
+        "protocol": config.protocol,
+        "weights": networks["inception"].sha256,
+        "device": device.type,
+        **versions(),
+    }
+    key = content_key(((pair.name, pair.original) for pair in pairs), settings)
+    return FeatureCache(cache_folder() / f"{key}.npz", len(pairs), config.keep_vectors)
 
 
 @dataclass(frozen=True)

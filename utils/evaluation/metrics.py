@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]  # (B, C, H, W), C = 1 or 3
 Values: TypeAlias = npt.NDArray[np.float64]  # (B,)
 
 DATA_RANGE = 255
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-image", "lpips", "torch-fidelity")
 SSIM_SETTINGS: dict[str, Any] = {
     "data_range": DATA_RANGE,
     "gaussian_weights": True,
@@ -225,6 +227,7 @@ METRICS: dict[str, Metric] = {
     "recall": Metric("Recall", better="higher", choice="precision_recall", **INCEPTION),
 }
 DEFAULT_METRICS = ("l1", "ssim", "psnr", "lpips", "fid")
+LPIPS_BACKBONES = {"vgg": 16, "alex": 31}  # and the smallest side of images that each takes
 NEED_VECTORS = ("kid", "precision_recall")  # choices that keep all feature vectors in memory
 
 
@@ -260,3 +263,8 @@ def settings(num_images: int) -> dict[str, Any]:
         "kid": {"subsets": 100, "subset_size": kid_subset_size(num_images), "seed": 2020},
         "precision_recall": {"neighbour": NEIGHBOUR},
     }
+
+
+def versions() -> dict[str, str]:
+    """The packages on which values depend."""
+    return {package: version(package) for package in PACKAGES}

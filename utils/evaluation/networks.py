@@ -15,23 +15,11 @@ from torch import Tensor, nn
 
 from utils.checkpoints.unpickle import read_pickle
 from utils.errors import UserError, one_line
+from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.metrics import FeatureStatistics, features, frechet_distance
 from utils.weights.download import Unavailable, sha256
 from utils.weights.fetch import Fetched, download_usual, fetch
 from utils.weights.registry import WEIGHTS, find, weights_folder
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """An LPIPS backbone: the smallest image side it takes. Its weights are WEIGHTS's."""
-
-    smallest_side: int
-
-
-LPIPS_BACKBONES = {
-    "vgg": Backbone(smallest_side=16),
-    "alex": Backbone(smallest_side=31),
-}
 
 
 @dataclass(frozen=True)
@@ -41,6 +29,20 @@ class Network:
     module: nn.Module
     path: Path
     sha256: str
+
+
+def load_networks(config: EvaluationConfig, device: torch.device) -> dict[str, Network]:
+    """The networks of the chosen metrics, on the device."""
+    networks = {}
+    if "lpips" in config.networks:
+        networks["lpips"] = lpips_network(
+            config.lpips_net, config.lpips_weights, config.weights_dir
+        )
+    if config.inception:
+        networks["inception"] = inception_network(config.inception_weights, config.weights_dir)
+    for network in networks.values():
+        network.module.to(device)
+    return networks
 
 
 WITHOUT = "name the file with {}, or go without: --metrics l1 ssim psnr"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError, printable
-from utils.evaluation.metrics import Pixels, Values
+from utils.evaluation.config import EvaluationConfig
+from utils.evaluation.metrics import CHOICES, METRICS, Pixels, Values
 from utils.evaluation.protocols import Protocol
 from utils.image_files import (
     SUFFIXES,
@@ -24,6 +25,7 @@ from utils.image_files import (
     viewed,
     viewed_size,
 )
+from utils.logger import log
 
 GREY_MODES = ("1", "L", "LA", "La")
 MAX_NAMED = 5  # names in an error
@@ -57,43 +59,53 @@ class Batch:
 # ---------------------------------------------------------------------------------------- finding
 
 
-def open_pairs(
-    gt_path: Path, g_path: Path, *, num_test: int | None, skip_bad: bool
-) -> tuple[list[Pair], dict[str, str]]:
-    """The pairs in the order of their names, num_test of them, and why others are left out.
+def open_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
+    """The pairs to measure, in the order of their names, and why others are skipped, by name.
 
     Reads no more than the images' headers.
     """
-    folders = {"--gt_path": gt_path, "--g_path": g_path}
+    folders = {"--gt_path": Path(config.gt_path), "--g_path": Path(config.g_path)}
     files = {flag: images_in(flag, folder) for flag, folder in folders.items()}
-    names = sorted({name for found in files.values() for name in found})
-    if num_test is not None and num_test > len(names):
-        raise UserError(f"--num_test {num_test}, but there are {len(names)} images")
-    names = names[:num_test]
-    check_partners(names, files)
     originals, reconstructions = files.values()
-    headers, skipped = {}, {}
+    names = sorted({*originals, *reconstructions})
+    if config.num_test is not None and config.num_test > len(names):
+        raise UserError(f"--num_test {config.num_test}, but there are {len(names)} images")
+    names = names[: config.num_test]
+    check_partners(names, files)
+    if folders["--gt_path"].samefile(folders["--g_path"]):
+        log.warning("--gt_path and --g_path are one folder: images are compared with themselves")
+    pairs, skipped, different = [], {}, []
     for name in names:
         try:
-            headers[name] = read_header(originals[name]), read_header(reconstructions[name])
+            pairs.append(open_pair(name, originals[name], reconstructions[name]))
+        except DifferentSizes as error:
+            different.append(error.line)
         except UserError as error:
-            if not skip_bad:
+            if not config.skip_bad_images:
                 raise
             skipped[name] = str(error)
-    different = [
-        f"{name} ({width}×{height} and {w}×{h})"
-        for name, (((width, height), _), ((w, h), _)) in headers.items()
-        if (width, height) != (w, h)
-    ]
     if different:
         raise UserError(
             f"{len(different)} of {len(names)} pairs differ in size: {first_few(different)}"
         )
-    pairs = [
-        Pair(name, originals[name], reconstructions[name], size, mode if mode == other else "RGB")
-        for name, ((size, mode), (_, other)) in headers.items()
-    ]
     return pairs, skipped
+
+
+def open_pair(name: str, original: Path, reconstruction: Path) -> Pair:
+    """Read the headers of a pair. Raises UserError where it cannot be measured."""
+    (size, mode), (other, other_mode) = read_header(original), read_header(reconstruction)
+    if size != other:
+        raise DifferentSizes(name, size, other)
+    return Pair(name, original, reconstruction, size, mode if mode == other_mode else "RGB")
+
+
+class DifferentSizes(UserError):
+    """The images of a pair differ in size."""
+
+    def __init__(self, name: str, *sizes: tuple[int, int]) -> None:
+        both = " and ".join(f"{width}×{height}" for width, height in sizes)
+        super().__init__(f"original and reconstruction differ in size ({both})")
+        self.line = f"{name} ({both})"
 
 
 def images_in(flag: str, folder: Path) -> dict[str, Path]:
@@ -167,7 +179,7 @@ class ReadAndCompare(Dataset[Batch]):
     """Reads a batch of pairs and computes the metrics that need no network; runs in workers."""
 
     def __init__(
-        self, parts: list[list[Pair]], compared: list[str], protocol: Protocol, inception: bool
+        self, parts: list[list[Pair]], compared: Container[str], protocol: Protocol, inception: bool
     ) -> None:
         self.parts = parts
         self.compared = compared
@@ -190,8 +202,8 @@ class ReadAndCompare(Dataset[Batch]):
             return Batch([], nothing, nothing, {}, skipped)
         x, y = (np.stack(images) for images in zip(*read.values()))
         values = {}
-        for name in self.compared:
-            compare: Callable[[Pixels, Pixels], Values] | None = self.protocol.comparison(name)
+        for name in METRICS:
+            compare = self.protocol.comparison(name) if name in self.compared else None
             if compare is not None:
                 values[name] = compare(x, y)
         resized = (x, y)
@@ -200,33 +212,24 @@ class ReadAndCompare(Dataset[Batch]):
         return Batch(list(read), (x, y), resized, values, skipped)
 
 
-def batches(
-    pairs: list[Pair],
-    compared: list[str],
-    protocol: Protocol,
-    *,
-    inception: bool,
-    batch_size: int,
-    num_workers: int | None,
-    skip_bad: bool,
-) -> Iterator[Batch]:
-    """Consecutive pairs of one size and mode, batch_size at a time, read by num_workers.
+def batches(config: EvaluationConfig, pairs: Sequence[Pair]) -> Iterator[Batch]:
+    """Consecutive pairs of one size and mode, read and compared in worker processes.
 
-    Where inception, its images are prepared too. Raises UserError naming an image that is damaged,
-    unless skip_bad.
+    Raises UserError naming an image that is damaged, unless such pairs are skipped.
     """
+    size = config.batch_size
     groups = [list(group) for _, group in groupby(pairs, lambda pair: (pair.size, pair.mode))]
-    parts = [
-        group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)
-    ]
+    parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+    compared = {name for choice in config.metrics for name in CHOICES[choice]}
+    workers = cores() if config.num_workers is None else config.num_workers
     loader: DataLoader[Batch] = DataLoader(
-        ReadAndCompare(parts, compared, protocol, inception),
+        ReadAndCompare(parts, compared, config.preparation, config.inception),
         batch_size=None,
-        num_workers=min(cores() if num_workers is None else num_workers, len(parts)),
+        num_workers=min(workers, len(parts)),
         collate_fn=as_is,
     )
     for batch in loader:
-        if batch.skipped and not skip_bad:
+        if batch.skipped and not config.skip_bad_images:
             raise UserError(next(iter(batch.skipped.values())))
         yield batch
 

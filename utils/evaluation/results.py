@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from utils.errors import UserError, one_line
-from utils.evaluation import schema
+from utils.evaluation import metrics, schema
+from utils.evaluation.config import EvaluationConfig
+from utils.evaluation.extremes import write_extremes
 from utils.evaluation.metrics import METRICS
+from utils.evaluation.networks import Network
 from utils.evaluation.pairs import first_few
 from utils.evaluation.schema import Analysis, Metrics, Rate
-from utils.evaluation.scores import Scores
+from utils.evaluation.scores import Scores, summarise
 from utils.files import whole_file
 from utils.logger import log
 
@@ -56,6 +60,43 @@ def remove_results(output: Path) -> None:
 def remove_previous(output: Path) -> None:
     """Remove what was set aside, once its successor is there."""
     shutil.rmtree(output / PREVIOUS, ignore_errors=True)
+
+
+def write_results(
+    output: Path, config: EvaluationConfig, scores: Scores, content: Metrics
+) -> list[Path]:
+    """Write pictures, metrics.csv and metrics.json; returns the paths."""
+    measured = Path(config.gt_path), Path(config.g_path)
+    pictures = write_extremes(output, scores.names, scores.values, scores.shown, measured)
+    table, whole = output / "metrics.csv", output / "metrics.json"
+    write_csv(table, scores)
+    schema.write(whole, content)  # last: it marks the results as complete
+    remove_previous(output)
+    return [*pictures, whole, table]
+
+
+def record(config: EvaluationConfig, scores: Scores, networks: Mapping[str, Network]) -> Metrics:
+    """Results and everything needed to get them again."""
+    return Metrics(
+        metrics=summarise(config.metrics, scores),
+        pairs=len(scores.names),
+        skipped=scores.skipped,
+        rate=rate_of(Path(config.g_path)),
+        protocol={"name": config.protocol, **asdict(config.preparation)},
+        settings={
+            "gt_path": config.gt_path,
+            "g_path": config.g_path,
+            "num_test": config.num_test,
+            **metrics.settings(len(scores.names)),
+            "ssim": {"window": metrics.SSIM_WINDOW, **config.preparation.ssim},
+            "lpips_net": config.lpips_net,
+        },
+        weights={
+            choice: {"file": str(networks[name].path), "sha256": networks[name].sha256}
+            for choice, name in config.networks.items()
+        },
+        versions=metrics.versions(),
+    )
 
 
 def write_csv(path: Path, scores: Scores) -> None:
@@ -107,7 +148,7 @@ def show(content: Metrics, written: list[Path]) -> None:
     print_rows(content.rate.rows() if content.rate else {}, written)
 
 
-def print_rows(rows: Mapping[str, str], paths: Sequence[Path] = ()) -> None:
+def print_rows(rows: Mapping[str, str], paths: Iterable[object] = ()) -> None:
     """Print labels with their values, then paths."""
     for label, value in rows.items():
         sys.stdout.write(f"{label:24} {value}\n")

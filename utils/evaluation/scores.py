@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, memory_for
 from utils.evaluation import metrics
-from utils.evaluation.metrics import CHOICES, METRICS, FeatureStatistics
-from utils.evaluation.networks import LPIPS_BACKBONES, Network
-from utils.evaluation.pairs import Batch, Pair, first_few
+from utils.evaluation.config import EvaluationConfig
+from utils.evaluation.extremes import KeptPairs, Shown
+from utils.evaluation.feature_cache import open_cache
+from utils.evaluation.metrics import CHOICES, LPIPS_BACKBONES, METRICS, FeatureStatistics
+from utils.evaluation.networks import Network
+from utils.evaluation.pairs import Batch, Pair, batches, first_few
 from utils.evaluation.schema import Score
 from utils.logger import log
 
@@ -27,18 +30,53 @@ class Scores:
     originals: FeatureStatistics
     reconstructions: FeatureStatistics
     skipped: dict[str, str]  # name → why the pair was not measured
+    shown: Mapping[str, Shown]  # by name: the extremes of each metric, and those asked for
+
+
+def measure_pairs(
+    config: EvaluationConfig,
+    pairs: Sequence[Pair],
+    networks: Mapping[str, Network],
+    device: torch.device,
+    *,
+    skipped: Mapping[str, str],
+    named: Iterable[str] = (),
+) -> Scores:
+    """Measure all pairs; the statistics of the originals come from the cache, or go into it.
+
+    skipped: pairs that were skipped before, name → reason. named: pairs to keep for showing,
+    whatever their values. Raises UserError where too few pairs remain.
+    """
+    cache = open_cache(config, pairs, networks, device)
+    known = cache.read() if cache is not None else None
+    with memory_for(f"--batch_size {config.batch_size}"):
+        scores = measure(
+            batches(config, pairs),
+            networks,
+            device,
+            total=len(pairs),
+            keep=config.keep_vectors,
+            known=known,
+            kept=KeptPairs(named),
+        )
+    if cache is not None and known is None:
+        cache.write(scores.originals)
+    skipped = dict(sorted({**skipped, **scores.skipped}.items()))
+    check_number(config.metrics, len(scores.names), skipped)
+    return replace(scores, skipped=skipped)
 
 
 def measure(
-    batches: Iterable[Batch],
+    read: Iterable[Batch],
     networks: Mapping[str, Network],
     device: torch.device,
     *,
     total: int,
     keep: bool,
-    known: FeatureStatistics | None = None,
+    known: FeatureStatistics | None,
+    kept: KeptPairs,
 ) -> Scores:
-    """Values and features of all pairs, in the memory of a few batches; keep holds the features.
+    """Measure all pairs in the memory of a few batches; keep holds all feature vectors too.
 
     Where the statistics of the originals are known, Inception sees the reconstructions alone.
     """
@@ -50,7 +88,7 @@ def measure(
     reconstructions = FeatureStatistics(keep=keep)
     sets = (originals if known is None else None, reconstructions)
     with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
-        for batch in batches:
+        for batch in read:
             bar.update(len(batch.names) + len(batch.skipped))
             skipped.update(batch.skipped)
             if not batch.names:
@@ -70,12 +108,32 @@ def measure(
                         statistics.update(features)
             for name, column in columns.items():
                 values.setdefault(name, []).extend(column.tolist())
-    return Scores(names, values, originals, reconstructions, skipped)
+            kept.add(batch.names, batch.images, columns)
+    return Scores(names, values, originals, reconstructions, skipped, kept.shown)
 
 
 def check_finite(values: Tensor, network: Network) -> None:
     if not values.isfinite().all():
         raise UserError(f"the weights {network.path} are damaged: they give values not finite")
+
+
+def check_pairs(
+    config: EvaluationConfig, pairs: Sequence[Pair], skipped: Mapping[str, str]
+) -> None:
+    """Raise UserError where a metric needs more or larger images."""
+    check_number(config.metrics, len(pairs), skipped)
+    for choice in config.metrics:
+        flags = f"--metrics {choice}"
+        smallest = max(METRICS[metric].smallest_side for metric in CHOICES[choice])
+        if choice == "lpips":
+            flags += f" with --lpips_net {config.lpips_net}"
+            smallest = LPIPS_BACKBONES[config.lpips_net]
+        small = [pair.name for pair in pairs if min(pair.size) < smallest]
+        if small:
+            raise UserError(
+                f"{flags} needs images of {smallest}×{smallest} or more; "
+                f"{len(small)} of {len(pairs)} are smaller: {first_few(small)}"
+            )
 
 
 def check_number(chosen: Sequence[str], num_pairs: int, skipped: Mapping[str, str]) -> None:
@@ -88,22 +146,6 @@ def check_number(chosen: Sequence[str], num_pairs: int, skipped: Mapping[str, st
         if num_pairs < needed:
             there = "is 1" if num_pairs == 1 else f"are {num_pairs}"
             raise UserError(f"--metrics {choice} needs {needed} images or more, and there {there}")
-
-
-def check_sides(chosen: Sequence[str], pairs: Sequence[Pair], lpips_net: str) -> None:
-    """Raise UserError where images are too small for a metric."""
-    for name in chosen:
-        flags = f"--metrics {name}"
-        smallest = max(METRICS[metric].smallest_side for metric in CHOICES[name])
-        if name == "lpips":
-            flags += f" with --lpips_net {lpips_net}"
-            smallest = LPIPS_BACKBONES[lpips_net].smallest_side
-        small = [pair.name for pair in pairs if min(pair.size) < smallest]
-        if small:
-            raise UserError(
-                f"{flags} needs images of {smallest}×{smallest} or more; "
-                f"{len(small)} of {len(pairs)} are smaller: {first_few(small)}"
-            )
 
 
 def summarise(chosen: Sequence[str], scores: Scores) -> dict[str, Score]:

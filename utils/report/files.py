@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import one_line
+from utils.evaluation.extremes import Shown
 from utils.evaluation.schema import Analysis, Metrics, Rate, read
 from utils.image_files import image_names
 from utils.report.charts import Point
@@ -37,6 +38,7 @@ class Found:
     checkpoint: Checkpoint | None = None
     pairs: Mapping[str, tuple[Path, Path]] = field(default_factory=dict)  # name → both pictures
     problems: Mapping[str, str] = field(default_factory=dict)  # what could not be read, and why
+    kept: dict[str, Shown] = field(default_factory=dict)  # pairs that were read, by name
 
     def need(self, name: str, command: str) -> None:
         """Raise Missing where that could not be read."""
@@ -44,7 +46,7 @@ class Found:
             raise Missing(f"{text(name)} {text(self.problems[name])}. {command}")
 
 
-def find(results: Path, logs: Path | None) -> Found:
+def find(results: Path, logs: Path | None, kept: Mapping[str, Shown] | None = None) -> Found:
     """Read everything; what cannot be read is noted in problems."""
     problems: dict[str, str] = {}
 
@@ -73,6 +75,7 @@ def find(results: Path, logs: Path | None) -> Found:
         attempt("the checkpoint", lambda: read_model(model), None),
         attempt("the pair of original/ and rec/", lambda: find_pairs(results, metrics, values), {}),
         problems,
+        dict(kept or {}),
     )
 
 

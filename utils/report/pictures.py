@@ -6,14 +6,15 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.evaluation.extremes import Shown, extremes, to_show
 from utils.evaluation.metrics import METRICS, Metric
-from utils.image_files import open_image, viewed
+from utils.evaluation.pairs import open_pair, read_pair
+from utils.evaluation.protocols import PROTOCOLS, to_picture
 from utils.images import fitted
 from utils.report.files import Found, evaluation_command, test_command
 from utils.report.markup import Missing, command, figure, spread, table, text
@@ -23,7 +24,7 @@ NUM_WORST = 8
 ENLARGED = 96  # pixels that the side of a small image is enlarged to, at most
 ERROR_RANGE = 64  # of 255, drawn in the brightest colour
 COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
-WAYS = {"psnr": -1, "lpips": 1}  # the worst images are the smallest (-1) or the largest (1)
+WORST_BY = ("psnr", "lpips")
 
 
 def colours(share: np.ndarray) -> np.ndarray:
@@ -40,17 +41,23 @@ def uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def triplet(original: Path, reconstruction: Path, side: int) -> Image.Image:
+def pair_of(found: Found, name: str) -> Shown:
+    """A pair as it was measured; read once if it is not in memory. Raises UserError."""
+    if name not in found.kept:
+        if name not in found.pairs:
+            raise UserError("its pictures are not there")
+        protocol = PROTOCOLS.get(str(found.metrics.protocol.get("name")), PROTOCOLS["clean"])
+        found.kept[name] = to_show(name, *read_pair(open_pair(name, *found.pairs[name]), protocol))
+    return found.kept[name]
+
+
+def triplet(shown: Shown, side: int) -> Image.Image:
     """Original, reconstruction and error side by side, with a transparent gap."""
-    pictures = []
-    for path in (original, reconstruction):
-        with open_image(path, path.name) as image:
-            pictures.append(viewed(image, "RGB"))
-    if pictures[0].size != pictures[1].size:
-        raise UserError(f"{original.name} and its reconstruction differ in size")
-    x, y = (np.asarray(picture, dtype=np.int16) for picture in pictures)  # (H, W, 3)
-    error = np.abs(x - y).mean(-1) / ERROR_RANGE  # (H, W)
-    tiles = [fitted(tile, ENLARGED, side) for tile in (*pictures, Image.fromarray(colours(error)))]
+    pictures = (
+        *(to_picture(image) for image in (shown.original, shown.reconstruction)),
+        Image.fromarray(colours(shown.error / ERROR_RANGE)),
+    )
+    tiles = [fitted(picture, ENLARGED, side) for picture in pictures]
     width, height = tiles[0].size
     whole = Image.new("RGBA", (3 * width + 12, height))
     for position, tile in enumerate(tiles):
@@ -69,10 +76,9 @@ def tiles(found: Found, names: Sequence[str], side: int) -> str:
             if key in METRICS
         )
         try:
-            picture = triplet(*found.pairs[name], side)
-        except (UserError, KeyError) as error:
-            reason = "its pictures are not there" if isinstance(error, KeyError) else error
-            items.append(f'<li class="tile">{text(name)}: {text(reason)}</li>')
+            picture = triplet(pair_of(found, name), side)
+        except UserError as error:
+            items.append(f'<li class="tile">{text(name)}: {text(error)}</li>')
             continue
         widest = max(widest, picture.width)
         described = f"Image {name}: original, reconstruction and error. {scores}"
@@ -95,6 +101,11 @@ def error_key() -> str:
     )
 
 
+def evenly_spaced(names: Sequence[str]) -> list[str]:
+    """The names whose reconstructions are shown."""
+    return [names[position] for position in spread(len(names), NUM_SHOWN)]
+
+
 def need_pairs(found: Found) -> None:
     found.need(
         "the pair of original/ and rec/", "test.py writes them:" + command(test_command(found))
@@ -105,12 +116,11 @@ def reconstructions(found: Found, side: int) -> str:
     need_pairs(found)
     if not found.pairs:
         raise Missing("original/ and rec/ hold no pair of pictures of one name.")
-    names = list(found.pairs)
-    chosen = [names[position] for position in spread(len(names), NUM_SHOWN)]
+    chosen = evenly_spaced(list(found.pairs))
     return figure(
         tiles(found, chosen, side) + error_key(),
         f"From left to right: original, reconstruction, mean absolute error over channels. "
-        f"{len(chosen)} of {len(names):,} images, evenly spaced by name, not chosen by quality; "
+        f"{len(chosen)} of {len(found.pairs):,} images, evenly spaced by name, not by quality; "
         f"small images are enlarged without smoothing, those above {side} pixels shrunk. "
         "<b>One should see</b> errors that are faint and look like noise. <b>Bad:</b> error maps "
         "in which the object can be recognised (edges and texture are lost), blocks of the "
@@ -122,21 +132,21 @@ def worst_images(found: Found, side: int) -> str:
     measure = "evaluation.py measures the images:" + command(evaluation_command(found))
     found.need("metrics.csv", measure)
     need_pairs(found)
-    measured = {metric for values in found.values.values() for metric in values}
     content = quantiles(found)
-    for metric, way in WAYS.items():
-        if metric not in measured:
+    for metric in WORST_BY:
+        label, lower = METRICS[metric].label, METRICS[metric].lower_is_better
+        values = {
+            name: own[metric]
+            for name, own in found.values.items()
+            if not math.isnan(own.get(metric, math.nan))
+        }
+        if not values:
             continue
-        label = METRICS[metric].label
-        ranked = sorted(
-            (way * values[metric], name)
-            for name, values in found.values.items()
-            if not math.isnan(values.get(metric, math.nan))
-        )
-        names = [name for _, name in reversed(ranked[-NUM_WORST:])]
+        worst, _ = extremes(list(values.values()), lower_is_better=lower)
+        names = [list(values)[position] for position in worst[:NUM_WORST]]
         content += f"<h3>Worst by {label}</h3>" + figure(
             tiles(found, names, side),
-            f"The {len(names)} images of {'lowest' if way < 0 else 'highest'} {label}, the worst "
+            f"The {len(names)} images of {'highest' if lower else 'lowest'} {label}, the worst "
             "first; colours of the error as above. <b>One should see</b> the hardest images: fine "
             "texture, print, noise. <b>Bad:</b> images that look easy, all of one kind (it is "
             "rare in training), or reconstructions that show something else.",

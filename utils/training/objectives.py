@@ -17,13 +17,14 @@ from modules.quantizers.looc.ranks import sum_over_ranks
 from utils.checkpoints.checkpoint import check_tensors
 from utils.distributed import first_goes_ahead
 from utils.errors import UserError
-from utils.evaluation.networks import LPIPS_BACKBONES, lpips_network
+from utils.evaluation.metrics import LPIPS_BACKBONES
+from utils.evaluation.networks import lpips_network
 from utils.flags.arguments import build
 from utils.images import in_colour
 from utils.training.optimizers import load_optimizer, make_adam
 
 WITHOUT_LPIPS = "name their folder with --weights_dir, or go without: --perceptual_weight 0"
-VGG_SIDE = LPIPS_BACKBONES["vgg"].smallest_side
+VGG_SIDE = LPIPS_BACKBONES["vgg"]
 
 
 @dataclass(frozen=True)
