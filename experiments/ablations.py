@@ -175,18 +175,13 @@ def main() -> None:
     selected = chosen(variants, flags.get("only", ()))
     setup = replace(SETUPS[images], lrs=question.lrs or ())
     settings = settings_of(flags, "ablations", setup, images)
-    other = [] if recipe == "paper" else [recipe]
+    other = None if recipe == "paper" else recipe
+    options = words({"table": name, "images": images, "recipe": other})
     experiment = Experiment(
-        "-".join(["ablation", images, name, str(settings.steps), *other]),
+        "-".join(filter(None, ["ablation", images, name, str(settings.steps), other])),
         f"{question.title}: {setup.title}",
         f"{question.about} K = `--num_embedding`, d = `--embedding_dim`.",
-        command=" ".join(
-            [
-                "python experiments/ablations.py",
-                *words({"table": name, "images": images}),
-                *(f"--recipe {recipe}" for recipe in other),
-            ]
-        ),
+        command=" ".join(["python experiments/ablations.py", *options]),
         settings=settings,
         contenders=variants,
     )
