@@ -286,3 +286,40 @@ def test_the_photographs_of_evaluation(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     for folder in ("original", "rec"):
         assert len(list((tmp_path / "photos" / folder).iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_the_figures_of_photographs_are_measured(name: str) -> None:
+    """Rate, PSNR, LPIPS and usage of each row stand in one row of the page of the experiment."""
+
+    def cells(path: Path) -> list[list[str]]:
+        lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+        return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+
+    def number(cell: str) -> float | None:
+        return float(cell.split(" ")[0]) if cell[:1].isdigit() or cell[:1] == "." else None
+
+    page = cells(ROOT / "docs/results/compare-photos-300.md")
+    header = next(row for row in page if "PSNR (dB)" in row)
+
+    def column(name: str) -> int:
+        return next(index for index, title in enumerate(header) if title.startswith(name))
+
+    measured = {row[column("PSNR")]: row for row in page if len(row) == len(header)}
+    written = cells(ROOT / name)
+    start = next(i for i, row in enumerate(written) if row[-2:] == ["LPIPS", "usage"])
+    rows = written[start + 2 :]
+    end = next(i for i, row in enumerate(rows) if row[0].startswith("not quantised")) + 1
+    assert end > 8
+    for row in rows[:end]:
+        label, rate, psnr, *_, lpips, usage = row
+        found = measured[psnr]
+        for cell, title, digits in (
+            (rate, "bits per pixel, entropy", 0.0051),
+            (lpips, "LPIPS", 0.00051),
+            (usage, "codebook usage", 0.51),
+        ):
+            value, expected = number(cell), number(found[column(title)])
+            assert (value is None) == (expected is None), f"{label}: {cell}"
+            if value is not None and expected is not None:
+                assert abs(value - expected) <= digits, f"{label}: {cell}, not {expected}"
