@@ -1,4 +1,4 @@
-"""Images of strangers: shown as a viewer shows them, or refused by name; left out where asked."""
+"""Hostile image files: read as a viewer shows them, or refused by name; skipped on request."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def quarters(*corners: tuple[int, ...], mode: str = "RGB", side: int = 32) -> Image.Image:
-    """A square whose quarters, left to right and down, have these colours."""
+    """Return a square whose quarters, left to right and down, have these colours."""
     image = Image.new(mode, (side, side))
     half = side // 2
     for number, colour in enumerate(corners):
@@ -58,7 +58,7 @@ def quarters(*corners: tuple[int, ...], mode: str = "RGB", side: int = 32) -> Im
 
 
 def palette() -> Image.Image:
-    """Quarters of the palette's entries 0 … 3: red, green, blue, white."""
+    """Return quarters with the palette's entries 0 … 3: red, green, blue, white."""
     image = Image.new("P", (32, 32))
     image.putpalette([*RED, *GREEN, *BLUE, *WHITE])
     image.paste(1, (16, 0, 32, 16))
@@ -73,7 +73,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png(size: tuple[int, int], depth: int, kind: int, row: bytes, *chunks: bytes) -> bytes:
-    """A PNG made by hand, each of its rows the same."""
+    """Return a handmade PNG whose rows are all the same."""
     header = struct.pack(">IIBBBBB", *size, depth, kind, 0, 0, 0)
     pixels = zlib.compress((b"\0" + row) * min(size[1], 100))
     parts = (chunk(b"IHDR", header), *chunks, chunk(b"IDAT", pixels), chunk(b"IEND", b""))
@@ -89,7 +89,7 @@ def orientation(number: int) -> Image.Exif:
 COLOURS = quarters(RED, GREEN, BLUE, WHITE)
 ALPHA = quarters((*RED, 255), (*RED, 128), (*BLUE, 0), (0, 0, 0, 255), mode="RGBA")
 BLACK = Image.new("RGB", (32, 32))
-# Name → content and the colours of the quarters that a viewer shows.
+# Name → content, and the colours of the quarters in a viewer.
 SHOWN: dict[str, tuple[bytes, list[tuple[int, ...]]]] = {
     "cmyk.jpg": (encoded(COLOURS.convert("CMYK"), "JPEG", quality=95), [RED, GREEN, BLUE, WHITE]),
     "ycbcr.tif": (encoded(COLOURS.convert("YCbCr"), "TIFF"), [RED, GREEN, BLUE, WHITE]),
@@ -138,9 +138,9 @@ SHOWN: dict[str, tuple[bytes, list[tuple[int, ...]]]] = {
         [RED, GREEN, BLUE, WHITE],
     ),
 }
-if PIL.__version__.startswith("12.3"):  # which does not read what it wrote
+if PIL.__version__.startswith("12.3"):  # this version cannot read its own file
     del SHOWN["ycbcr.tif"]
-# As Pillow and cameras name the eight ways to hold a camera.
+# EXIF orientations: the eight ways to hold a camera.
 TURNED = {
     1: [RED, GREEN, BLUE, WHITE],
     2: [GREEN, RED, WHITE, BLUE],
@@ -157,7 +157,7 @@ for kind, suffix in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("TIFF",
         SHOWN[f"turned{number}.{suffix}"] = (content, list(colours))
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-# Name → content and words of the refusal.
+# Name → content, and words of the refusal.
 REFUSED = {
     "empty.png": (b"", "is empty"),
     "text.png": (b"no picture at all", "none of JPEG, PNG"),
@@ -202,14 +202,14 @@ def decode_file(path: Path, size: int = 32) -> Tensor:
 
 
 def evaluation_reads(path: Path) -> np.ndarray:
-    """As evaluation.py reads one image, in colour: (3, H, W)."""
+    """Read one image as evaluation.py does, in colour: (3, H, W)."""
     size, mode = read_header(path)
     pixels, _ = read_image(path, Pair(path.stem, path, path, size, mode))
     return np.broadcast_to(pixels, (3, *pixels.shape[1:]))
 
 
 def colours_of(pixels: Tensor | np.ndarray) -> np.ndarray:
-    """The middles of the quarters: (3, H, W) → (4, 3)."""
+    """Return the colours in the middles of the quarters: (3, H, W) → (4, 3)."""
     array, near, far = np.asarray(pixels).astype(int), 8, 24
     return np.stack([array[:, y, x] for y in (near, far) for x in (near, far)])
 
@@ -228,7 +228,7 @@ def test_as_a_viewer_shows_it(
     for pixels in (decode_file(path), evaluation_reads(path)):
         assert pixels.shape == (3, 32, 32)
         assert abs(colours_of(pixels) - np.array(expected)).max() <= tolerance
-    if name != "damaged-exif.jpg":  # of which Pillow warns, but not on the screen; see below
+    if name != "damaged-exif.jpg":  # Pillow warns of it, but not on the screen; see below
         assert not recwarn.list
     assert capfd.readouterr() == ("", "")
 
@@ -278,7 +278,7 @@ def test_a_turned_images_size_is_known_from_its_header(
     ids=["png", "tiff", "tiff32", "pgm", "ppm", "colour-png"],
 )
 def test_more_than_8_bits(content: bytes, tmp_path: Path) -> None:
-    """The upper 8 for training; no comparison of what is left."""
+    """Training uses the upper 8 bits; evaluation refuses to compare them."""
     path = write(tmp_path / "deep.png", content)
     assert decode_file(path).unique().tolist() == [200]
     message = refusal(lambda: read_header(path))
@@ -335,7 +335,7 @@ def test_pillows_limit_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_else_is_printed(tmp_path: Path) -> None:
-    """In a process of its own, with the warnings that Python shows by default."""
+    """In a separate process, with the warnings that Python shows by default."""
     for name, (content, _) in {**SHOWN, **REFUSED}.items():
         write(tmp_path / "set" / name, content)
     write(tmp_path / "set" / "large.png", encoded(Image.new("1", (12_000, 9_000)), "PNG"))
@@ -357,7 +357,7 @@ def test_nothing_else_is_printed(tmp_path: Path) -> None:
 
 
 def make_special_files(folder: Path) -> None:
-    """What is named like an image, but would wait for ever or is none."""
+    """Make entries named like images that would block for ever, or are not images."""
     os.mkfifo(folder / "pipe.png")
     (folder / "broken.png").symlink_to(folder / "nowhere.png")
     (folder / "itself.png").symlink_to(folder / "itself.png")
@@ -422,7 +422,7 @@ def test_a_data_folder_that_is_a_file(
 
 
 class Levels(ImageSet):
-    """Image i has the grey level i; those of bad cannot be decoded."""
+    """Write images with the grey level of their number; those in bad cannot be decoded."""
 
     channels, image_size = 1, 4
 
@@ -445,7 +445,7 @@ def in_memory(size: int) -> TensorImages:
 
 
 def taken(loader: BatchLoader, epoch: int = 0, start: int = 0) -> list[list[int]]:
-    """The positions batch by batch, each image being the one of its position."""
+    """Return the positions batch by batch; check that each image is that of its position."""
     found = []
     for positions, images in loader.numbered(epoch, start):
         assert (positions.dtype, positions.device) == (torch.int64, CPU)
@@ -458,7 +458,7 @@ def taken(loader: BatchLoader, epoch: int = 0, start: int = 0) -> list[list[int]
 @pytest.mark.parametrize("images", [in_memory(22), Levels(22)], ids=["memory", "decoded"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
 def test_in_training_ranks_share_every_batch(images: ImageSet, num_ranks: int) -> None:
-    """The last batch has one image: it leaves nothing to most ranks, which make the step too."""
+    """The last batch has one image: most ranks have none, and make the step too."""
 
     def loader(rank: int, num_ranks: int) -> BatchLoader:
         return BatchLoader(
@@ -514,7 +514,7 @@ def test_bad_images_are_left_out_and_noted(num_workers: int) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_batch_of_bad_images(num_workers: int) -> None:
-    """In training it is a step without images; elsewhere there is no such batch."""
+    """In training an empty batch is a step without images; elsewhere it is left out."""
     options = {"device": CPU, "num_workers": num_workers, "skip_bad": True}
     everything = Levels(3, (0, 1, 2))
     assert taken(BatchLoader(everything, 2, **options, shuffle=True)) == [[], []]  # type: ignore[arg-type]
@@ -547,7 +547,7 @@ def children_of(parent: int) -> list[str]:
 
 
 def is_worker(pid: str) -> bool:
-    """Whether it was forked from this process, and is no helper that Python started anew."""
+    """Return whether a process was forked from this one, and is not a helper of multiprocessing."""
     here, there = (Path(f"/proc/{name}/cmdline").read_bytes() for name in ("self", pid))
     return here == there
 
@@ -648,7 +648,7 @@ def test_test_without_a_readable_image(script: Script, pictures: Path, tmp_path:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> tuple[str, ...]:
-    """Five pairs, of which c cannot be decoded and d has an original of 16 bits."""
+    """Five pairs; c cannot be decoded, and d has an original of 16 bits."""
     noise = np.random.default_rng(1).integers(0, 256, (10, 16, 16), dtype=np.uint8)
     for number, name in enumerate("abcde"):
         for folder, index in (("x", number), ("y", number + 5)):
@@ -697,7 +697,7 @@ def test_evaluation_records_that_nothing_was_left_out(
 
 
 def test_evaluation_of_no_pair(pairs: tuple[str, ...], script: Script, tmp_path: Path) -> None:
-    for content in (encoded(NOISE, "PNG")[:200], b"junk"):  # damage behind the header, and in it
+    for content in (encoded(NOISE, "PNG")[:200], b"junk"):  # damage after the header, and in it
         for name in "abcde":
             write(tmp_path / "x" / f"{name}.png", encoded(NOISE, "PNG"))
             write(tmp_path / "y" / f"{name}.png", content)
@@ -725,7 +725,7 @@ def test_evaluation_still_refuses(
     script: Script,
     tmp_path: Path,
 ) -> None:
-    """A pair that is not one is no bad image."""
+    """A pair of different names or sizes is not a bad image."""
     spoil(tmp_path)
     outcome = script("evaluation.py", *pairs, "--skip_bad_images", "--num_workers", "0")
     assert outcome.code == 2

@@ -1,4 +1,4 @@
-"""The cache of decoded images: nothing twice, nothing wrong, every fault in one line."""
+"""The cache of decoded images: nothing decoded twice, nothing wrong, every error in one line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COUNT, SIZE = 12, 8
 
 @pytest.fixture
 def files(tmp_path: Path) -> FileImages:
-    """Images of noise, of 24×16 pixels."""
+    """Noise images of 24×16 pixels."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def cached(files: FileImages, tmp_path: Path) -> CachedImages:
 
 @pytest.fixture
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the images that were decoded, in this process."""
+    """Names of the images that this process has decoded."""
     names: list[str] = []
     decode = image_sets.decode
 
@@ -89,7 +89,7 @@ def test_nothing_is_decoded_twice(
     again = keep_decoded(files, cached.path.parent, "set")
     assert again.path == cached.path
     assert torch.equal(everything(again, num_workers), expected)
-    assert torch.equal(everything(again), expected)  # what workers have stored
+    assert torch.equal(everything(again), expected)  # stored by workers
 
 
 def test_parts_of_a_set_share_its_cache(tmp_path: Path, decodes: list[str]) -> None:
@@ -171,7 +171,7 @@ def test_a_record_that_was_cut_off_does_not_count(
 ) -> None:
     cached[2], cached[3]
     decodes.clear()
-    with cached.path.open("r+b") as file:  # a kill after so many bytes
+    with cached.path.open("r+b") as file:  # as if killed after so many bytes
         file.seek(cached.offset(3) + cut)
         file.write(bytes(cached.record - cut))
     assert torch.equal(cached[3], files[3])
@@ -236,7 +236,7 @@ def test_threads(cached: CachedImages, files: FileImages) -> None:
 
 
 def test_processes_at_once_and_one_killed(files: FileImages, tmp_path: Path) -> None:
-    """Three make and fill one cache; one of them is killed amid its writing."""
+    """Three processes create and fill one cache; one of them is killed while it writes."""
     context = multiprocessing.get_context("fork")
     at_work = context.Event()
 
@@ -245,7 +245,7 @@ def test_processes_at_once_and_one_killed(files: FileImages, tmp_path: Path) -> 
         for i in list(range(COUNT)) * rounds:
             cached.store(i, files[i])
             at_work.set()
-            image = cached.stored(i)  # None where another is amid this record
+            image = cached.stored(i)  # None while another process writes this record
             assert image is None or torch.equal(image, files[i])
 
     victim, *others = [context.Process(target=fill, args=(rounds,)) for rounds in (10**6, 20, 20)]

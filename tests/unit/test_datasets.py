@@ -55,7 +55,7 @@ FIXED_SIZE = [name for name, entry in DATASETS.items() if not entry.resizable]
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every download fails at once; Debian's files are out of sight."""
+    """Make every download fail at once, and hide Debian's files."""
 
     def unreachable(*_args: Any, **_kwargs: Any) -> None:
         sys.stderr.write("progress 0 %")
@@ -74,7 +74,7 @@ def flat(number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
 
 
 def number_of(image: Tensor) -> int:
-    """Which image of a tiny set this is; JPEG may have changed it a little."""
+    """Return the number of this image in its tiny set; JPEG may have changed it a little."""
     return int(image.float().mean() // 10)
 
 
@@ -638,7 +638,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     pixels[:, :4, 0] = 255  # the left half is red
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise for viewing
+    exif[0x0112] = 6  # viewers turn it clockwise
     image = decoded(Image.fromarray(pixels), tmp_path / "turned.png", exif=exif)
     assert (image[0, :4] == 255).all()
     assert (image[0, 4:] == 0).all()
@@ -669,7 +669,7 @@ def test_crops_cover_the_longer_side(transpose: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.77, 0.999])
 def test_a_crop_is_what_resizing_first_would_give(place: float, tmp_path: Path) -> None:
-    """But for the edge, where a filter that saw the whole image reaches farther."""
+    """They agree except at the edge, where a filter over the whole image reaches farther."""
     whole = Image.fromarray(smooth_noise(120, 360)).resize((360, 120))
     whole.save(tmp_path / "long.png")
     offset = int(place * 241) // 3 * 3  # to whole pixels of the small image
@@ -682,7 +682,7 @@ def test_a_crop_is_what_resizing_first_would_give(place: float, tmp_path: Path) 
 
 
 def smooth_noise(height: int, width: int) -> np.ndarray:
-    """(height, width, 3), uint8."""
+    """Return a picture (height, width, 3), uint8."""
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
@@ -793,7 +793,7 @@ def test_pixel_variance_on_disk(file_images: FileImages, monkeypatch: pytest.Mon
 def loader(
     request: pytest.FixtureRequest, file_images: FileImages, tensor_images: TensorImages
 ) -> Iterator[BatchLoader]:
-    """23 images in shuffled batches of 4, by each of the ways they are loaded."""
+    """23 images in shuffled batches of 4, loaded in each of the three ways."""
     if request.param == "memory":
         yield BatchLoader(tensor_images, 4, device=CPU, shuffle=True, seed=3)
     else:
@@ -858,7 +858,7 @@ def test_order_depends_on_seed_and_epoch_alone(tensor_images: TensorImages) -> N
 
 @pytest.fixture
 def wide_images(tmp_path: Path) -> FileImages:
-    """23 images 9 times as wide as high, that grow lighter to the right."""
+    """23 images, 9 times as wide as high, that become lighter to the right."""
     row = np.arange(72, dtype=np.uint8) * 3
     for number in range(23):
         pixels = np.ascontiguousarray(np.broadcast_to(row[None, :, None], (8, 72, 3)))
@@ -870,7 +870,7 @@ def wide_images(tmp_path: Path) -> FileImages:
 def augmented(
     image_set: ImageSet, epoch: int = 0, start: int = 0, ranks: int = 1, **options: Any
 ) -> dict[int, Tensor]:
-    """An epoch's images by position, of all ranks together."""
+    """Return an epoch's images of all ranks by position."""
     options = {"batch_size": 4, "seed": 3, "flip": True, "crop": "random", **options}
     return {
         position: image
@@ -993,7 +993,7 @@ def test_killed_worker_is_one_line() -> None:
 
 
 class Deadly(ImageSet):
-    """A set that ends the process that opens it."""
+    """A set that kills the process that reads it."""
 
     channels, image_size = 1, 4
 
@@ -1014,7 +1014,7 @@ def test_lmdb_in_threads_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_workers_end_with_the_process(tmp_path: Path) -> None:
-    """Also where something still holds the loader, and though they ignore SIGTERM."""
+    """Even while something holds the loader, and although workers ignore SIGTERM."""
     for name in ("a", "b", "c"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     program = (

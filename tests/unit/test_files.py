@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all; pictures keep their bytes."""
+"""Files and folders appear complete or not at all; pictures keep their bytes."""
 
 from __future__ import annotations
 

