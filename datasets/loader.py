@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.image_sets import ImageSet, TensorImages
 from datasets.sampling import draws, permutation
@@ -154,7 +154,7 @@ class DecodedBatches:
     def __init__(self, images: ImageSet, device: torch.device, num_workers: int) -> None:
         self.device = device
         self.num_workers = num_workers
-        self.order = BatchOrder()
+        self.order: list[Share] = []  # the batches of the current epoch
         self.loader: DataLoader[Decoded] = DataLoader(
             WholeBatches(images),
             batch_size=None,  # WholeBatches is indexed by batch, not by image
@@ -169,7 +169,7 @@ class DecodedBatches:
     def batches(self, order: Sequence[Tensor], places: Tensor | None) -> Iterator[Decoded]:
         if not order:
             return
-        self.order.batches = [
+        self.order[:] = [
             Share(positions.tolist(), None if places is None else places[positions].tolist())
             for positions in order
         ]
@@ -204,19 +204,6 @@ def end_workers() -> None:
 
 
 atexit.register(end_workers)  # runs before multiprocessing's own handler
-
-
-class BatchOrder(Sampler[Share]):
-    """The batches of the current epoch."""
-
-    def __init__(self) -> None:
-        self.batches: list[Share] = []
-
-    def __iter__(self) -> Iterator[Share]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 class WholeBatches(Dataset[Decoded]):
