@@ -54,10 +54,9 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs/results"), help="folder of pages")
     arguments = parser.parse_args()
     docs = writable_folder(arguments.docs, "--docs")
-    words = ["--preset", arguments.preset, "--device", arguments.device]
-    words += ["--precision", arguments.precision]
-    if arguments.batch_size is not None:
-        words += ["--batch_size", str(arguments.batch_size)]
+    names = ("preset", "device", "precision", "batch_size")
+    given = {name: getattr(arguments, name) for name in names}
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
     table = Table(
         f"Training step, --preset {arguments.preset}",
         [
