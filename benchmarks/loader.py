@@ -51,7 +51,7 @@ class Source:
     height: int
     format: str
     quality: int | None  # of JPEG
-    grain: float  # of the sensor, standard deviation in levels: what PNG cannot compress
+    grain: float  # standard deviation of sensor noise, in grey levels; PNG cannot compress it
     count: int
     lmdb: bool = False
 

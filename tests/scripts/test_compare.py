@@ -65,6 +65,14 @@ def test_flags_are_those_of_main(name: str) -> None:
                 assert getattr(model, flag) == value
 
 
+@pytest.mark.parametrize(
+    ("folder", "other"), [("experiments", "benchmarks"), ("benchmarks", "experiments")]
+)
+def test_quality_and_speed_import_nothing_from_each_other(folder: str, other: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        assert f"from {other}" not in path.read_text(), path
+
+
 def test_every_family_has_a_style_of_its_own() -> None:
     families = {contender.family for contenders in SUITES.values() for contender in contenders}
     assert families == set(STYLES)
