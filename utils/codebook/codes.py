@@ -111,12 +111,14 @@ class CodesInfo:
 
 
 def codes_info(
-    model: Autoencoder, *, dataset: str, image_size: int, num_images: int, batch_size: int
+    model: Autoencoder, dataset: str, image_size: int, num_images: int, batch_size: int
 ) -> CodesInfo:
-    """What a code file of this model will say about itself, before the images have been seen.
+    """The header of a code file of this model, before the images have been seen.
 
-    Raises UserError where a batch has too many codes for a code file, or there is no code at all.
+    Raises UserError if no code file can be written: there are no codes, a batch has too many, or
+    the entropy coder is not installed.
     """
+    need_coder("--save_codes")
     if not model.config.num_slots:
         raise UserError(
             f"--save_codes: --quantizer {model.config.quantizer} leaves no codes to save"
@@ -423,9 +425,11 @@ class CodeFile:
         self.coder = Coder(tables.reshape(info.num_tables, info.num_embedding))
 
     def check_flags(self, flags: Mapping[str, Any]) -> None:
-        """Raise UserError if a flag contradicts the settings with which the file was made."""
-        own = {name: getattr(self.info, name) for name in ("dataset", "image_size", "batch_size")}
-        check_stored(flags, own, self.path)
+        """Raise UserError where a flag that was given contradicts what the file was made with."""
+        stored = {
+            name: getattr(self.info, name) for name in ("dataset", "image_size", "batch_size")
+        }
+        check_stored(flags, stored, self.path)
 
     def check_model(self, model: Autoencoder, checkpoint: Path) -> None:
         """Raise UserError naming both files where the codes are not of this model."""

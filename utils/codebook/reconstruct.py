@@ -1,0 +1,153 @@
+"""Reconstructions as picture files: from the images of a data set, or from a code file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modules import Autoencoder
+from utils.codebook.codes import CodeFile, CodesInfo, pixel_sum, save_codes, spooled
+from utils.codebook.statistics import CodebookStatistics
+from utils.distributed import gather, gather_items, num_ranks, rank, shared_folder
+from utils.errors import UserError
+from utils.evaluation.schema import Rate
+from utils.images import save_picture, to_bytes, to_signed
+
+NUM_SHOWN = 32
+CODES = "codes.looc"
+
+
+class Batches(Protocol):
+    """This process's share of the images of a data set."""
+
+    size: int  # images of the whole set
+    bad_images: dict[int, str]  # position → why that image could not be decoded
+
+    def numbered(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Yield positions (B,) and images (B, C, h, w), uint8."""
+
+    def shares(self, epoch: int, start: int) -> Sequence[Sized]:
+        """Return the positions of the images, batch by batch."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """Format of the picture files."""
+
+    suffix: str = "png"
+    jpeg_quality: int = 75
+
+
+class Findings(NamedTuple):
+    """Results of the reconstruction of all images by all processes."""
+
+    statistics: CodebookStatistics
+    rate: Rate
+    shown: Tensor  # (n, 2, C, h, w), the first originals and reconstructions
+    bad_images: list[int]  # positions of those that could not be decoded
+
+
+@torch.no_grad()
+def reconstruct(
+    model: Autoencoder, loader: Batches, form: Format, results: Path, info: CodesInfo | None
+) -> Findings:
+    """Write every image to original/ and its reconstruction to rec/, named by its position.
+
+    With info all indices are written to codes.looc too. Takes the memory of one batch. Raises
+    UserError if no image can be decoded.
+    """
+    statistics = CodebookStatistics(model.config.num_embedding, model.config.num_codebooks)
+    first: list[tuple[int, Tensor]] = []
+    total = sum(map(len, loader.shares(epoch=0, start=0)))
+    with (
+        pictures(results / "original", form) as original,
+        pictures(results / "rec", form) as rec,
+        spooled(results / CODES, info) if info else nullcontext() as spool,
+    ):
+        with tqdm(total=total, unit="image", disable=rank() > 0) as bar:
+            for positions, images in loader.numbered():
+                indices, output = encode_and_decode(model, images)
+                statistics.add(indices)
+                if spool is not None:
+                    spool.add(indices, output)
+                numbers: list[int] = positions.tolist()
+                pairs = torch.stack([images.cpu(), output], dim=1)  # (B, 2, C, h, w)
+                # Clones: sending a view to the other processes would send the whole batch.
+                shown = [pair.clone() for pair in pairs[: NUM_SHOWN - len(first)]]
+                first.extend(zip(numbers, shown))
+                original.write(numbers, pairs[:, 0])
+                rec.write(numbers, output)
+                bar.update(len(images))
+        statistics.sum_over_ranks()
+        if not statistics.num_images:
+            raise UserError(f"none of the {loader.size:,} images of --data_folder can be decoded")
+        found = dict(gather_items(first))
+        samples = torch.stack([found[position] for position in sorted(found)[:NUM_SHOWN]])
+        bad_images = sorted(gather_items(loader.bad_images))
+        rate = statistics.rate(samples[0, 0, 0].numel())
+        if spool is not None:
+            rate = replace(rate, **save_codes(results / CODES, spool, bad_images))
+    return Findings(statistics, rate, samples, bad_images)
+
+
+def encode_and_decode(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode bytes (B, C, h, w) to indices (B, H, W, m), and decode these to bytes on the CPU.
+
+    Exactly as --from_codes decodes them. Without a quantiser the latents are decoded.
+    """
+    if not model.config.num_slots:
+        reconstruction, quantized = model(to_signed(images))
+        return quantized.indices, to_bytes(reconstruction).cpu()
+    indices = model.encode(to_signed(images))
+    return indices, to_bytes(model.decode(indices)).cpu()
+
+
+@torch.no_grad()
+def reconstruct_codes(model: Autoencoder, codes: CodeFile, form: Format, results: Path) -> bool:
+    """Write the reconstructions of a code file to rec/.
+
+    Returns whether they equal, bit for bit, those of the run that saved the codes.
+    """
+    device, info = next(model.parameters()).device, codes.info
+    pixels = 0
+    with (
+        pictures(results / "rec", form) as rec,
+        tqdm(total=info.num_coded, unit="image", disable=rank() > 0) as bar,
+    ):
+        for positions, indices in codes.batches(rank(), num_ranks()):
+            output = to_bytes(model.decode(indices.to(device))).cpu()  # (B, C, h, w)
+            pixels += pixel_sum(output)
+            rec.write(positions.tolist(), output)
+            bar.update(len(output))
+    return sum(gather(pixels)) == info.pixel_sum
+
+
+class Pictures:
+    """A folder of pictures, written by several threads."""
+
+    def __init__(self, folder: Path, form: Format, pool: ThreadPoolExecutor) -> None:
+        self.folder, self.form, self.pool = folder, form, pool
+
+    def write(self, numbers: list[int], images: Tensor) -> None:
+        """Write images (B, C, h, w), uint8, named by their positions in the set."""
+
+        def write(number: int, image: Tensor) -> None:
+            path = self.folder / f"{number:08d}.{self.form.suffix}"
+            save_picture(path, image, self.form.jpeg_quality)
+
+        list(self.pool.map(write, numbers, images))
+
+
+@contextmanager
+def pictures(path: Path, form: Format) -> Iterator[Pictures]:
+    """Yield a new folder of pictures for all processes; it replaces path when the block ends."""
+    with shared_folder(path) as folder, ThreadPoolExecutor() as pool:
+        yield Pictures(folder, form, pool)
