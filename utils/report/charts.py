@@ -76,7 +76,7 @@ def inline(svg: str, name: str, description: str) -> str:
     content = svg[svg.index("<defs>") :]
     content = re.sub(r"<style.*?</style>", "", content, count=1, flags=re.DOTALL)
     content = re.sub(r' id="[^"]+_\d+"| clip-path="[^"]+"', "", content)
-    content = re.sub(r"font-size: [^;]*; font-family: [^;\"]*;? ?", "", content)
+    content = re.sub(r"font[-a-z]*: [^;\"]*;? ?", "", content)  # style.css has the fonts
     content = re.sub(r"(\.\d\d)\d{2,}(?=[ \"\n])", r"\1", content)
     content = re.sub(r"\n\s*", " ", content)
     for colour, variable in COLOURS.items():
