@@ -4,54 +4,31 @@ from __future__ import annotations
 
 import os
 import random
-import resource
-import runpy
 import signal
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from torch import multiprocessing
 
-from tests.conftest import ROOT, Outcome, write_mnist
+from tests import processes
+from tests.conftest import Outcome, write_mnist
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.training.signals import StopRequest
 
 FLAGS = (
-    *("--dataset", "mnist", "--exp_name", "e", "--device", "cpu", "--batch_size", "8"),
-    *("--hidden_size", "8", "--num_embedding", "16", "--anchor", "random", "--num_epochs", "20"),
+    *("--dataset", "mnist", "--exp_name", "e", "--device", "cpu", "--batch_size", "2"),
+    *("--hidden_size", "8", "--num_embedding", "16", "--anchor", "random", "--num_epochs", "6"),
 )
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.scripts.test_distributed", "torch.utils.tensorboard"])
-
-
-def run_script(folder: Path, words: tuple[str, ...], file_size: int) -> None:
-    """In a process of its own: a script as a user starts it, its errors in a file."""
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    os.dup2(os.open(folder / "stderr", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
-    if file_size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    sys.argv = [*words]
-    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
 def start(folder: Path, *words: str, file_size: int = 0) -> BaseProcess:
-    (folder / "stderr").write_text("")
-    process = context.Process(target=run_script, args=(folder, words, file_size))
-    process.start()
-    return process
+    return processes.start(words, folder, folder, file_size=file_size)
 
 
 def finish(process: BaseProcess, folder: Path) -> Outcome:
-    process.join(120)
-    process.kill()
-    code = process.exitcode
-    assert code is not None
-    return Outcome(code, "", (folder / "stderr").read_text())
+    return processes.finish(process, folder)
 
 
 def last(folder: Path) -> Path:
@@ -100,7 +77,7 @@ def assert_same_end(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """The same command again ends with these weights, bit for bit."""
     assert finish(start(folder, "main.py", *FLAGS), folder).code == 0
     checkpoint = read_checkpoint(last(folder))
-    assert checkpoint.content["step"] == 100
+    assert checkpoint.content["step"] == 108
     assert all(torch.equal(value, weights[name]) for name, value in checkpoint.state_dict.items())
 
 
@@ -138,7 +115,7 @@ def test_a_signal_finishes_the_step_and_saves(
     assert outcome.code == 128 + number
     assert f"main.py: stopped by {name} after step {step}; output/models/e/last.pt" in outcome.err
     assert "Traceback" not in outcome.err
-    assert 0 < step < 100
+    assert 0 < step < 108
     assert_same_end(tmp_path, uninterrupted)
 
 
@@ -154,7 +131,7 @@ def test_the_second_signal_stops_at_once() -> None:
 @pytest.mark.usefixtures("mnist")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk."""
-    assert finish(start(tmp_path, "main.py", *FLAGS, "--max_steps", "7"), tmp_path).code == 0
+    assert finish(start(tmp_path, "main.py", *FLAGS, "--max_steps", "20"), tmp_path).code == 0
     before = last(tmp_path).read_bytes()
     outcome = finish(start(tmp_path, "main.py", *FLAGS, file_size=len(before) // 2), tmp_path)
     assert outcome.code == 2

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT, Outcome, run_process, write_idx
+from tests.processes import run_forked
 from utils.checkpoints.checkpoint import load_model, read_checkpoint
 
 Script = Callable[..., Outcome]
@@ -39,7 +40,7 @@ def error_line(outcome: Outcome) -> str:
 
 
 def test_the_published_commands(mnist: Path) -> None:
-    """As the README prints them, but for the size of the run."""
+    """As the README prints them, but for the size of the run; only the first imports all anew."""
     folder = mnist.parent.parent
     data = ["--data_folder", "data/mnist", "--dataset", "mnist", "--output_folder", "out"]
     model = ["--num_embedding", "512", "--embedding_dim", "64", "--distance", "cos"]
@@ -58,9 +59,9 @@ def test_the_published_commands(mnist: Path) -> None:
     assert any((folder / "out/logs/mnist_cos_closest").glob("events.out.tfevents.*"))
 
     name = "mnist_cos_closest/best.pt"
-    tested = run_process(
+    tested = run_forked(
         [
-            *(str(ROOT / "test.py"), *data, "--model_name", name, "--batch_size", "16"),
+            *("test.py", *data, "--model_name", name, "--batch_size", "16"),
             *("--device", "cpu", *model),
         ],
         folder,
@@ -71,9 +72,9 @@ def test_the_published_commands(mnist: Path) -> None:
     assert sorted(path.name for path in (results / "original").iterdir()) == names
     assert sorted(path.name for path in (results / "rec").iterdir()) == names
 
-    evaluated = run_process(
+    evaluated = run_forked(
         [
-            *(str(ROOT / "evaluation.py"), "--gt_path", f"out/results/{name}/original/"),
+            *("evaluation.py", "--gt_path", f"out/results/{name}/original/"),
             *("-g_path", f"out/results/{name}/rec", "--metrics", "l1", "ssim", "psnr"),
         ],
         folder,
@@ -81,7 +82,7 @@ def test_the_published_commands(mnist: Path) -> None:
     assert evaluated.code == 0, evaluated.err
     assert json.loads((results / "metrics.json").read_text())["pairs"] == 12
 
-    summary = run_process(["-m", "utils.report.summary", "out", name], folder)
+    summary = run_forked(["-m", "utils.report.summary", "out", name], folder)
     assert summary.code == 0, summary.err
     for word in ("PSNR", "codes per image", "98", "bits per pixel, entropy", "TensorBoard"):
         assert word in summary.out

@@ -16,13 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing
 
 import utils.training.trainer
 from datasets import BatchLoader, TensorImages
 from modules import VQGAN, LooCQuantizer, ModelConfig, make_model
 from modules.quantizers.looc.anchors import ANCHORS
-from tests.conftest import ROOT, Outcome, run_process
+from tests.conftest import ROOT, run_process
+from tests.processes import context, run_forked, run_ranks
 from utils.devices import seed_everything
 from utils.distributed import rank, seed_rank
 from utils.flags.recipes import RECIPES
@@ -37,8 +37,6 @@ VQGAN_FLAGS: dict[str, Any] = {
     **{"attention_levels": 0, "latent_channels": 8, "num_residual_hidden": 32},
 }
 GAN = ObjectiveConfig(disc_start=10, disc_channels=4, disc_layers=2)
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([__name__, "torch.utils.tensorboard"])
 
 
 def together(num_ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
@@ -301,17 +299,13 @@ def test_processes_and_parts_together(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- as a user
 
 
-def torchrun(folder: Path, script: str, *words: str) -> Outcome:
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    return run_process([*launcher, str(ROOT / script), *words], folder)
-
-
 def test_torchrun_trains_and_tests_as_one_process_does(mnist: Path, tmp_path: Path) -> None:
     """The first process alone writes; pictures and analysis are those of one process."""
     data = ("--dataset", "mnist", "--data_folder", str(mnist), "--device", "cpu")
     small = ("--hidden_size", "8", "--num_embedding", "16", "--exp_name", "e")
     steps = ("--batch_size", "8", "--max_steps", "6", "--save_every", "2")
-    trained = torchrun(tmp_path, "main.py", *data, *small, *steps)
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "main.py"))
+    trained = run_process([*torchrun, *data, *small, *steps], tmp_path)
     assert trained.code == 0, trained.err
     assert "on cpu, 2 processes" in trained.err
     assert trained.err.count("epoch 1, step 5: validation") == 1
@@ -319,13 +313,13 @@ def test_torchrun_trains_and_tests_as_one_process_does(mnist: Path, tmp_path: Pa
     models = tmp_path / "output" / "models" / "e"
     assert sorted(path.name for path in models.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
 
-    words = ("--model_name", "e/best.pt", "--batch_size", "3", "--device", "cpu")
+    words = ("test.py", "--model_name", "e/best.pt", "--batch_size", "3", "--device", "cpu")
     results = tmp_path / "output" / "results" / "e" / "best.pt"
     found = []
-    for outcome in (torchrun(tmp_path, "test.py", *words), None):
-        outcome = outcome or run_process([str(ROOT / "test.py"), *words], tmp_path)
-        assert outcome.code == 0, outcome.err
-        assert outcome.out.count("codebook usage") == 1
+    for ways in (lambda: run_ranks(words, tmp_path), lambda: [run_forked(words, tmp_path)]):
+        outcomes = ways()
+        assert not any(outcome.code for outcome in outcomes), outcomes
+        assert "".join(outcome.out for outcome in outcomes).count("codebook usage") == 1
         files = sorted(path for path in results.rglob("*") if path.suffix in (".png", ".json"))
         found.append({str(path.relative_to(results)): path.read_bytes() for path in files})
     assert len(found[0]) == 2 * 12 + 5
@@ -334,8 +328,13 @@ def test_torchrun_trains_and_tests_as_one_process_does(mnist: Path, tmp_path: Pa
 
 def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
     words = ("--dataset", "folder", "--data_folder", "nowhere", "--device", "cpu")
-    outcome = torchrun(tmp_path, "main.py", *words)
-    assert outcome.code == 1
-    assert outcome.err.count("main.py: error: --data_folder nowhere does not exist") == 1
-    evaluation = torchrun(tmp_path, "evaluation.py", "--gt_path", "a", "--g_path", "b")
-    assert "evaluation.py: error: it runs as one process;" in evaluation.err
+    for command, line in (
+        (("main.py", *words), "main.py: error: --data_folder nowhere does not exist"),
+        (
+            ("evaluation.py", "--gt_path", "a", "--g_path", "b"),
+            "evaluation.py: error: it runs as one process;",
+        ),
+    ):
+        outcomes = run_ranks(command, tmp_path)
+        assert [outcome.code for outcome in outcomes] == [2, 2]
+        assert "".join(outcome.err for outcome in outcomes).count(line) == 1

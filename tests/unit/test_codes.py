@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from modules import VQGAN, VQVAE, ModelConfig
-from tests.conftest import ROOT, Outcome, run_process
+from tests.conftest import Outcome
+from tests.processes import run_ranks
 from tests.scripts.test_cli import TINY, error_line, train
 from utils.codebook import codes
 from utils.codebook.codes import FREQUENCIES, CodeFile, Coder, CodesInfo
@@ -183,13 +184,12 @@ def test_several_processes_write_and_read_the_same(
     train(script, mnist)
     path = tmp_path / RESULTS / "codes.looc"
     words = (*TESTED, "--batch_size", "3", "--device", "cpu")
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "test.py"))
     assert script("test.py", *words, "--save_codes").code == 0
     one, expected = path.read_bytes(), pictures(path.parent / "rec")
     for flags in (("--save_codes",), ("--from_codes", str(path))):
-        outcome = run_process([*torchrun, *words, *flags], tmp_path)
-        assert outcome.code == 0, outcome.err
-        assert outcome.out.count("bits per pixel, coded") == 1
+        outcomes = run_ranks(["test.py", *words, *flags], tmp_path)
+        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+        assert "".join(outcome.out for outcome in outcomes).count("bits per pixel, coded") == 1
         assert path.read_bytes() == one
         assert pictures(path.parent / "rec") == expected
 

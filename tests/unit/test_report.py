@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from modules import VQVAE, ModelConfig
-from tests.conftest import run_process
+from tests.processes import run_forked
 from utils import report
 from utils.checkpoints.checkpoint import save_checkpoint
 from utils.errors import UserError
@@ -392,7 +392,7 @@ def test_nothing_overflows_on_a_phone(results: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_refuses_what_is_no_folder_of_results(tmp_path: Path) -> None:
-    outcome = run_process(["-m", "utils.report", str(tmp_path)], tmp_path)
+    outcome = run_forked(["-m", "utils.report", str(tmp_path)], tmp_path)
     assert outcome.code == 2
     expected = f"utils.report: error: {tmp_path} holds neither analysis.json nor metrics.json\n"
     assert outcome.err == expected

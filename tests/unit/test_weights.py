@@ -26,7 +26,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import ROOT, Outcome, run_process
+from tests.conftest import ROOT, Outcome
+from tests.processes import run_forked
 from utils.errors import UserError
 from utils.evaluation import networks
 from utils.evaluation.metrics import LPIPS_BACKBONES
@@ -591,10 +592,10 @@ def test_measuring_takes_the_weights_of_the_folder(
 def test_the_module_says_what_is_there(tmp_path: Path) -> None:
     """The demo asks so."""
     ask = ["-m", "utils.weights", "lpips", str(tmp_path)]
-    assert run_process(ask, tmp_path) == Outcome(0, "", "")
+    assert run_forked(ask, tmp_path) == Outcome(0, "", "")
     (tmp_path / WEIGHTS["vgg"].rebuilt).touch()
-    assert run_process(ask, tmp_path) == Outcome(0, "lpips\n", "")
-    wrong = run_process(["-m", "utils.weights", "lpip"], tmp_path)
+    assert run_forked(ask, tmp_path) == Outcome(0, "lpips\n", "")
+    wrong = run_forked(["-m", "utils.weights", "lpip"], tmp_path)
     assert (wrong.code, wrong.out) == (2, "")
     assert "did you mean lpips?" in wrong.err
 
