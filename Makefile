@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv once; nothing is installed twice.
 .DEFAULT_GOAL := help
-.PHONY: help demo vqgan weights test lint bench compare ablations photos fuzz soak check-python
+.PHONY: help demo vqgan weights test test-all lint bench compare ablations photos fuzz soak check-python
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +20,8 @@ TABLES := headline codebook dimension anchor offline contrastive interpolation i
 
 help:
 	@echo "make demo      train, test and evaluate on bundled Fashion-MNIST images, about 2 minutes on 2 cores"
-	@echo "make test      run the tests"
+	@echo "make test      run the tests of unit/ and scripts/, about 6 minutes on 2 cores"
+	@echo "make test-all  run all tests, also those of damage, kills and random input, about 10 minutes on 2 cores"
 	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
 	@echo "make lint      check with ruff and mypy"
 	@echo "make bench     measure speed and memory against peers, about 25 minutes on 2 cores; writes docs/results/benchmarks.*, docs/results/loader.*"
@@ -88,7 +89,10 @@ weights: $(VENV)/.installed
 	$(PY) evaluation.py --fetch_weights $(WEIGHTS_FLAG)
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile tests/unit tests/scripts
+
+test-all: $(VENV)/.installed-dev
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

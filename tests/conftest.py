@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 
 from utils.errors import UserError
@@ -26,9 +28,17 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
-# Drawing takes most of the time of a short run, so figures stay blank but for `draw_figures`.
+# Drawing takes most of the time of a short run: pictures of figures are blank but for draw_figures.
 DRAW = Figure.draw
-Figure.draw = lambda *_: None  # type: ignore[method-assign]
+
+
+def blank(figure: Figure, renderer: RendererBase) -> None:
+    """Draw nothing into a raster image."""
+    if not isinstance(renderer, RendererAgg):
+        DRAW(figure, renderer)
+
+
+Figure.draw = blank  # type: ignore[assignment, method-assign]
 
 
 def pytest_collection_finish() -> None:

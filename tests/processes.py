@@ -7,7 +7,7 @@ import resource
 import runpy
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,17 +19,14 @@ from tests.conftest import ROOT, Outcome
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    [
-        *("tests.processes", "main", "evaluation", "torch._dynamo", "torch.utils.tensorboard"),
-        "matplotlib.backends.backend_agg",
-    ]
+    ["tests.processes", "main", "evaluation", "torch._dynamo", "torch.utils.tensorboard"]
 )
 
 
 def run_python(
     words: Sequence[str], folder: Path, streams: Path, file_size: int, environment: dict[str, str]
 ) -> None:
-    """Do what `python words…` does; what it prints goes to the files out and err of streams."""
+    """Run `python words…` with stdout and stderr redirected to the files out and err of streams."""
     torch.set_num_threads(1)
     os.chdir(folder)
     for descriptor, name in ((1, "out"), (2, "err")):
@@ -47,12 +44,16 @@ def run_python(
 
 
 def start(
-    words: Sequence[str], folder: Path, streams: Path, *, file_size: int = 0, **environment: str
+    words: Sequence[str],
+    folder: Path,
+    streams: Path,
+    file_size: int = 0,
+    environment: Mapping[str, str] | None = None,
 ) -> BaseProcess:
-    """Start `python words…` in a folder; files it writes may have file_size bytes where given."""
+    """Start `python words…` in a folder; no file may grow beyond file_size bytes, if given."""
     for name in ("out", "err"):
         (streams / name).write_text("")
-    arguments = (tuple(words), folder, streams, file_size, environment)
+    arguments = (tuple(words), folder, streams, file_size, dict(environment or {}))
     process = context.Process(target=run_python, args=arguments)
     process.start()
     return process
@@ -68,13 +69,13 @@ def finish(process: BaseProcess, streams: Path) -> Outcome:
 
 
 def run_forked(words: Sequence[str], folder: Path, **environment: str) -> Outcome:
-    """Run `python words…` in a folder, as conftest's run_process does, but without its imports."""
+    """Run `python words…` in a folder, as run_process of conftest does, but without the imports."""
     with TemporaryDirectory() as streams:
-        return finish(start(words, folder, Path(streams), **environment), Path(streams))
+        return finish(start(words, folder, Path(streams), 0, environment), Path(streams))
 
 
 def run_ranks(words: Sequence[str], folder: Path, number: int = 2) -> list[Outcome]:
-    """Run a script as torchrun does, as so many processes."""
+    """Run a script in several processes, with the environment that torchrun gives them."""
     with socket.socket() as probe, TemporaryDirectory() as streams:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -88,5 +89,5 @@ def run_ranks(words: Sequence[str], folder: Path, number: int = 2) -> list[Outco
                 **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
                 **{"TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"},
             }
-            processes.append(start(words, folder, own, **environment))
+            processes.append(start(words, folder, own, 0, environment))
         return [finish(process, own) for process, own in zip(processes, folders)]
