@@ -26,7 +26,9 @@ ROOT = Path(__file__).parent.parent
 
 # Tests run side by side, and their models are too small for several threads.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+# Processes that tests start have one too, and find the modules from any folder.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
 
 # Drawing takes most of the time of a short run: pictures of figures are blank but for draw_figures.
 DRAW = Figure.draw
@@ -85,11 +87,9 @@ def script(
 
 def run_process(words: Sequence[str], folder: Path) -> Outcome:
     """Run `python words…` in a folder as a process of its own."""
-    packages = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
     result = subprocess.run(
         [sys.executable, *words],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": packages},
         capture_output=True,
         text=True,
         timeout=300,
