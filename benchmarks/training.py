@@ -25,8 +25,10 @@ from utils.flags.arguments import build_model_config
 from utils.flags.recipes import with_recipe
 from utils.images import to_signed
 from utils.tables import Table
-from utils.training.objectives import MeanSquaredError
-from utils.training.trainer import TrainConfig, Trainer
+from utils.training.config import TrainConfig
+from utils.training.losses import MeanSquaredError, QuantizerLoss
+from utils.training.reconstruction import Reconstruction
+from utils.training.trainer import Trainer
 
 WARM_UP = 20  # steps
 LOOC = ModelConfig()
@@ -109,15 +111,18 @@ def epoch_table(device: torch.device) -> Table:
         SummaryWriter(folder) as board,
         tqdm(total=10**6, file=io.StringIO()) as bar,
     ):
+        config = TrainConfig(batch_size=256)
+        losses = {
+            "reconstruction": MeanSquaredError(pixel_variance(training)),
+            "quantizer": QuantizerLoss(),
+        }
         trainer = Trainer(
-            VQVAE(ModelConfig()).to(device),
+            Reconstruction(VQVAE(ModelConfig()).to(device), losses, config),
             loader(training, shuffle=True),
             loader(validation),
-            TrainConfig(batch_size=256),
-            objective=MeanSquaredError(pixel_variance(training)),
+            config,
             models=Path(folder),
             logs=Path(folder),
-            stored={},
         )
         trainer.board, trainer.bar = board, bar
         batches = [to_signed(images) for images in trainer.train_loader.epoch()]

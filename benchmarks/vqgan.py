@@ -21,7 +21,6 @@ import torch
 from benchmarks.measure import SEED, median_seconds, peak_memory
 from datasets import BatchLoader, TensorImages
 from datasets.config import DataConfig
-from main import prepare
 from modules import ModelConfig, make_model
 from utils.devices import keep_freed_memory, resolve_device, seed_everything
 from utils.errors import run
@@ -30,10 +29,12 @@ from utils.flags.arguments import Parser, build, build_model_config, parse_flags
 from utils.flags.presets import PRESETS
 from utils.images import to_signed
 from utils.tables import Table, machine, machine_line, write_page
-from utils.training.objectives import ObjectiveConfig, build_objective_config, make_objective
-from utils.training.trainer import PRECISIONS, TrainConfig, Trainer
+from utils.training.config import PRECISIONS, TrainConfig
+from utils.training.losses import Setting, build_loss_configs, loss_configs, make_losses
+from utils.training.reconstruction import Reconstruction, prepare
+from utils.training.trainer import Trainer
 
-GROUPS = (ModelConfig, DataConfig, TrainConfig, ObjectiveConfig)
+GROUPS = (ModelConfig, DataConfig, TrainConfig, *loss_configs())
 VARIANTS = {  # flags added to the preset's
     "before --disc_start": "",
     "after --disc_start": "--disc_start 0",
@@ -124,19 +125,19 @@ def make_trainer(flags: Mapping[str, Any], folder: Path) -> Trainer:
     device, model_config = resolve_device(config.device), build_model_config(flags, 3)
     seed_everything(SEED, device)
     model = prepare(make_model(model_config), config, size, device)
-    objective = make_objective(
+    build_loss_configs(flags, model_config, size)
+    setting = Setting(
         model,
-        build_objective_config(flags, model_config, size),
+        flags,
+        variance=Mock(),
         betas=config.adam_betas,
         dtype=PRECISIONS[config.precision],
-        variance=Mock(),
     )
+    task = Reconstruction(model, make_losses(setting), config)
     images = torch.randint(256, (config.batch_size, 3, size, size), dtype=torch.uint8)
     loader = BatchLoader(TensorImages(images), config.batch_size, device=device)
     model.train()
-    return Trainer(
-        model, loader, loader, config, objective=objective, models=folder, logs=folder, stored={}
-    )
+    return Trainer(task, loader, loader, config, models=folder, logs=folder)
 
 
 if __name__ == "__main__":

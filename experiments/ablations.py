@@ -32,7 +32,7 @@ from utils.errors import UserError, run
 from utils.flags.arguments import build, parse_flags
 from utils.flags.recipes import RECIPES
 from utils.logger import start_logging
-from utils.training.trainer import TrainConfig
+from utils.training.config import TrainConfig
 
 UNITS = {"num_embedding": 256, "embedding_dim": 16}  # 8 units per position: 4 bits per pixel
 LARGE = {"num_embedding": 512, "embedding_dim": 64}  # some codevectors die without anchors

@@ -45,7 +45,7 @@ from utils.errors import UserError, run
 from utils.evaluation.metrics import METRICS
 from utils.flags.arguments import build, parse_flags
 from utils.logger import start_logging
-from utils.training.trainer import TrainConfig
+from utils.training.config import TrainConfig
 
 CHANNELS = 128  # of encoder and decoder, and of LooC's latents
 UNITS = (1, 2, 4, 8, 16, 32)  # codes per position; with K = 256, 0.5 to 16 bits per pixel

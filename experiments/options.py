@@ -18,7 +18,7 @@ from utils.files import writable_folder
 from utils.flags.arguments import build
 from utils.flags.recipes import RECIPES
 from utils.logger import log
-from utils.training.trainer import TrainConfig
+from utils.training.config import TrainConfig
 from utils.weights.registry import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
 
 PIXEL_METRICS = ("l1", "ssim", "psnr")

@@ -29,7 +29,7 @@ from utils.files import write_json
 from utils.flags.recipes import with_recipe
 from utils.logger import log
 from utils.tables import machine
-from utils.training.trainer import TrainConfig
+from utils.training.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,8 +48,9 @@ from utils.evaluation.pairs import Pair, read_header, read_image
 from utils.flags.arguments import flag_fields, names, number_kind
 from utils.flags.search import SearchConfig
 from utils.logger import log
-from utils.training.objectives import MeanSquaredError
-from utils.training.trainer import TrainConfig
+from utils.training.config import TrainConfig
+from utils.training.losses import MeanSquaredError, QuantizerLoss
+from utils.training.reconstruction import Reconstruction
 
 COUNT = int(os.environ.get("LOOC_FUZZ", "60"))
 SECONDS = 10  # a case that takes longer is a failure
@@ -602,10 +603,12 @@ def continue_training(path: Path, whole: Path, output: Path) -> None:
     )
     images = torch.zeros(24, 1, 28, 28, dtype=torch.uint8)
     sets = TensorImages(images), TensorImages(images[:4])
-    trainer = script["make_trainer"](
-        stored.model().train(), MeanSquaredError(0.1), *sets, data, config
-    )
-    script["resume"](trainer, data, stored.content["num_images"])
+    losses = {"reconstruction": MeanSquaredError(0.1), "quantizer": QuantizerLoss()}
+    task = Reconstruction(stored.model().train(), losses, config)
+    settings = script["Settings"]({}, data, config, stored.model_config, (), None)
+    trainer = script["make_trainer"](task, *sets, settings)
+    check = partial(script["check_images"], data=data, num_images=stored.content["num_images"])
+    script["resume"](trainer, check)
     trainer.total_steps = trainer.step + 1
     trainer.fit()
     reconstruct(trainer.models / "last.pt")

@@ -404,8 +404,8 @@ def test_where_memory_runs_out_the_line_names_what_takes_it(
 
     memory = "out of memory: CUDA out of memory. Tried to allocate 20.00 GiB."
     sizes = f"main.py: error: --num_embedding 16, --hidden_size 8: {memory}"
-    assert last_line("utils.checkpoints.pretrained.make_model", train_on) == sizes
-    batch = f"main.py: error: --batch_size 8 (--accumulate takes it in parts): {memory}"
+    assert last_line("modules.make_model", train_on) == sizes
+    batch = f"main.py: error: --batch_size 8 (--accumulate splits it): {memory}"
     assert last_line("utils.training.trainer.Trainer.train_step", train_on) == batch
     assert read_checkpoint(Path("out/models/e/last.pt")).content["step"] == 3
     tested = f"test.py: error: --batch_size 5: {memory}"

@@ -37,7 +37,7 @@ from utils.files import write_json
 from utils.flags.arguments import build, build_model_config, parse_flags
 from utils.flags.recipes import RECIPES, with_recipe
 from utils.flags.search import SearchConfig
-from utils.training.trainer import TrainConfig
+from utils.training.config import TrainConfig
 
 LISTS = {
     **{f"compare {name}": (SETUPS[name], contenders) for name, contenders in SUITES.items()},

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import utils.training.trainer
+import utils.training.reconstruction
 from datasets import BatchLoader, TensorImages
 from modules import VQGAN, LooCQuantizer, ModelConfig, make_model
 from modules.quantizers.looc.anchors import ANCHORS
@@ -26,8 +26,17 @@ from tests.processes import context, run_forked, run_ranks
 from utils.devices import seed_everything
 from utils.distributed import rank, seed_rank
 from utils.flags.recipes import RECIPES
-from utils.training.objectives import Adversarial, MeanSquaredError, ObjectiveConfig
-from utils.training.trainer import TrainConfig, Trainer
+from utils.training.config import TrainConfig
+from utils.training.losses import (
+    L1,
+    Adversarial,
+    AdversarialConfig,
+    Loss,
+    MeanSquaredError,
+    QuantizerLoss,
+)
+from utils.training.reconstruction import Reconstruction
+from utils.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(num_embedding=8, hidden_size=8, num_residual_hidden=4)
@@ -36,7 +45,7 @@ VQGAN_FLAGS: dict[str, Any] = {
     **{"model": "vqgan", "channel_multipliers": "1,2,2", "num_residual_layers": 1},
     **{"attention_levels": 0, "latent_channels": 8, "num_residual_hidden": 32},
 }
-GAN = ObjectiveConfig(disc_start=10, disc_channels=4, disc_layers=2)
+GAN = AdversarialConfig(disc_start=10, disc_channels=4, disc_layers=2)
 
 
 def together(num_ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
@@ -188,29 +197,33 @@ def train(
     In float64 and with few codevectors: else rounding would decide between anchors of nearly one
     direction, or between codevectors that were pulled to one anchor.
     """
-    utils.training.trainer.to_signed = lambda images: images.double() / 127.5 - 1
+    utils.training.reconstruction.to_signed = lambda images: images.double() / 127.5 - 1
     images = torch.randint(256, (40, 1, 16, 16), generator=torch.Generator().manual_seed(0))
     training, validation = images.to(torch.uint8).split([30, 10])
     config = replace(TRAIN, accumulate=accumulate)
     share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     seed_everything(1, CPU)
     model = make_model(replace(MODEL, anchor=anchor, **switches)).double()
-    objective = Adversarial(GAN, cast(VQGAN, model), None) if gan else MeanSquaredError(0.1)
+    adversary = Adversarial(GAN, cast(VQGAN, model)) if gan else None
+    pixels: dict[str, Loss] = (
+        {"reconstruction": MeanSquaredError(0.1)}
+        if adversary is None
+        else {"l1": L1(), "adversarial": adversary}
+    )
+    task = Reconstruction(model, {**pixels, "quantizer": QuantizerLoss()}, config)
     assert isinstance(model.quantizer, LooCQuantizer)
     model.quantizer.search = "torch"
     seed_rank(1)
     trainer = Trainer(
-        model,
+        task,
         BatchLoader(
             TensorImages(training[:num_images]), 8, device=CPU, shuffle=True, seed=1,
             rank=share[0], num_ranks=share[1],
         ),
         BatchLoader(TensorImages(validation), 4, device=CPU, rank=share[0], num_ranks=share[1]),
         config,
-        objective=objective,
         models=folder / "models",
         logs=folder / "logs",
-        stored={},
     )  # fmt: skip
     apart = 0.0
     step = trainer.train_step
@@ -225,7 +238,7 @@ def train(
 
     trainer.train_step = compared  # type: ignore[method-assign]
     trainer.fit()
-    judge = objective.discriminator.state_dict() if isinstance(objective, Adversarial) else {}
+    judge = {} if adversary is None else adversary.discriminator.state_dict()
     return {**model.state_dict(), **judge, "best": trainer.best, "apart": apart}
 
 

@@ -1,4 +1,4 @@
-"""VQGAN's network, its discriminator and its objective, held against taming-transformers' own."""
+"""VQGAN's network, its discriminator and its losses, held against taming-transformers' own."""
 
 from __future__ import annotations
 
@@ -17,18 +17,31 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-import utils.training.objectives
+import utils.training.reconstruction
 from datasets import BatchLoader, TensorImages
 from modules import VQGAN, LooCQuantizer, ModelConfig, PatchDiscriminator
 from modules.quantizers.registry import QUANTIZERS
-from tests.conftest import ROOT, Outcome
+from tests.conftest import ROOT, Outcome, refusal
 from utils.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils.devices import seed_everything
 from utils.errors import Stopped, UserError
 from utils.flags.arguments import build_model_config, resolve
 from utils.flags.presets import PRESETS
-from utils.training.objectives import Adversarial, ObjectiveConfig, build_objective_config
-from utils.training.trainer import TrainConfig, Trainer, contradictions
+from utils.images import to_bytes
+from utils.training.config import TrainConfig
+from utils.training.losses import (
+    L1,
+    Adversarial,
+    AdversarialConfig,
+    Loss,
+    Perceptual,
+    QuantizerLoss,
+    build_loss_configs,
+)
+from utils.training.reconstruction import Reconstruction, check_network
+from utils.training.resume import contradictions
+from utils.training.task import Step
+from utils.training.trainer import Trainer
 from utils.weights.download import Unavailable
 
 pytest.importorskip("diffusers")
@@ -45,7 +58,7 @@ TINY: dict[str, Any] = {
     "in_channels": 3,
 }
 SMALL = ModelConfig(**TINY)
-GAN = ObjectiveConfig(disc_start=0, disc_channels=4, disc_layers=2)
+GAN = AdversarialConfig(disc_start=0, disc_channels=4, disc_layers=2)
 
 
 class Features(nn.Module):
@@ -178,7 +191,18 @@ def test_the_discriminators_start_is_small() -> None:
     assert float(weights["layers.3.weight"].mean()) == pytest.approx(1, abs=0.02)
 
 
-# ---------------------------------------------------------------------------------- the objective
+# ------------------------------------------------------------------------------------- the losses
+
+
+def vqgan_losses(
+    adversary: Adversarial, weight: float = 1.0, dtype: torch.dtype = torch.float32
+) -> dict[str, Loss]:
+    return {
+        "l1": L1(),
+        "perceptual": Perceptual(Features(), weight, dtype),
+        "adversarial": adversary,
+        "quantizer": QuantizerLoss(),
+    }
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -188,8 +212,9 @@ def test_losses_and_gradients_are_vqgans(step: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(theirs_of, "LPIPS", Features)
     torch.manual_seed(0)
     model = VQGAN(SMALL)
-    config = replace(GAN, disc_start=3, perceptual_weight=0.7, disc_weight=0.6)
-    ours = Adversarial(config, model, Features())
+    config = replace(GAN, disc_start=3, disc_weight=0.6)
+    ours = Adversarial(config, model)
+    task = Reconstruction(model, vqgan_losses(ours, 0.7), TrainConfig())
     theirs = theirs_of.VQLPIPSWithDiscriminator(
         disc_start=4, disc_num_layers=2, disc_ndf=4, disc_weight=0.6, perceptual_weight=0.7,
         codebook_weight=0.0,
@@ -197,14 +222,16 @@ def test_losses_and_gradients_are_vqgans(step: int, monkeypatch: pytest.MonkeyPa
     state = {key.replace("layers", "main"): v for key, v in ours.discriminator.state_dict().items()}
     theirs.discriminator.load_state_dict(state, strict=False)
     images = torch.rand(4, 3, 16, 16) * 2 - 1
-    reconstruction = model(images)[0]
+    reconstruction, quantized = model(images)
+    no_loss = quantized._replace(loss=torch.zeros(()))
     none = torch.zeros(1)
     expected, log = theirs(
         none, images, reconstruction, 0, step, last_layer=model.last_layer, split="train"
     )
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    mse = torch.zeros(())
-    loss, terms = ours.loss(images, reconstruction, mse, 1.0, step, scaler)
+    part = Step(step, True, lambda _: (reconstruction, no_loss), lambda loss: loss)
+    losses = task.losses(to_bytes(images), part)
+    monkeypatch.setattr(utils.training.reconstruction, "to_signed", lambda _: images)
+    loss, terms = sum(next(losses).values(), torch.zeros(())), part.figures
     torch.testing.assert_close(loss, expected)
     if step > 3:
         torch.testing.assert_close(terms["adaptive_weight"], log["train/d_weight"] / 0.6)
@@ -218,30 +245,33 @@ def test_losses_and_gradients_are_vqgans(step: int, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(gradients[0], gradients[1])
 
     judged, log = theirs(none, images, reconstruction, 1, step, last_layer=None, split="train")
-    watched, more = ours.backward(images, reconstruction.detach(), 1.0, step, scaler)
-    torch.testing.assert_close(watched[0], judged)
+    own = next(losses)["discriminator"]
+    torch.testing.assert_close(own, judged)
+    if step > 3:
+        torch.autograd.backward(own)
     judged.backward()
-    for one, other in zip(ours.parameters, theirs.discriminator.parameters()):
+    for one, other in zip(ours.discriminator.parameters(), theirs.discriminator.parameters()):
         if step > 3:
             torch.testing.assert_close(one.grad, other.grad)
         else:
             assert one.grad is None
-    assert (more["logits_real"] == 0) == (step <= 3)
+    assert (terms["logits_real"] == 0) == (step <= 3)
 
 
 def test_grey_images_are_shown_to_lpips_in_colour() -> None:
     model = VQGAN(replace(SMALL, in_channels=1))
-    objective = Adversarial(GAN, model, Features())
+    losses = vqgan_losses(Adversarial(GAN, model))
     images, others = torch.rand(2, 2, 1, 16, 16)
-    distances = objective.distances(images, others)
     colour = Features()(images.repeat(1, 3, 1, 1), others.repeat(1, 3, 1, 1)).flatten()
-    torch.testing.assert_close(distances["perceptual"], colour)
-    torch.testing.assert_close(distances["l1"], (images - others).abs().mean((1, 2, 3)))
+    torch.testing.assert_close(losses["perceptual"].distance(images, others), colour)
+    l1 = (images - others).abs().mean((1, 2, 3))
+    torch.testing.assert_close(losses["l1"].distance(images, others), l1)
 
 
-def test_the_merit_is_l1_and_lpips() -> None:
-    objective = Adversarial(replace(GAN, perceptual_weight=2.0), VQGAN(SMALL), None)
-    assert objective.merit({"psnr": 30, "l1": 0.1, "perceptual": 0.2}) == pytest.approx(-0.5)
+def test_the_score_is_l1_and_lpips() -> None:
+    model = VQGAN(SMALL)
+    task = Reconstruction(model, vqgan_losses(Adversarial(GAN, model), 2.0), TrainConfig())
+    assert task.score({"psnr": 30, "l1": 0.1, "perceptual": 0.2}) == pytest.approx(-0.5)
 
 
 @pytest.mark.parametrize(
@@ -254,26 +284,36 @@ def test_the_merit_is_l1_and_lpips() -> None:
 )
 def test_images_too_small_are_named(flags: dict[str, Any], size: int, message: str) -> None:
     config = replace(SMALL, channel_multipliers="1,1,2")
-    with pytest.raises(UserError, match=message):
-        build_objective_config(flags, config, size)
+
+    def check() -> None:
+        check_network(config, TrainConfig(), size)
+        build_loss_configs(flags, config, size)
+
+    assert message in refusal(check)
 
 
 def test_flags_of_vqgan_are_refused_elsewhere() -> None:
-    for name, value in (("disc_start", 5), ("disc_weight", 0.0), ("checkpoint_gradients", True)):
+    for name, value in (("disc_start", 5), ("disc_weight", 0.0)):
         with pytest.raises(UserError, match=f"--{name} {value} has no effect with --model vqvae"):
-            build_objective_config({name: value}, ModelConfig(), 28)
+            build_loss_configs({name: value}, ModelConfig(), 28)
+    with pytest.raises(UserError, match="--checkpoint_gradients True has no effect with --model"):
+        check_network(ModelConfig(), TrainConfig(checkpoint_gradients=True), 28)
 
 
 # -------------------------------------------------------------------------------------- training
 
 TRAIN = TrainConfig(batch_size=8, num_epochs=3, lr=1e-3, log_every=2, weight_ema=0.9)
 ADVERSARY = replace(GAN, disc_start=4)
+LOGGED = (
+    *("l1", "perceptual", "adversarial", "adaptive_weight"),
+    *("discriminator", "logits_real", "logits_fake"),
+)
 
 
 def make(
     folder: Path,
     train: TrainConfig = TRAIN,
-    gan: ObjectiveConfig = ADVERSARY,
+    gan: AdversarialConfig = ADVERSARY,
     **model_flags: Any,
 ) -> Trainer:
     images = torch.randint(256, (26, 3, 16, 16), generator=torch.Generator().manual_seed(0))
@@ -281,22 +321,27 @@ def make(
     seed_everything(train.seed, CPU)
     model = VQGAN(replace(SMALL, **model_flags))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision, torch.float32)
+    adversary = Adversarial(gan, model, betas=train.adam_betas, dtype=dtype)
     return Trainer(
-        model,
+        Reconstruction(model, vqgan_losses(adversary, dtype=dtype), train),
         BatchLoader(TensorImages(training), 8, device=CPU, shuffle=True, seed=train.seed),
         BatchLoader(TensorImages(validation), 8, device=CPU),
         train,
-        objective=Adversarial(gan, model, Features(), betas=train.adam_betas, dtype=dtype),
         models=folder / "models",
         logs=folder / "logs",
-        stored={},
     )
+
+
+def adversary_of(trainer: Trainer) -> Adversarial:
+    assert isinstance(trainer.task, Reconstruction)
+    found = trainer.task.terms["adversarial"]
+    assert isinstance(found, Adversarial)
+    return found
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
     """All that a run trains: the weights, their average and the discriminator."""
-    assert isinstance(trainer.objective, Adversarial)
-    found = {**trainer.model.state_dict(), **trainer.objective.discriminator.state_dict()}
+    found = {**trainer.model.state_dict(), **adversary_of(trainer).discriminator.state_dict()}
     if trainer.average is not None:
         found |= trainer.average.state_dict()
     return {name: value.clone() for name, value in found.items()}
@@ -379,7 +424,7 @@ def test_the_average_is_validated_and_stored(name: str, tmp_path: Path) -> None:
 def test_curves_tell_of_every_term(tmp_path: Path) -> None:
     make(tmp_path).fit()
     tags = EventAccumulator(str(tmp_path / "logs")).Reload().Tags()["scalars"]
-    for name in (*Adversarial.terms, "loss", "psnr", "usage_percent", "learning_rate"):
+    for name in (*LOGGED, "loss", "psnr", "usage_percent", "learning_rate"):
         assert f"train/{name}" in tags
     for name in ("psnr", "l1", "perceptual"):
         assert f"validation/{name}" in tags
@@ -388,15 +433,14 @@ def test_curves_tell_of_every_term(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(precision: str, tmp_path: Path) -> None:
     trainer = make(tmp_path, replace(TRAIN, precision=precision), replace(GAN, disc_start=2))
-    assert isinstance(trainer.objective, Adversarial)
     logits: list[torch.dtype] = []
-    trainer.objective.discriminator.register_forward_hook(
+    adversary_of(trainer).discriminator.register_forward_hook(
         lambda *arguments: logits.append(arguments[2].dtype)
     )
     before = everything(trainer)
     trainer.fit()
     assert trainer.step == 9
-    assert set(logits) == {trainer.objective.dtype}
+    assert set(logits) == {adversary_of(trainer).dtype}
     after = everything(trainer)
     assert all(value.isfinite().all() for value in after.values())
     for name in ("encoder.conv_in.weight", "decoder.conv_out.weight", "layers.0.weight"):
@@ -411,21 +455,21 @@ def test_the_discriminator_learns_by_its_own_loss_alone(tmp_path: Path) -> None:
     first.backward(images, 1.0)
     signed = images.float() / 127.5 - 1
     reconstruction = second.model(signed)[0].detach()
-    assert isinstance(first.objective, Adversarial)
-    assert isinstance(second.objective, Adversarial)
-    judge = second.objective.discriminator
+    judge = adversary_of(second).discriminator
     loss = (1 - judge(signed)).relu().mean() / 2 + (1 + judge(reconstruction)).relu().mean() / 2
     torch.autograd.backward(loss)
-    for one, other in zip(first.objective.parameters, second.objective.parameters):
+    for one, other in zip(
+        adversary_of(first).discriminator.parameters(),
+        adversary_of(second).discriminator.parameters(),
+    ):
         torch.testing.assert_close(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("culprit", ["discriminator", "decoder"])
 def test_a_bad_gradient_anywhere_changes_no_weight(culprit: str, tmp_path: Path) -> None:
     trainer = make(tmp_path, replace(TRAIN, weight_ema=0, max_bad_steps=1), GAN)
-    assert isinstance(trainer.objective, Adversarial)
     networks = {
-        "discriminator": trainer.objective.discriminator.layers[0].weight,
+        "discriminator": adversary_of(trainer).discriminator.layers[0].weight,
         "decoder": trainer.model.decoder.conv_in.weight,
     }
     networks[culprit].register_hook(
@@ -449,7 +493,7 @@ def test_parts_equal_the_batch_until_the_discriminator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        utils.training.trainer, "to_signed", lambda images: images.double() / 127.5 - 1
+        utils.training.reconstruction, "to_signed", lambda images: images.double() / 127.5 - 1
     )
     ends = []
     for parts in (1, 3):
@@ -565,7 +609,7 @@ def test_presets_are_whole(name: str) -> None:
         model = VQGAN(config)
     side = flags["image_size"]
     assert int(name.rpartition("-")[2]) == side
-    build_objective_config(flags, config, side)
+    build_loss_configs(flags, config, side)
     assert TrainConfig(**{k: v for k, v in flags.items() if hasattr(TrainConfig, k)}).lr == 0.5
     factor = config.downsampling
     with torch.device("meta"):

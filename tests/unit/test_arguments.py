@@ -13,7 +13,7 @@ from utils.checkpoints.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.flags.arguments import build, build_model_config, flag_fields, parse_flags, resolve
 from utils.flags.recipes import RECIPES, with_recipe
-from utils.training.trainer import TrainConfig
+from utils.training.config import TrainConfig
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig)
 

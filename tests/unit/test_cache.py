@@ -8,8 +8,7 @@ import os
 import runpy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ from tests.conftest import ROOT, Outcome, refusal
 from utils.checkpoints.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.flags.arguments import build
-from utils.training.objectives import MeanSquaredError
-from utils.training.trainer import FREE_TO_CHANGE, TrainConfig
+from utils.training.config import FREE_TO_CHANGE, TrainConfig
+from utils.training.losses import MeanSquaredError, QuantizerLoss
+from utils.training.reconstruction import Reconstruction
 
 CPU = torch.device("cpu")
 COUNT, SIZE = 12, 8
@@ -329,15 +329,17 @@ def test_main(script: Callable[..., Outcome], files: FileImages, tmp_path: Path)
     folder, cache = str(files.folder), str(tmp_path / "cache")
     data = DataConfig("folder", folder, 8, num_workers=0, image_cache=cache, flip=True)
     config = TrainConfig(output_folder=str(tmp_path / "output"), exp_name="x")
-    training, validation = main["open_images"](data, config)
-    make = partial(main["make_trainer"], VQVAE(ModelConfig()), MeanSquaredError(0.1))
-    trainer = make(training, validation, data, config)
+    settings = main["Settings"]({}, data, config, ModelConfig(), (), None)
+    sets = main["open_images"](settings)
+    losses = {"reconstruction": MeanSquaredError(0.1), "quantizer": QuantizerLoss()}
+    task = Reconstruction(VQVAE(settings.model), losses, config)
+    trainer = main["make_trainer"](task, *sets, settings)
     assert (trainer.train_loader.flip, trainer.validation_loader.flip) == (True, False)
     (path,) = (tmp_path / "cache").iterdir()
     assert path.name.startswith("folder-train-8-")
 
     data = DataConfig("folder", folder, 8, num_workers=0, crop="random")
-    trainer = make(training, validation, data, config)
+    trainer = main["make_trainer"](task, *sets, replace(settings, data=data))
     loaders = trainer.train_loader, trainer.validation_loader
     assert [loader.crop for loader in loaders] == ["random", "centre"]
 
@@ -353,7 +355,7 @@ def test_testing_neither_flips_nor_crops_and_caches_when_told_to() -> None:
 
     def tested(stored: dict[str, Any], **flags: Any) -> DataConfig:
         content = {"data_config": asdict(DataConfig(dataset="folder", **stored))}
-        found = data_of(Checkpoint(Path("x.pt"), ModelConfig(), {}, content), flags)
+        found = data_of(Checkpoint(Path("x.pt"), content, ModelConfig(), {}), flags)
         assert isinstance(found, DataConfig)
         return found
 

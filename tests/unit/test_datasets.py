@@ -45,7 +45,7 @@ from datasets.folders import open_folder
 from datasets.loader import DecodedBatches
 from tests.conftest import refusal, run_process
 from utils.flags.arguments import build
-from utils.training.trainer import contradictions
+from utils.training.resume import contradictions
 
 CPU = torch.device("cpu")
 TRAIN, TEST = list(range(10)), list(range(10, 13))  # numbers of the images in the tiny sets

@@ -27,7 +27,7 @@ from utils.evaluation.schema import CodebookUse
 from utils.flags.arguments import build_model_config
 from utils.report.codebook_use import unit_slots
 from utils.report.files import find
-from utils.training.trainer import check_parts
+from utils.training.reconstruction import check_parts
 
 Script = Callable[..., Outcome]
 SIZE = {"hidden_size": 24, "num_residual_hidden": 4}  # divided by d of every quantiser

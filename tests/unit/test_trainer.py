@@ -14,16 +14,20 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-import utils.training.trainer
+import utils.training.reconstruction
 from datasets import BatchLoader, TensorImages
 from modules import VQVAE, LooCQuantizer, ModelConfig
 from tests.conftest import refusal
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.devices import resolve_device, seed_everything
 from utils.errors import Stopped, UserError
+from utils.training.board import NoBoard
+from utils.training.config import SCHEDULES, TrainConfig
+from utils.training.losses import MeanSquaredError, QuantizerLoss
 from utils.training.meter import Meter
-from utils.training.objectives import MeanSquaredError
-from utils.training.trainer import SCHEDULES, TrainConfig, Trainer, contradictions
+from utils.training.reconstruction import Reconstruction
+from utils.training.resume import contradictions
+from utils.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(num_embedding=16, hidden_size=8, num_residual_hidden=4)
@@ -34,17 +38,16 @@ def make(folder: Path, train: TrainConfig = TRAIN, model: ModelConfig = SMALL) -
     images = torch.randint(256, (26, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     training, validation = images.to(torch.uint8).split([20, 6])
     seed_everything(train.seed, CPU)
+    losses = {"reconstruction": MeanSquaredError(0.1), "quantizer": QuantizerLoss()}
     return Trainer(
-        VQVAE(model),
+        Reconstruction(VQVAE(model), losses, train),
         BatchLoader(
             TensorImages(training), train.batch_size, device=CPU, shuffle=True, seed=train.seed
         ),
         BatchLoader(TensorImages(validation), train.batch_size, device=CPU),
         train,
-        objective=MeanSquaredError(0.1),
         models=folder / "models",
         logs=folder / "logs",
-        stored={},
     )
 
 
@@ -291,7 +294,7 @@ def test_a_batch_in_parts_equals_the_whole_batch(
     In float64 and with few codevectors, else rounding would decide between such of one direction.
     """
     monkeypatch.setattr(
-        utils.training.trainer, "to_signed", lambda images: images.double() / 127.5 - 1
+        utils.training.reconstruction, "to_signed", lambda images: images.double() / 127.5 - 1
     )
     ends = []
     for parts in (1, accumulate):
@@ -398,21 +401,24 @@ def test_no_more_parts_than_images(tmp_path: Path) -> None:
 
 
 def test_the_meter_weighs_images() -> None:
-    meter = Meter(4, CPU)
-    indices = torch.tensor([0, 0, 1, 3])
+    meter = Meter(CPU)
     names = ("loss", "reconstruction", "quantizer", "psnr")
-    meter.add(dict(zip(names, torch.tensor([1.0, 4.0, 0.0, 20.0]))), indices[:3, None])
-    meter.add(dict(zip(names, torch.tensor([5.0, 8.0, 4.0, 28.0]))), indices[3:, None])
-    meter.add(dict(zip(names, torch.tensor([1.0, 4.0, torch.nan, 20.0]))), indices[:0, None])
+    meter.add(dict(zip(names, torch.tensor([1.0, 4.0, 0.0, 20.0]))), 3)
+    meter.add(dict(zip(names, torch.tensor([5.0, 8.0, 4.0, 28.0]))), 1)
+    meter.add(dict(zip(names, torch.tensor([1.0, 4.0, torch.nan, 20.0]))), 0)
     scores = meter.read()
-    assert scores["loss"] == 2
-    assert scores["reconstruction"] == 5
-    assert scores["quantizer"] == 1
-    assert scores["psnr"] == 22
-    assert scores["usage_percent"] == 75
-    assert scores["perplexity"] == pytest.approx(2**1.5)
-    assert scores["num_images"] == 4
+    assert scores == {"loss": 2, "reconstruction": 5, "quantizer": 1, "psnr": 22, "num_items": 4}
     assert meter.read() == {}
+
+
+def test_the_task_counts_codevectors(tmp_path: Path) -> None:
+    task = make(tmp_path, model=replace(SMALL, num_embedding=4)).task
+    assert isinstance(task, Reconstruction)
+    for indices in (torch.tensor([0, 0, 1]), torch.tensor([3])):
+        task._count(indices[:, None])
+    scores = task.training_scores()
+    assert scores == {"usage_percent": 75, "perplexity": pytest.approx(2**1.5)}
+    assert task.training_scores()["usage_percent"] == 0
 
 
 @pytest.mark.usefixtures("draw_figures")
@@ -460,7 +466,7 @@ def test_training_and_validation_have_one_psnr(
     trainer.backward(images, 1.0)
     trained = trainer.meter.read()["psnr"]
     monkeypatch.setattr(trainer.validation_loader, "epoch", lambda: iter([images]))
-    trainer.board = utils.training.trainer.NoBoard()
+    trainer.board = NoBoard()
     validated = trainer.validate()
     assert validated is not None
     assert validated["psnr"] == pytest.approx(trained, rel=1e-6)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,13 +27,30 @@ Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What a file of ours, or the reference's, holds."""
+class Stored:
+    """The content of a checkpoint, and the file that it was read from."""
 
     path: Path
+    content: Mapping[str, Any]
+
+    def group(self, name: str, group: type[Group]) -> Group:
+        """The dataclass of flags that was stored under this name."""
+        return stored_group(self.path, group, self.content.get(name))
+
+    def count(self, name: str) -> int:
+        """The number of steps, epochs or images that was stored under this name."""
+        value = self.content.get(name)
+        if type(value) is not int or not 0 <= value <= LARGEST_COUNT:
+            raise UserError(f"checkpoint {self.path} is damaged: its {name} is no count")
+        return value
+
+
+@dataclass(frozen=True)
+class Checkpoint(Stored):
+    """An autoencoder's checkpoint, or a state dict of the reference, whose content is empty."""
+
     model_config: ModelConfig
     state_dict: StateDict
-    content: Mapping[str, Any]  # everything else: data set, seed, epoch, optimiser …; may be empty
 
     def model(self) -> Autoencoder:
         """The model, in evaluation mode, on the CPU."""
@@ -42,15 +59,9 @@ class Checkpoint:
         return model.eval()
 
     def group(self, name: str, group: type[Group]) -> Group:
-        """A dataclass of flags that was stored under this name."""
-        return stored_group(self.path, group, self.content.get(name))
-
-    def count(self, name: str) -> int:
-        """A number of steps, epochs or images that was stored under this name."""
-        value = self.content.get(name)
-        if type(value) is not int or not 0 <= value <= LARGEST_COUNT:
-            raise UserError(f"checkpoint {self.path} is damaged: its {name} is not a count")
-        return value
+        if group is ModelConfig:  # whose older forms were translated
+            return cast(Group, self.model_config)
+        return super().group(name, group)
 
 
 def load_model(path: str | Path) -> Autoencoder:
@@ -69,11 +80,7 @@ def save_checkpoint(path: Path, model: Autoencoder, content: Mapping[str, Any]) 
 
 def model_content(model: Autoencoder) -> dict[str, Any]:
     """Entries of a checkpoint from which the model is rebuilt."""
-    return {
-        "format": FORMAT,
-        "model_config": asdict(model.config),
-        "model": model.state_dict(),
-    }
+    return {"model_config": asdict(model.config), "model": model.state_dict()}
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
@@ -83,10 +90,18 @@ def write_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | No
     """
     with whole_file(path, previous) as temporary:
         try:
-            torch.save(dict(content), temporary)
+            torch.save({"format": FORMAT, **content}, temporary)
         except RuntimeError as error:  # how torch reports a full disk
             reason = one_line(error)[:100]
             raise UserError(f"cannot write {path}: is the disk full? ({reason})") from error
+
+
+def read_stored(path: Path) -> Stored:
+    """Open a checkpoint of any task. Raises UserError where it is none, or damaged."""
+    content = open_file(path)
+    if content.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path} is not of this repository")
+    return Stored(path, content)
 
 
 def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -119,7 +134,7 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
         # The reference does not store every buffer; the others start anew.
         fresh = dict(make_model(config).quantizer.named_buffers(prefix="quantizer"))
         state_dict = {**fresh, **state_dict}
-    checkpoint = Checkpoint(path, config, state_dict, content)
+    checkpoint = Checkpoint(path, content, config, state_dict)
     check_shapes(checkpoint)
     return checkpoint
 

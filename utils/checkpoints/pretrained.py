@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from modules import Autoencoder, ModelConfig, make_model
+from modules import Autoencoder
 from utils.checkpoints.checkpoint import FORMAT, StateDict, describe
 from utils.checkpoints.translate import (
     DIFFUSERS,
@@ -198,22 +198,3 @@ def read_safetensors(path: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # own errors of the library, and those caused by a wrong header
         raise ValueError(f"is refused: {path.name} is truncated or damaged") from error
     return tensors
-
-
-def with_pretrained(flags: Mapping[str, Any], pretrained: Pretrained | None) -> dict[str, Any]:
-    """Add the flags of the network. Goes as soon as main.py calls `resolve`."""
-    from utils.flags.arguments import check_stored
-
-    if pretrained is None:
-        return dict(flags)
-    network = {"model": "vqgan", **pretrained.flags}
-    check_stored(flags, network, f"--pretrained {pretrained.path}", {"latent_channels"})
-    return {**network, **flags}
-
-
-def start(config: ModelConfig, pretrained: Pretrained | None) -> Autoencoder:
-    """Make a model. Goes as soon as main.py calls `make_model`."""
-    model = make_model(config)
-    if pretrained is not None:
-        load_pretrained(model, pretrained)
-    return model

@@ -231,8 +231,8 @@ def commands(found: Found) -> str:
 
 def train_command(found: Found) -> str:
     """main.py with every flag that is not the default; empty where they are not known."""
-    from utils.training.objectives import ObjectiveConfig
-    from utils.training.trainer import TrainConfig
+    from utils.training.config import TrainConfig
+    from utils.training.losses import loss_configs
 
     content = found.checkpoint.content if found.checkpoint else {}
     train, data = part(content, "train_config"), part(content, "data_config")
@@ -244,7 +244,7 @@ def train_command(found: Found) -> str:
     for group, base in (
         (data, {}),
         (model, {**defaults(ModelConfig), **(spec.implies if spec else {})}),
-        (part(content, "objective_config"), defaults(ObjectiveConfig)),
+        (part(content, "objective_config"), defaults(*loss_configs())),
         (train, defaults(TrainConfig)),
     ):
         for name, value in group.items():
@@ -260,5 +260,5 @@ def train_command(found: Found) -> str:
     return joined(words)
 
 
-def defaults(group: type) -> dict[str, Any]:
-    return {item.name: item.default for item in fields(group)}
+def defaults(*groups: type) -> dict[str, Any]:
+    return {item.name: item.default for group in groups for item in fields(group)}

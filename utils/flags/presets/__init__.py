@@ -58,13 +58,3 @@ def without_quantizer(flags: Mapping[str, Any], other: QuantizerSpec) -> dict[st
     if not other.any_channels:
         dropped |= {"latent_channels"}
     return {name: value for name, value in flags.items() if name not in dropped}
-
-
-def with_preset(flags: Mapping[str, Any], *groups: type) -> dict[str, Any]:
-    """Add the flags of --preset. Goes as soon as main.py calls `resolve`."""
-    from utils.flags.arguments import parse_flags
-
-    if "preset" not in flags:
-        return dict(flags)
-    parse = partial(parse_flags, None, *groups)
-    return {**preset_flags(flags["preset"], flags.get("quantizer"), parse), **flags}

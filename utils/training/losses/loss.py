@@ -1,0 +1,98 @@
+"""The interface of a loss: one named term of what an autoencoder minimises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modules import Autoencoder, Quantized
+from utils.training.task import Step
+
+
+@dataclass
+class Seen:
+    """One part of a batch, as a loss sees it. Images are (b, C, h, w) in [−1, 1]; b may be 0."""
+
+    images: Tensor
+    reconstruction: Tensor  # same shape
+    quantized: Quantized
+    step: Step
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of the losses before
+
+    @cached_property
+    def mse(self) -> Tensor:
+        """Mean squared error, scalar; 0 for no image, with a gradient."""
+        if len(self.images):
+            return F.mse_loss(self.reconstruction, self.images)
+        return self.reconstruction.sum()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that the losses of a run are made from."""
+
+    model: Autoencoder
+    flags: Mapping[str, Any]  # of all losses
+    variance: Callable[[], float]  # of the training pixels in [0, 1]
+    betas: tuple[float, float] = (0.9, 0.999)  # of further optimisers
+    dtype: torch.dtype = torch.float32  # of further networks under autocast
+
+
+class Loss(ABC):
+    """One term of what is minimised, with everything that it trains and remembers besides.
+
+    Attributes:
+        measured: whether validation measures its `distance` of each image. best.pt is then chosen
+            by the weighted sum of these, and else by PSNR.
+        weight: factor of `distance` in that sum.
+    """
+
+    measured = False
+    weight = 1.0
+
+    @abstractmethod
+    def __call__(self, seen: Seen) -> Tensor:
+        """The weighted mean over the images of a part of a batch, a scalar."""
+
+    def distance(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """The unweighted loss of each image, (b,), for losses that validation measures."""
+        raise NotImplementedError
+
+    def own_loss(self, seen: Seen) -> Tensor | None:
+        """Loss of the network that this loss trains itself, a scalar; None: it trains none."""
+        del seen
+        return None
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimiser of that network, by the network's name."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Entries of a checkpoint."""
+        return {}
+
+    def load(self, content: Mapping[str, Any]) -> None:
+        """Restore `state` from a checkpoint. Raises ValueError where it is damaged."""
+        del content
+
+
+def no_flags(flags: Mapping[str, Any], image_size: int) -> None:
+    """The check of a loss that has no condition."""
+    del flags, image_size
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss as the registry knows it."""
+
+    make: Callable[[Setting], Loss | None]  # None where the run has no such term
+    config: type | None = None  # dataclass of its flags
+    models: tuple[str, ...] | None = None  # the --model that read these flags; None: all
+    check: Callable[[Any, int], None] = no_flags  # of its config and the images' side

@@ -1,0 +1,117 @@
+"""Resuming: the checkpoint from which a run continues, where it fits flags and images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoints.checkpoint import Stored
+from utils.distributed import from_first
+from utils.errors import UserError
+from utils.files import remove_left_overs
+from utils.logger import log
+from utils.training.config import FREE_TO_CHANGE, LoopConfig
+from utils.training.trainer import Trainer
+
+
+def resume(trainer: Trainer, check: Callable[[Stored], None]) -> None:
+    """Continue from the checkpoint that --resume names, if there is one.
+
+    check raises UserError for a checkpoint of other data. Raises UserError where flags differ.
+    """
+    stored, has_best = from_first(lambda: stored_to_resume(trainer, check))
+    if stored is None:
+        return
+    trainer.resume(stored)
+    if trainer.config.overwrite and trainer.step >= trainer.total_steps:
+        raise UserError(
+            f"--overwrite: --resume {stored.path} is at step {trainer.step} of "
+            f"{trainer.total_steps}, nothing is left to train"
+        )
+    if not has_best:
+        trainer.best = -math.inf  # the best of another experiment is not ours
+    log.info("resumed %s at step %d", stored.path, trainer.step)
+
+
+def remove_checkpoints(models: Path) -> None:
+    """Remove the checkpoints of an experiment."""
+    for name in ("last.pt", "previous.pt", "best.pt"):
+        (models / name).unlink(missing_ok=True)
+
+
+def stored_to_resume(
+    trainer: Trainer, check: Callable[[Stored], None]
+) -> tuple[Stored | None, bool]:
+    """The checkpoint to continue, if there is one, and whether its best.pt lies beside it.
+
+    --resume PATH is where an experiment begins; its own last.pt is where it continues.
+    """
+    config, models = trainer.config, trainer.models
+    remove_left_overs(models)
+    own = [models / name for name in ("last.pt", "previous.pt") if (models / name).exists()]
+    given = None if config.resume in ("auto", "none") else Path(config.resume)
+    if given is not None and given.resolve().parent == models.resolve():
+        check_own(given, own, config)
+    if config.overwrite:
+        own = []
+    if config.resume == "none" and own:
+        raise UserError(f"--resume none: {own[0]} exists; give --overwrite to replace it")
+    if own and given is not None and given.resolve() != own[0].resolve():
+        log.info("continuing from %s; --resume %s is where it began", own[0], given)
+    if not own and given is None:
+        return None, False
+    stored = read_first(own or [Path(config.resume)], trainer.task.read)
+    differing = [
+        line
+        for name, configs in trainer.configs.items()
+        if name in stored.content or name == "train_config"
+        for current in configs
+        for line in contradictions(stored.group(name, type(current)), current)
+    ]
+    if differing:
+        raise UserError(
+            f"{stored.path} was trained with other flags: {', '.join(differing)}; "
+            "choose another --exp_name, or --overwrite"
+        )
+    check(stored)
+    return stored, bool(own) and (models / "best.pt").exists()
+
+
+def check_own(given: Path, own: list[Path], config: LoopConfig) -> None:
+    """Raise UserError where --resume names a checkpoint of this experiment that it would lose."""
+    if config.overwrite:
+        raise UserError(f"--overwrite would remove --resume {given}; choose another --exp_name")
+    if own and given.resolve() != own[0].resolve():
+        raise UserError(
+            f"--resume {given}: {own[0]} is where this experiment continues; "
+            "to begin at another of its checkpoints choose another --exp_name"
+        )
+
+
+def read_first(paths: list[Path], read: Callable[[Path], Stored]) -> Stored:
+    """The first checkpoint that can be read; raises UserError where the last one cannot either.
+
+    A damaged one is renamed to damaged.pt, so that it does not become previous.pt.
+    """
+    for path, following in pairwise(paths):
+        try:
+            return read(path)
+        except UserError as error:
+            log.warning("%s; going back to %s", error, following)
+            path.replace(path.with_name("damaged.pt"))
+    return read(paths[-1])
+
+
+def contradictions(stored: Any, current: Any) -> Iterator[str]:
+    """Flags of one dataclass that differ between a checkpoint and the command line."""
+    for name, value in asdict(current).items():
+        before = getattr(stored, name)
+        if name == "pretrained" and None not in (before, value):
+            continue  # wherever they lie, the weights are now those of the checkpoint
+        if name not in FREE_TO_CHANGE and before != value:
+            given = f"--{name} {value}" if value is not None else f"no --{name}"
+            yield f"{given} (it has {before})"
