@@ -227,7 +227,7 @@ def test_a_checkpoint_of_elsewhere_is_where_a_run_begins(
     outcome = train(script, mnist, *words, "4", name="f")
     assert f"resumed {last} at step 3" in outcome.err
     outcome = train(script, mnist, *words, "5", name="f")
-    assert f"going on from out/models/f/last.pt; --resume {last} is where it began" in outcome.err
+    assert f"continuing from out/models/f/last.pt; --resume {last} is where it began" in outcome.err
     assert "resumed out/models/f/last.pt at step 4" in outcome.err
     outcome = train(script, mnist, *words, "4", "--overwrite", name="f")
     assert f"resumed {last} at step 3" in outcome.err
@@ -253,7 +253,7 @@ def test_a_refused_run_overwrites_nothing(script: Script, mnist: Path, tmp_path:
     assert "out/logs/e" in error_line(train(script, mnist, "--overwrite"))
     for name in ("best.pt", "previous.pt"):
         message = error_line(train(script, mnist, "--resume", f"out/models/e/{name}"))
-        assert "out/models/e/last.pt is where this experiment goes on" in message
+        assert "out/models/e/last.pt is where this experiment continues" in message
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -272,7 +272,7 @@ def test_other_images_of_the_same_number_are_told(
     train(script, mnist)
     outcome = train(script, mnist.rename(tmp_path / "moved"), "--max_steps", "4")
     assert outcome.code == 0, outcome.err
-    assert f"was trained on the images of {mnist} and goes on with those of" in outcome.err
+    assert f"was trained on the images of {mnist} and continues on those of" in outcome.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
