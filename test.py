@@ -21,7 +21,9 @@ from modules import ModelConfig
 from modules.options import option
 from utils.checkpoints.checkpoint import Checkpoint
 from utils.checkpoints.named import read_named
-from utils.codebook.codes import CodeFile, codes_info, need_coder
+from utils.codebook.codes.coder import need_coder
+from utils.codebook.codes.header import codes_info
+from utils.codebook.codes.reader import CodeFile
 from utils.codebook.reconstruct import Format, reconstruct, reconstruct_codes
 from utils.codebook.results import results_folder, show, show_codes, update_results, write_results
 from utils.devices import keep_freed_memory

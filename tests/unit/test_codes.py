@@ -22,8 +22,11 @@ from modules import VQGAN, VQVAE, ModelConfig
 from tests.conftest import Outcome
 from tests.processes import run_ranks
 from tests.scripts.test_cli import TINY, error_line, train
-from utils.codebook import codes
-from utils.codebook.codes import FREQUENCIES, CodeFile, Coder, CodesInfo
+from utils.codebook.codes import writer
+from utils.codebook.codes.coder import FREQUENCIES, Coder, nearest_frequencies
+from utils.codebook.codes.header import DIGEST_SIZE, MAGIC, CodesInfo, fingerprint
+from utils.codebook.codes.reader import CodeFile
+from utils.codebook.codes.writer import file_rate
 from utils.codebook.statistics import CodebookStatistics, entropy_bits
 from utils.errors import UserError
 
@@ -54,7 +57,7 @@ def write(
 ) -> CodesInfo:
     """A code file of indices (n, H, W, m), whose batches went to several spools in turn."""
     info = info_of(indices, num_embedding, **known)
-    spools = [codes.spool_path(path, number) for number in range(num_ranks)]
+    spools = [writer.spool_path(path, number) for number in range(num_ranks)]
     parts: list[list[bytes]] = [[] for _ in spools]
     for start in range(0, info.num_images, info.batch_size):
         batch = range(start, min(start + info.batch_size, info.num_images))
@@ -64,7 +67,7 @@ def write(
     for spool, part in zip(spools, parts):
         spool.write_bytes(b"".join(part))
     try:
-        return codes.write_codes(path, info, spools)
+        return writer.write_codes(path, info, spools)
     finally:
         for spool in spools:
             spool.unlink()
@@ -211,8 +214,8 @@ def test_refusals_are_one_line(
     assert "--dataset cifar10 contradicts" in refused("--dataset", "cifar10")
     assert "--save_codes contradicts --from_codes" in refused("--save_codes")
     assert "code file absent does not exist" in refused(file="absent")
-    assert "code file out is no file" in refused(file="out")
-    assert "is no code file" in refused(file="out/models/e/best.pt")
+    assert "code file out is not a file" in refused(file="out")
+    assert "is not a code file" in refused(file="out/models/e/best.pt")
 
     own = CodeFile(path).info.fingerprint[:16]
     train(script, mnist, "--overwrite", "--max_steps", "4")
@@ -231,15 +234,15 @@ def test_refusals_are_one_line(
 def test_the_fingerprint_is_of_what_decodes() -> None:
     torch.manual_seed(0)
     model = VQVAE(ModelConfig(hidden_size=8, num_residual_hidden=4, num_embedding=16))
-    own = codes.fingerprint(model)
+    own = fingerprint(model)
     other = VQVAE(replace(model.config, split="interval"))
     other.load_state_dict(model.state_dict())
-    assert codes.fingerprint(other) != own
+    assert fingerprint(other) != own
     with torch.no_grad():
         model.encoder.conv_1.weight.add_(1)
-        assert codes.fingerprint(model) == own
+        assert fingerprint(model) == own
         model.quantizer.codebook[3, 1] += 1e-3
-        assert codes.fingerprint(model) != own
+        assert fingerprint(model) != own
 
 
 def test_the_fingerprint_is_of_the_groups_too() -> None:
@@ -247,7 +250,7 @@ def test_the_fingerprint_is_of_the_groups_too() -> None:
     config = ModelConfig(model="vqgan", hidden_size=8, channel_multipliers="1,2", norm_groups=2)
     model, other = VQGAN(config), VQGAN(replace(config, norm_groups=4))
     other.load_state_dict(model.state_dict())
-    assert codes.fingerprint(model) != codes.fingerprint(other)
+    assert fingerprint(model) != fingerprint(other)
 
 
 # ---------------------------------------------------------------------------------- whole or not
@@ -294,12 +297,12 @@ def resealed(path: Path, content: bytes) -> None:
 
 def with_header(path: Path, changes: Mapping[str, Any]) -> None:
     """Change the header of a code file, and its checksum to match."""
-    content = path.read_bytes()[: -codes.DIGEST_SIZE]
-    start = len(codes.MAGIC) + 4
+    content = path.read_bytes()[:-DIGEST_SIZE]
+    start = len(MAGIC) + 4
     (length,) = struct.unpack("<I", content[start - 4 : start])
     header = {**json.loads(content[start : start + length]), **changes}
     text = json.dumps(header).encode()
-    resealed(path, codes.MAGIC + struct.pack("<I", len(text)) + text + content[start + length :])
+    resealed(path, MAGIC + struct.pack("<I", len(text)) + text + content[start + length :])
 
 
 @pytest.mark.parametrize(
@@ -345,12 +348,12 @@ def test_forged_headers_are_refused(changes: dict[str, Any], small: Path) -> Non
 
 def test_forged_contents_are_refused(small: Path) -> None:
     """Bytes changed and the checksum made to match: the indices have checksums of their own."""
-    whole = small.read_bytes()[: -codes.DIGEST_SIZE]
-    (length,) = struct.unpack_from("<I", whole, len(codes.MAGIC))
+    whole = small.read_bytes()[:-DIGEST_SIZE]
+    (length,) = struct.unpack_from("<I", whole, len(MAGIC))
     expected, random, refusals = read(small), np.random.default_rng(0), 0
     for _ in range(200):
         changed = bytearray(whole)
-        place = random.integers(len(codes.MAGIC) + 4 + length, len(whole))
+        place = random.integers(len(MAGIC) + 4 + length, len(whole))
         changed[place] ^= 1 << random.integers(8)
         resealed(small, bytes(changed))
         try:
@@ -363,7 +366,7 @@ def test_forged_contents_are_refused(small: Path) -> None:
 
 def test_a_header_nested_deeply(small: Path) -> None:
     text = b"[" * 10**5
-    resealed(small, codes.MAGIC + struct.pack("<I", len(text)) + text)
+    resealed(small, MAGIC + struct.pack("<I", len(text)) + text)
     refused(small)
 
 
@@ -375,7 +378,7 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(
     def full(*_: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(codes, "digest_of", full)
+    monkeypatch.setattr(writer, "digest_of", full)
     with pytest.raises(UserError, match=r"small\.looc: No space left"):
         write(small, draw((7, 2, 3, 2), 5), 5)
     assert small.read_bytes() == before
@@ -431,7 +434,7 @@ def test_tables_of_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     indices[:, :, 1] = (indices[:, :, 1] + 2) % 4
     found = []
     for largest in (24, 23, 11):
-        monkeypatch.setattr(codes, "LARGEST_TABLES", largest)
+        monkeypatch.setattr(writer, "LARGEST_TABLES", largest)
         found.append(write(tmp_path / "c", indices, 4).num_tables)
         assert_holds(tmp_path / "c", indices)
     assert found == [6, 3, 1]
@@ -452,7 +455,7 @@ WORDS = [768, 131067, 16785152, 3718145226]
 
 def test_frequencies() -> None:
     counts: NDArray[Any] = np.array([*range(200), *np.geomspace(200, 3e9, 50).astype(np.int64)])
-    nearest = FREQUENCIES[codes.nearest_frequencies(counts)]
+    nearest = FREQUENCIES[nearest_frequencies(counts)]
     assert ((nearest == 0) == (counts == 0)).all()
     assert (abs(nearest - counts) <= counts / 8).all()
     assert (nearest[:8] == counts[:8]).all()
@@ -468,7 +471,7 @@ def test_the_file_is_as_small_as_the_entropy_says(tmp_path: Path) -> None:
     statistics.add(indices)
     info = write(tmp_path / "c", indices, 64)
     assert info.num_tables == 1
-    rate = codes.file_rate(tmp_path / "c", info)
+    rate = file_rate(tmp_path / "c", info)
     entropy = statistics.rate(16 * 16).entropy_bits_per_pixel or 0
     assert 0 < entropy < rate["coded_bits_per_pixel"] < 1.02 * entropy
 

@@ -19,7 +19,7 @@ from modules.quantizers.registry import QUANTIZERS
 from tests.conftest import Outcome, refusal
 from tests.scripts.test_cli import error_line, train
 from utils.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
-from utils.codebook import codes
+from utils.codebook.codes.header import fingerprint, index_shape
 from utils.codebook.plots import draw_all
 from utils.codebook.statistics import CodebookStatistics
 from utils.errors import UserError
@@ -131,7 +131,7 @@ def test_indices_are_within_their_codebooks(name: str) -> None:
     assert config.num_codebooks in (1, config.num_slots)
     codevectors = config.num_embedding * config.num_codebooks
     assert quantizer.codebook.shape == (codevectors, config.embedding_dim)
-    assert codes.index_shape(config, 16) == (4, 4, config.num_slots)
+    assert index_shape(config, 16) == (4, 4, config.num_slots)
 
 
 @every_setting
@@ -247,7 +247,7 @@ def test_a_checkpoint_rebuilds_it(name: str, tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "m.pt")
     assert same(loaded.state_dict(), model.state_dict())
     assert torch.equal(loaded(images)[0], model.eval()(images)[0])
-    assert codes.fingerprint(loaded) == codes.fingerprint(model)
+    assert fingerprint(loaded) == fingerprint(model)
     state = model.state_dict()
     for key in [key for key in state if "quantizer" in key and state[key].is_floating_point()]:
         state[key].view(-1)[0] = torch.nan

@@ -14,7 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modules import Autoencoder
-from utils.codebook.codes import CodeFile, CodesInfo, pixel_sum, save_codes, spooled
+from utils.codebook.codes.header import CodesInfo, pixel_sum
+from utils.codebook.codes.reader import CodeFile
+from utils.codebook.codes.writer import save_codes, spooled
 from utils.codebook.statistics import CodebookStatistics
 from utils.distributed import gather, gather_items, num_ranks, rank, shared_folder
 from utils.errors import UserError

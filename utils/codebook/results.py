@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from modules import Autoencoder
-from utils.codebook.codes import CodeFile, file_rate
+from utils.codebook.codes.reader import CodeFile
+from utils.codebook.codes.writer import file_rate
 from utils.codebook.plots import draw_all, save_figure
 from utils.codebook.reconstruct import CODES, Findings
 from utils.evaluation import schema

@@ -1,0 +1,103 @@
+"""Entropy coding: a range coder and its frequency tables."""
+
+from __future__ import annotations
+
+import lzma
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.errors import UserError
+
+Array: TypeAlias = NDArray[Any]
+
+LARGEST_TABLES = 2**23  # frequencies in all tables, unless one alone is larger
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+
+# A frequency is stored in one byte, as a floating-point number with two bits after the leading one.
+FREQUENCIES = np.array([*range(4), *((4 + c % 4) << (c // 4) for c in range(120))], dtype=float)
+
+
+class Coder:
+    """A range coder with fixed frequency tables.
+
+    tables (T, K), uint8, index FREQUENCIES; code j of an image uses table j mod T. The models are
+    computed from these numbers alone, with the same arithmetic on every machine.
+    """
+
+    def __init__(self, tables: Array) -> None:
+        from constriction import stream  # type: ignore[import-untyped]
+
+        self.queue = stream.queue
+        self.models = [
+            # The library needs at least two symbols.
+            stream.model.Categorical(np.append(FREQUENCIES[row], 0.0), perfect=False)
+            for row in tables
+        ]
+
+    def encode(self, codes: Array) -> Array:
+        """Encode codes (n, c) to words, uint32."""
+        encoder = self.queue.RangeEncoder()
+        num_tables = len(self.models)
+        by_table = codes.astype(np.int32).reshape(len(codes), -1, num_tables).transpose(2, 0, 1)
+        for symbols, model in zip(by_table, self.models):
+            encoder.encode(symbols.ravel(), model)
+        words: Array = encoder.get_compressed()
+        return words
+
+    def decode(self, words: Array, num_images: int, codes_per_image: int) -> Array:
+        """Decode words to codes (num_images, codes_per_image), int32.
+
+        Raises ValueError or AssertionError for words that are detected as damaged.
+        """
+        decoder = self.queue.RangeDecoder(words.astype(np.uint32))
+        num_tables = len(self.models)
+        per_table = codes_per_image // num_tables
+        codes = np.empty((num_images, per_table, num_tables), dtype=np.int32)
+        for table, model in enumerate(self.models):
+            symbols = decoder.decode(model, num_images * per_table)
+            codes[:, :, table] = symbols.reshape(num_images, per_table)
+        return codes.reshape(num_images, codes_per_image)
+
+
+def need_coder(flag: str) -> None:
+    """Raise UserError naming the flag if the entropy coder is not installed."""
+    try:
+        Coder(np.ones((1, 1), dtype=np.uint8))
+    except ImportError as error:
+        raise UserError(
+            f"{flag}: constriction is not installed (pip install constriction)"
+        ) from error
+
+
+def cheapest_tables(counts: Array, slots: int) -> tuple[Array, bytes]:
+    """Choose the frequency tables that make the smallest file: (T, K) uint8, and their bytes.
+
+    counts (T', K) distinguish up to T' tables: one for all codes, one per unit slot (m), or one per
+    slot and position (H·W·m).
+    """
+    cheapest, least = (counts, b""), np.inf
+    for num_tables in sorted({1, slots, len(counts)}):
+        if len(counts) % num_tables == 0:
+            merged = counts.reshape(-1, num_tables, counts.shape[1]).sum(0)  # (T, K)
+            tables = nearest_frequencies(merged)
+            packed = lzma.compress(tables.tobytes(), lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+            size = 8 * len(packed) + coded_bits(merged, tables)
+            if size < least:
+                cheapest, least = (tables, packed), size
+    return cheapest
+
+
+def nearest_frequencies(counts: Array) -> Array:
+    """Indices, uint8, of the entries of FREQUENCIES nearest to the counts; 0 only for 0."""
+    borders = (FREQUENCIES[1:] + FREQUENCIES[:-1]) / 2
+    return np.searchsorted(borders, counts, side="right").astype(np.uint8)
+
+
+def coded_bits(counts: Array, tables: Array) -> float:
+    """−Σ count·log2 p in bits, with p from the tables; both arguments are (T, K)."""
+    used = counts > 0
+    frequencies = FREQUENCIES[tables]
+    share = frequencies / frequencies.sum(1, keepdims=True)
+    return float(-(counts[used] * np.log2(share[used])).sum())

@@ -1,0 +1,189 @@
+"""The header of a code file: shapes, positions, and the model that decodes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass, fields
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modules import VQGAN, Autoencoder, LooCQuantizer, ModelConfig
+from modules.options import option
+from modules.vqgan import num_groups
+from utils.codebook.codes.coder import LARGEST_TABLES, need_coder
+from utils.errors import UserError
+from utils.flags.arguments import value_problem
+
+MAGIC = b"looc-codes-1\n"
+DIGEST_SIZE = 32
+CHUNK_CODES = 2**22  # codes of a chunk; a chunk is never less than a batch
+LARGEST_CHUNK = 2**27  # codes
+
+
+@dataclass(frozen=True)
+class CodesInfo:
+    """Header of a code file, and the bounds of its values."""
+
+    fingerprint: str = option("", "fingerprint of the model that decodes")
+    dataset: str = option("", "name of the image set")
+    image_size: int = option(4, "side of an image in pixels", minimum=4, maximum=8192)
+    channels: int = option(1, "channels of an image", minimum=1, maximum=1024)
+    num_images: int = option(
+        1, "images of the set, including those left out", minimum=1, maximum=2**40
+    )
+    left_out: tuple[int, ...] = option((), "positions of images that could not be decoded")
+    batch_size: int = option(1, "images at a time; rounding depends on it", minimum=1)
+    chunk_size: int = option(1, "images of the set from one chunk to the next", minimum=1)
+    height: int = option(1, "H of the indices (n, H, W, m)", minimum=1, maximum=2048)
+    width: int = option(1, "W of the indices", minimum=1, maximum=2048)
+    slots: int = option(1, "m of the indices", minimum=1, maximum=2**20)
+    num_embedding: int = option(1, "codevectors K", minimum=1, maximum=2**20)
+    num_tables: int = option(1, "T: code j of an image has table j mod T", minimum=1)
+    pixel_sum: int = option(0, "checksum of the reconstructions", minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.chunk_size % self.batch_size:
+            raise ValueError(f"chunks of {self.chunk_size} images, batches of {self.batch_size}")
+        if self.chunk_size * self.codes_per_image > LARGEST_CHUNK:
+            raise ValueError(
+                f"batch_size {self.batch_size} times {self.codes_per_image} codes per image "
+                f"is more than {LARGEST_CHUNK}"
+            )
+        if self.codes_per_image % self.num_tables:
+            raise ValueError(f"{self.num_tables} tables for {self.codes_per_image} codes per image")
+        if self.num_tables > 1 and self.num_tables * self.num_embedding > LARGEST_TABLES:
+            raise ValueError(f"{self.num_tables} tables of {self.num_embedding} frequencies")
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.height * self.width * self.slots
+
+    @property
+    def num_coded(self) -> int:
+        """Images in the file."""
+        return self.num_images - len(self.left_out)
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_images // self.chunk_size)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return index_dtype(self.num_embedding)
+
+    def positions(self, chunk: int) -> NDArray[np.int64]:
+        """Positions in the set of the images of a chunk, (b,)."""
+        start = chunk * self.chunk_size
+        whole = np.arange(start, min(start + self.chunk_size, self.num_images))
+        return np.setdiff1d(whole, np.array(self.left_out, dtype=np.int64), assume_unique=True)
+
+    def batches(self, chunk: int) -> list[NDArray[np.int64]]:
+        """`positions`, batch by batch; a batch without images is absent."""
+        positions = self.positions(chunk)
+        starts = np.flatnonzero(np.diff(positions // self.batch_size)) + 1
+        return [batch for batch in np.split(positions, starts) if len(batch)]
+
+
+def codes_info(
+    model: Autoencoder, dataset: str, image_size: int, num_images: int, batch_size: int
+) -> CodesInfo:
+    """The header of a code file of this model, before the images have been seen.
+
+    Raises UserError if no code file can be written: there are no codes, a batch has too many, or
+    the entropy coder is not installed.
+    """
+    need_coder("--save_codes")
+    if not model.config.num_slots:
+        raise UserError(
+            f"--save_codes: --quantizer {model.config.quantizer} leaves no codes to save"
+        )
+    height, width, slots = index_shape(model.config, image_size)
+    batch_codes = batch_size * height * width * slots
+    try:
+        return CodesInfo(
+            fingerprint=fingerprint(model),
+            dataset=dataset,
+            image_size=image_size,
+            channels=model.config.in_channels,
+            num_images=num_images,
+            batch_size=batch_size,
+            chunk_size=batch_size * max(1, CHUNK_CODES // batch_codes),
+            height=height,
+            width=width,
+            slots=slots,
+            num_embedding=model.config.num_embedding,
+        )
+    except ValueError as error:
+        raise UserError(f"--save_codes: {error}") from error
+
+
+def index_shape(config: ModelConfig, image_size: int) -> tuple[int, int, int]:
+    """(H, W, m) of the indices of an image."""
+    side = image_size // config.downsampling
+    return side, side, config.num_slots
+
+
+def index_dtype(num_embedding: int) -> np.dtype[Any]:
+    """The smallest type that holds every index."""
+    return np.dtype("u1" if num_embedding <= 2**8 else "<u2" if num_embedding <= 2**16 else "<i4")
+
+
+def fingerprint(model: Autoencoder) -> str:
+    """SHA-256 of everything that turns indices into images: codebook, decoder, split into units."""
+    config, quantizer = model.config, model.quantizer
+    digest = hashlib.sha256(f"{config.split} {max(config.interpolation_scale, 1)}".encode())
+    if isinstance(quantizer, LooCQuantizer):
+        weights = {"codebook": quantizer.codebook.detach()}
+    else:
+        digest.update(f"{config.quantizer} {config.num_embedding} {config.levels}".encode())
+        weights = quantizer.state_dict()
+    weights = {**weights, **model.decoder.state_dict()}
+    if isinstance(model, VQGAN):
+        digest.update(f"{num_groups(config)}".encode())
+        weights |= model.post_vq_conv.state_dict(prefix="post_vq_conv.")
+    for name, value in weights.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pixel_sum(images: Tensor) -> int:
+    """Sum of the CRC-32 of all images, uint8 (B, C, H, W) on the CPU: the order does not matter."""
+    return sum(zlib.crc32(image.contiguous().numpy().tobytes()) for image in images)
+
+
+def parse_header(text: bytes) -> CodesInfo:
+    """Parse a header. Raises ValueError or TypeError if it is damaged."""
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("its header is not an object")
+    values["left_out"] = tuple(values.get("left_out", ()))
+    for item in fields(CodesInfo):
+        problem = value_problem(CodesInfo, item, values.get(item.name))
+        if problem:
+            raise ValueError(f"{item.name} of its header: {problem}")
+    info = CodesInfo(**values)
+    ordered = sorted(set(info.left_out))
+    if list(info.left_out) != ordered or any(type(position) is not int for position in ordered):
+        raise ValueError("left_out of its header: positions are not ascending")
+    if ordered and not (ordered[0] >= 0 and ordered[-1] < info.num_images > len(ordered)):
+        raise ValueError("left_out of its header: beyond the images")
+    return info
+
+
+def digest_of(file: IO[bytes], length: int) -> bytes:
+    """SHA-256 of the first bytes of a file; the file's position is then after them."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while length > 0:
+        block = file.read(min(length, 2**20))
+        if not block:
+            break
+        digest.update(block)
+        length -= len(block)
+    return digest.digest()
