@@ -41,7 +41,7 @@ class Stored:
         """The number of steps, epochs or images that was stored under this name."""
         value = self.content.get(name)
         if type(value) is not int or not 0 <= value <= LARGEST_COUNT:
-            raise UserError(f"checkpoint {self.path} is damaged: its {name} is no count")
+            raise UserError(f"checkpoint {self.path} is damaged: its {name} is not a count")
         return value
 
 
