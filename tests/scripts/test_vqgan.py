@@ -39,7 +39,7 @@ from utils.training.losses import (
     build_loss_configs,
 )
 from utils.training.reconstruction import Reconstruction, check_network
-from utils.training.resume import contradictions
+from utils.training.resume import differing_flags
 from utils.training.task import Step
 from utils.training.trainer import Trainer
 from utils.weights.download import Unavailable
@@ -146,8 +146,8 @@ def test_older_checkpoints_have_the_groups_of_then(
 
 def test_a_flag_that_is_not_given_is_named_so() -> None:
     now, then = ModelConfig(**TINY), replace(ModelConfig(**TINY), norm_groups=2)
-    assert list(contradictions(then, now)) == ["no --norm_groups (it has 2)"]
-    assert list(contradictions(now, then)) == ["--norm_groups 2 (it has None)"]
+    assert differing_flags(then, now) == ["no --norm_groups (it has 2)"]
+    assert differing_flags(now, then) == ["--norm_groups 2 (it has None)"]
 
 
 def test_gradients_computed_again_are_the_same() -> None:

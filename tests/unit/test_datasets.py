@@ -45,7 +45,7 @@ from datasets.folders import open_folder
 from datasets.loader import DecodedBatches
 from tests.conftest import refusal, run_process
 from utils.flags.arguments import build
-from utils.training.resume import contradictions
+from utils.training.resume import differing_flags
 
 CPU = torch.device("cpu")
 TRAIN, TEST = list(range(10)), list(range(10, 13))  # numbers of the images in the tiny sets
@@ -952,9 +952,9 @@ def test_images_in_memory_are_not_cropped(name: str) -> None:
 
 def test_a_run_goes_on_with_the_same_flips_and_crops() -> None:
     before, now = DataConfig(dataset="folder"), DataConfig(dataset="folder", flip=True)
-    assert list(contradictions(before, now)) == ["--flip True (it has False)"]
+    assert differing_flags(before, now) == ["--flip True (it has False)"]
     now = DataConfig(dataset="folder", crop="random")
-    assert list(contradictions(before, now)) == ["--crop random (it has centre)"]
+    assert differing_flags(before, now) == ["--crop random (it has centre)"]
 
 
 def test_skipped_images_are_not_decoded(file_images: FileImages) -> None:

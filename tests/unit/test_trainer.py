@@ -26,7 +26,7 @@ from utils.training.config import SCHEDULES, TrainConfig
 from utils.training.losses import MeanSquaredError, QuantizerLoss
 from utils.training.meter import Meter
 from utils.training.reconstruction import Reconstruction
-from utils.training.resume import contradictions
+from utils.training.resume import differing_flags
 from utils.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -474,7 +474,7 @@ def test_training_and_validation_have_one_psnr(
 
 def test_contradictions_name_flag_and_both_values() -> None:
     other = replace(TRAIN, lr=1.0, num_epochs=9, device="cpu", exp_name="x")
-    assert list(contradictions(TRAIN, other)) == ["--lr 1.0 (it has 0.01)"]
+    assert differing_flags(TRAIN, other) == ["--lr 1.0 (it has 0.01)"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -28,17 +28,17 @@ Group = TypeVar("Group")
 
 @dataclass(frozen=True)
 class Stored:
-    """The content of a checkpoint, and the file that it was read from."""
+    """Content of a checkpoint of any task, and the file from which it was read."""
 
     path: Path
     content: Mapping[str, Any]
 
     def group(self, name: str, group: type[Group]) -> Group:
-        """The dataclass of flags that was stored under this name."""
+        """Return the dataclass of flags stored under this name."""
         return stored_group(self.path, group, self.content.get(name))
 
     def count(self, name: str) -> int:
-        """The number of steps, epochs or images that was stored under this name."""
+        """Return the number of steps, epochs or images stored under this name."""
         value = self.content.get(name)
         if type(value) is not int or not 0 <= value <= LARGEST_COUNT:
             raise UserError(f"checkpoint {self.path} is damaged: its {name} is not a count")
@@ -47,19 +47,19 @@ class Stored:
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):
-    """An autoencoder's checkpoint, or a state dict of the reference, whose content is empty."""
+    """Checkpoint of an autoencoder, or a state dict of the reference, which has no content."""
 
     model_config: ModelConfig
     state_dict: StateDict
 
     def model(self) -> Autoencoder:
-        """The model, in evaluation mode, on the CPU."""
+        """Make the model, in evaluation mode, on the CPU."""
         model = make_model(self.model_config)
         model.load_state_dict(self.state_dict)
         return model.eval()
 
     def group(self, name: str, group: type[Group]) -> Group:
-        if group is ModelConfig:  # whose older forms were translated
+        if group is ModelConfig:  # older forms are already translated
             return cast(Group, self.model_config)
         return super().group(name, group)
 
@@ -79,7 +79,7 @@ def save_checkpoint(path: Path, model: Autoencoder, content: Mapping[str, Any]) 
 
 
 def model_content(model: Autoencoder) -> dict[str, Any]:
-    """Entries of a checkpoint from which the model is rebuilt."""
+    """Return the entries of a checkpoint from which the model is rebuilt."""
     return {"model_config": asdict(model.config), "model": model.state_dict()}
 
 
@@ -97,7 +97,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | No
 
 
 def read_stored(path: Path) -> Stored:
-    """Open a checkpoint of any task. Raises UserError where it is none, or damaged."""
+    """Open a checkpoint of any task. Raises UserError if it is not one or is damaged."""
     content = open_file(path)
     if content.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} is not of this repository")

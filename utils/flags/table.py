@@ -31,7 +31,7 @@ def page() -> str:
 
 
 def groups(script: str) -> Iterator[type]:
-    """The dataclasses of flags that a script uses: its GROUPS, or each of its classes …Config."""
+    """Yield the dataclasses of flags of a script: its GROUPS, or each of its classes …Config."""
     found = runpy.run_path(str(ROOT / script), run_name=script)
     for value in found.get("GROUPS", found.values()):
         if isinstance(value, type) and value.__name__.endswith("Config"):
@@ -39,7 +39,7 @@ def groups(script: str) -> Iterator[type]:
 
 
 def table(group: type, scripts: list[str]) -> str:
-    """One group of flags as a table in Markdown."""
+    """Return one group of flags as a Markdown table."""
     lines = [
         f"## {group.__name__.removesuffix('Config')} ({', '.join(scripts)})",
         "",
@@ -51,7 +51,7 @@ def table(group: type, scripts: list[str]) -> str:
         choices = item.metadata["choices"]
         text = item.metadata["help"]
         shown = "" if default is None else f"`{default}`"
-        text = text.replace("<", "&lt;")  # else Markdown takes it for HTML
+        text = text.replace("<", "&lt;")  # Markdown would read it as HTML
         text += f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
         lines.append(f"| {', '.join(f'`{name}`' for name in names(item))} | {shown} | {text} |")
     return "\n".join(lines) + "\n"

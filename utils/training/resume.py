@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from utils.checkpoints.checkpoint import Stored
 from utils.distributed import from_first
 from utils.errors import UserError
 from utils.files import remove_left_overs
+from utils.flags.arguments import contradictions
 from utils.logger import log
 from utils.training.config import FREE_TO_CHANGE, LoopConfig
 from utils.training.trainer import Trainer
@@ -70,7 +70,7 @@ def stored_to_resume(
         for name, configs in trainer.configs.items()
         if name in stored.content or name == "train_config"
         for current in configs
-        for line in contradictions(stored.group(name, type(current)), current)
+        for line in differing_flags(stored.group(name, type(current)), current)
     ]
     if differing:
         raise UserError(
@@ -106,12 +106,9 @@ def read_first(paths: list[Path], read: Callable[[Path], Stored]) -> Stored:
     return read(paths[-1])
 
 
-def contradictions(stored: Any, current: Any) -> Iterator[str]:
-    """Flags of one dataclass that differ between a checkpoint and the command line."""
-    for name, value in asdict(current).items():
-        before = getattr(stored, name)
-        if name == "pretrained" and None not in (before, value):
-            continue  # wherever they lie, the weights are now those of the checkpoint
-        if name not in FREE_TO_CHANGE and before != value:
-            given = f"--{name} {value}" if value is not None else f"no --{name}"
-            yield f"{given} (it has {before})"
+def differing_flags(stored: Any, current: Any) -> list[str]:
+    """Return the flags of a dataclass that differ from those of a checkpoint, with both values."""
+    both = [getattr(config, "pretrained", None) for config in (stored, current)]
+    moved = () if None in both else ("pretrained",)  # the checkpoint holds the weights
+    found = contradictions(vars(current), vars(stored), (*FREE_TO_CHANGE, *moved))
+    return [f"{flag} (it has {value})" for flag, value in found]
