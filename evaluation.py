@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from utils.devices import keep_freed_memory, resolve_device
 from utils.distributed import launched
-from utils.errors import UserError, run
+from utils.errors import UserError, memory_for, run
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.networks import fetch_weights, load_networks
 from utils.evaluation.pairs import open_pairs
 from utils.evaluation.results import print_rows, record, set_aside, show, write_results
-from utils.evaluation.scores import check_pairs, measure_pairs
+from utils.evaluation.scores import check_pairs, measure
 from utils.files import writable_folder
 from utils.flags.arguments import build, parse_flags
 from utils.logger import start_logging
@@ -46,7 +46,8 @@ def evaluate(config: EvaluationConfig) -> None:
 
     set_aside(output)
     named = evenly_spaced([pair.name for pair in pairs])
-    scores = measure_pairs(config, pairs, networks, device, skipped=skipped, named=named)
+    with memory_for(f"--batch_size {config.batch_size}"):
+        scores = measure(config, pairs, skipped, networks, device, named)
     metrics = record(config, scores, networks)
     written = write_results(output, config, scores, metrics)
     show(metrics, [*written, write_report(output, kept=scores.shown)])

@@ -282,7 +282,7 @@ def test_more_than_8_bits(content: bytes, tmp_path: Path) -> None:
     path = write(tmp_path / "deep.png", content)
     assert decode_file(path).unique().tolist() == [200]
     message = refusal(lambda: read_header(path))
-    assert message == f"image {path} has more than 8 bits a channel"
+    assert message == f"image {path} has more than 8 bits per channel"
 
 
 def test_a_transparent_16_bit_level(tmp_path: Path) -> None:
@@ -673,7 +673,7 @@ def test_evaluation_leaves_bad_pairs_out(
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert list(record["skipped"]) == ["c", "d"]
     assert record["skipped"]["c"].startswith("image y/c.png cannot be decoded: ")
-    assert record["skipped"]["d"] == "image x/d.png has more than 8 bits a channel"
+    assert record["skipped"]["d"] == "image x/d.png has more than 8 bits per channel"
     assert record["pairs"] == record["metrics"]["l1"]["n"] == 3
     with (tmp_path / "out" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

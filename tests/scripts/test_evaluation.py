@@ -309,7 +309,7 @@ def test_all_metrics_by_default(results: Path, evaluate: Evaluate) -> None:
     assert code == 0
     assert errors == (
         "FID of 4 images is biased: the covariance of its 2048 features needs as many images; "
-        "KID is then the one to read (--metrics kid)\n"
+        "use KID instead (--metrics kid)\n"
     )
     assert [line.split()[0] for line in output.splitlines()[1:6]] == [
         *("L1", "SSIM", "PSNR", "LPIPS", "FID"),
@@ -338,7 +338,7 @@ def test_kid_precision_and_recall_on_demand(results: Path, evaluate: Evaluate) -
     code, output, errors = evaluate(metrics=("kid", "precision_recall"))
     assert (code, errors) == (
         0,
-        "KID takes subsets of 2 images, half of those there are, instead of 1000\n",
+        "KID takes subsets of 2 images, half of all, instead of 1000\n",
     )
     assert [line.split()[0] for line in output.splitlines()[1:4]] == ["KID", "Precision", "Recall"]
     content, _ = written(results)

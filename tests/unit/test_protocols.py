@@ -127,5 +127,5 @@ def test_reference_gives_inception_229() -> None:
 
 
 def test_an_image_too_large_for_jpeg_is_one_line() -> None:
-    with pytest.raises(UserError, match="70000×1 cannot be JPEG"):
+    with pytest.raises(UserError, match="70000×1 cannot be written as JPEG"):
         protocols.through_jpeg(np.zeros((1, 1, 70000), np.uint8), 75)

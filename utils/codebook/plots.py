@@ -1,4 +1,4 @@
-"""Pictures of a codebook: how often its codevectors are used, where, and how they lie."""
+"""Pictures of a codebook: usage of its codevectors, overall and by slot, and a map of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ USED, UNUSED = "#1f6f8b", "#d1495b"
 
 
 def new_figure(columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure and its axes in one row; inches."""
+    """A figure with axes in one row; width and height in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -32,7 +32,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def draw_usage(statistics: CodebookStatistics) -> Figure:
-    """Counts by codevector, and sorted."""
+    """Plot the counts by codevector, and sorted."""
     counts = statistics.counts
     positions = range(len(counts))
     figure, (left, right) = new_figure(2, 11, 3.6)
@@ -51,9 +51,9 @@ def draw_usage(statistics: CodebookStatistics) -> Figure:
 
 
 def draw_slots(statistics: CodebookStatistics) -> Figure:
-    """Which unit slots use which codevectors, and in how many slots a codevector is used.
+    """Plot the use of codevectors by unit slot, and the number of slots that use a codevector.
 
-    Where each slot has a codebook of its own: how evenly it is used, and its usage.
+    If each slot has its own codebook, the second plot is the usage of each codebook.
     """
     share = statistics.slot_counts / statistics.slot_counts.sum(1, keepdim=True)  # (m, K)
     figure, (left, right) = new_figure(2, 11, 3.6)
@@ -63,15 +63,15 @@ def draw_slots(statistics: CodebookStatistics) -> Figure:
     else:
         ordered = share[:, statistics.counts.argsort(descending=True)]
         draw_reach(right, share)
-    root = ordered.sqrt().numpy()  # the root, so that rare use can be seen
+    root = ordered.sqrt().numpy()  # the square root makes rare use visible
     mesh = left.imshow(root, aspect="auto", cmap="viridis", interpolation="nearest")
-    figure.colorbar(mesh, ax=left, label="root of the share of the slot's codes")
+    figure.colorbar(mesh, ax=left, label="square root of the share of the slot's codes")
     left.set(title="Use by unit slot", xlabel="codevector, most used first", ylabel="slot")
     return figure
 
 
 def draw_reach(axes: Any, share: Tensor) -> None:
-    """In how many slots a codevector is used; shares (m, K) of one codebook."""
+    """Plot the number of slots that use a codevector; shares (m, K) of one codebook."""
     slots = len(share)
     reach = (share > 0).sum(0)
     axes.bar(range(slots + 1), torch.bincount(reach, minlength=slots + 1).tolist(), color=USED)
@@ -83,13 +83,13 @@ def draw_reach(axes: Any, share: Tensor) -> None:
 
 
 def draw_usage_of_slots(axes: Any, share: Tensor) -> None:
-    """The usage of each slot's own codebook; shares (m, K)."""
+    """Plot the usage of each slot's own codebook; shares (m, K)."""
     axes.bar(range(len(share)), [100 * usage(row) for row in share], color=USED)
     axes.set(title="Usage of each slot's codebook", xlabel="slot", ylabel="% of its codevectors")
 
 
 def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Projection on the first two principal axes, and the share of variance of each.
+    """Project on the first two principal axes; also returns the share of variance of each.
 
     (n, d) → (n, 2), (2,); missing axes are zero.
     """
@@ -105,7 +105,7 @@ def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_codebook(codebook: Tensor, counts: Tensor) -> Figure:
-    """Map of the codevectors on their two principal axes; used and unused apart: (K, d), (K,)."""
+    """Plot codevectors (K, d) on their two principal axes, used and unused ones by counts (K,)."""
     points, share = principal_components(codebook.detach().cpu())
     used = counts > 0
     figure, axes = new_figure(1, 6, 5.4)
@@ -124,7 +124,7 @@ def draw_codebook(codebook: Tensor, counts: Tensor) -> Figure:
 
 
 def draw_all(statistics: CodebookStatistics, codebook: Tensor) -> dict[str, Figure]:
-    """The three pictures of a codebook, by name; none where latents are not quantised."""
+    """The three pictures of a codebook, by name; empty without a quantiser."""
     if not len(statistics.counts):
         return {}
     return {

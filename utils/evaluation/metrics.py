@@ -1,4 +1,4 @@
-"""Image metrics as pure functions: a batch of uint8 images in, one value an image out."""
+"""Image metrics as pure functions: a batch of uint8 images in, one value per image out."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SSIM_SETTINGS: dict[str, Any] = {
     "sigma": 1.5,
     "use_sample_covariance": False,
 }
-SSIM_WINDOW = 11  # what scikit-image makes of sigma 1.5
-FID_ENOUGH = 2048  # fewer images than features: the covariance has no full rank
-ROUNDING = 1e-4  # of the variances' sum: what float64 may lose in 2048 roots of zero eigenvalues
-KID_SUBSET_SIZE = 1000  # torch-fidelity's, as are the 100 subsets and their seed
-NEIGHBOUR = 3  # torch-fidelity's: the balls of precision and recall reach the third neighbour
-DISTANCES_AT_ONCE = 1000  # images a side: rows of the matrix of distances
+SSIM_WINDOW = 11  # of a Gaussian of sigma 1.5 in scikit-image
+FID_ENOUGH = 2048  # features; with fewer images the covariance is rank-deficient
+ROUNDING = 1e-4  # relative to the sum of variances: float64 error in 2048 roots of zero eigenvalues
+KID_SUBSET_SIZE = 1000  # as in torch-fidelity, like the 100 subsets and their seed
+NEIGHBOUR = 3  # as in torch-fidelity: balls of precision and recall reach the third neighbour
+DISTANCES_AT_ONCE = 1000  # rows and columns of the distance matrix
 
 
 def l1(x: Pixels, y: Pixels) -> Values:
@@ -68,7 +68,7 @@ def lpips(x: Tensor, y: Tensor, network: nn.Module) -> Values:
 
     The network takes two batches (B, 3, H, W) with values in [-1, 1].
     """
-    # On a CPU larger runs fall out of its cache; a GPU wants them large.
+    # Larger batches exceed the cache of a CPU; a GPU needs them large.
     pixels = 2**22 if x.is_cuda else 2**16
     size = max(1, pixels // (x.shape[2] * x.shape[3]))
     distances = [
@@ -87,9 +87,8 @@ def features(x: Tensor, network: nn.Module) -> Tensor:
 class FeatureStatistics:
     """Mean and covariance of feature vectors that arrive batch by batch.
 
-    Memory does not grow with their number, unless keep: the vectors are then kept too, 8 KB an
-    image of 2048 features. Sums are merged in float64 (Chan et al. 1979), so there is no
-    cancellation.
+    Memory does not grow with their number, except with keep, which keeps the vectors too: 8 KB per
+    image of 2048 features. Sums are merged in float64 (Chan et al. 1979) to avoid cancellation.
     """
 
     def __init__(self, *, keep: bool = False) -> None:
@@ -118,7 +117,7 @@ class FeatureStatistics:
         return {"mu": self.mean.cpu().numpy(), "sigma": sigma.cpu().numpy()}
 
     def vectors(self) -> Tensor:
-        """All feature vectors (N, d), float32, on the CPU. Raises ValueError where not kept."""
+        """All feature vectors (N, d), float32, on the CPU. Raises ValueError if not kept."""
         if self.kept is None:
             raise ValueError("the feature vectors were not kept")
         self.kept = [torch.cat(self.kept)]
@@ -126,10 +125,10 @@ class FeatureStatistics:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½); FID where features are Inception's.
+    """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½); FID if features are Inception's.
 
-    Source: Heusel et al. 2017. Both sets need two feature vectors or more. No distance is negative:
-    where rounding alone makes it so, it is 0.
+    Source: Heusel et al. 2017. Both sets need at least two feature vectors. A distance that
+    is negative only by rounding becomes 0.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
@@ -140,7 +139,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 class Estimate(NamedTuple):
-    """Mean and standard deviation over the subsets that it was computed from."""
+    """Mean and standard deviation over subsets."""
 
     mean: float
     spread: float
@@ -149,9 +148,9 @@ class Estimate(NamedTuple):
 def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
     """Squared maximum mean discrepancy of feature vectors (N, d), kernel (x·y / d + 1)³.
 
-    KID where features are Inception's (Bińkowski et al. 2018), by torch-fidelity with its defaults:
-    unbiased, over 100 seeded subsets of `kid_subset_size(N)`. Needs 4 vectors or more a set. A
-    value slightly below 0 is valid: the sets cannot be told apart.
+    KID if features are Inception's (Bińkowski et al. 2018), by torch-fidelity with its defaults:
+    unbiased, over 100 seeded subsets of `kid_subset_size(N)`. Needs at least 4 vectors per
+    set. A value slightly below 0 is valid: the sets are indistinguishable.
     """
     from torch_fidelity.metric_kid import (
         KEY_METRIC_KID_MEAN,
@@ -165,7 +164,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
 
 
 def kid_subset_size(num_images: int) -> int:
-    """1000, and at most half of the images: subsets of nearly all would show no spread."""
+    """1000, but at most half of the images: larger subsets would show no spread."""
     return min(KID_SUBSET_SIZE, num_images // 2)
 
 
@@ -181,7 +180,7 @@ def precision_recall(originals: Tensor, reconstructions: Tensor) -> PrecisionRec
 
     Precision: the share of reconstructions inside some original's ball, which reaches its third
     neighbour; recall: the share of originals inside some reconstruction's. By torch-fidelity with
-    its defaults, a part of the distances at a time. Needs 4 vectors or more a set.
+    its defaults, some of the distances at a time. Needs at least 4 vectors per set.
     """
     from torch_fidelity.metric_prc import (
         KEY_METRIC_PRECISION,
@@ -202,7 +201,7 @@ def precision_recall(originals: Tensor, reconstructions: Tensor) -> PrecisionRec
 
 @dataclass(frozen=True)
 class Metric(Figure):
-    """How a metric is shown, and how it is computed."""
+    """A figure, and the function or network that computes it."""
 
     smallest_side: int = 1  # of images
     smallest_set: int = 1  # of images
@@ -227,7 +226,7 @@ METRICS: dict[str, Metric] = {
     "recall": Metric("Recall", better="higher", choice="precision_recall", **INCEPTION),
 }
 DEFAULT_METRICS = ("l1", "ssim", "psnr", "lpips", "fid")
-LPIPS_BACKBONES = {"vgg": 16, "alex": 31}  # and the smallest side of images that each takes
+LPIPS_BACKBONES = {"vgg": 16, "alex": 31}  # smallest side of images that each accepts
 NEED_VECTORS = ("kid", "precision_recall")  # choices that keep all feature vectors in memory
 
 
@@ -266,5 +265,5 @@ def settings(num_images: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The packages on which values depend."""
+    """Versions of the packages on which values depend."""
     return {package: version(package) for package in PACKAGES}

@@ -1,4 +1,4 @@
-"""The networks behind LPIPS and FID, on weights that were found, and values they are known by."""
+"""The networks of LPIPS and FID with their weights, and known values that verify the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.weights.registry import WEIGHTS, find, weights_folder
 
 @dataclass(frozen=True)
 class Network:
-    """A network ready for use, in evaluation mode, and the file that its weights came from."""
+    """A network in evaluation mode, and the file of its weights."""
 
     module: nn.Module
     path: Path
@@ -51,9 +51,9 @@ WITHOUT = "name the file with {}, or go without: --metrics l1 ssim psnr"
 def lpips_network(
     net: str, given: str | None = None, folder: str | None = None, without: str = WITHOUT
 ) -> Network:
-    """lpips.LPIPS on the backbone `net`; weights from the given path or folder (torch hub's).
+    """lpips.LPIPS with the backbone `net`, its weights from the given file or folder (torch hub's).
 
-    without is what to try where there are none. Raises UserError where the weights are missing,
+    without: advice for the error if there are no weights. Raises UserError if they are missing,
     damaged or of another network.
     """
     import lpips
@@ -64,7 +64,7 @@ def lpips_network(
         warnings.simplefilter("ignore")
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     expected = model.net.state_dict()
-    # lpips cuts the backbone into slices but keeps torchvision's numbers of the layers.
+    # lpips cuts the backbone into slices but keeps torchvision's layer numbers.
     source = {key: "features." + key.split(".", 1)[1] for key in expected}
     for key, parameter in expected.items():
         theirs = tuple(state[source[key]].shape) if source[key] in state else "nothing"
@@ -80,15 +80,15 @@ def lpips_network(
 def inception_network(
     given: str | None = None, folder: str | None = None, layer: str = "2048"
 ) -> Network:
-    """torch-fidelity's Inception, giving the 2048 features of FID or those of another layer.
+    """torch-fidelity's Inception, which returns the 2048 features of FID or those of another layer.
 
-    Raises UserError where the weights are missing, damaged or of another network.
+    Raises UserError if the weights are missing, damaged or of another network.
     """
     from torch_fidelity import FeatureExtractorInceptionV3
 
     path = find_weights("--inception_weights", given, "inception", folder)
-    # The extractor unpickles what it is given without restriction, so it never sees the file: it
-    # gets a copy of the tensors that were read safely.
+    # The extractor unpickles without restriction, so it gets a copy of safely read tensors
+    # instead of the file.
     copy = io.BytesIO()
     torch.save(read_weights("--inception_weights", path), copy)
     copy.seek(0)
@@ -108,9 +108,9 @@ def inception_network(
 def find_weights(
     flag: str, given: str | None, name: str, folder: str | None, without: str = WITHOUT
 ) -> Path:
-    """The given file, else the one in the folder, downloaded from its usual address if need be.
+    """The given file, or the one in the folder, which is downloaded if it is missing.
 
-    name is that of an entry of WEIGHTS, folder torch hub's unless given.
+    name: entry of WEIGHTS. folder: torch hub's by default.
     """
     if given is not None:
         return Path(given)
@@ -128,9 +128,9 @@ def find_weights(
 
 
 def fetch_weights(folder: str | None = None) -> Iterator[Fetched]:
-    """Bring the weights of every network into the folder (torch hub's), one after the other.
+    """Download the weights of every network into the folder (torch hub's), one after the other.
 
-    Raises UserError where that fails; nothing half written is left.
+    Raises UserError if that fails; no partial file remains.
     """
     return fetch(WEIGHTS, KNOWN_VALUES, weights_folder(folder))
 
@@ -138,7 +138,7 @@ def fetch_weights(folder: str | None = None) -> Iterator[Fetched]:
 def known_lpips(net: str, path: Path) -> float:
     """The mean LPIPS of torchmetrics' documented example.
 
-    Its random images are drawn after an LPIPS-VGG has been built from the same generator.
+    Its images are drawn from the generator after an LPIPS-VGG has been initialised from it.
     """
     from torchvision.models import vgg16
 
@@ -155,7 +155,7 @@ def known_lpips(net: str, path: Path) -> float:
 def known_fid(path: Path) -> float:
     """The FID, of the first 64 features, of torchmetrics' documented example.
 
-    Its random images are drawn after the network has been built from the same generator.
+    Its images are drawn from the generator after the network has been initialised from it.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(123)
@@ -176,7 +176,7 @@ KNOWN_VALUES: dict[str, Callable[[Path], float]] = {
 
 
 def read_weights(flag: str, path: Path) -> Mapping[str, Tensor]:
-    """The state dict in the file, opened without executing anything."""
+    """Read a state dict without executing code from the file."""
     state = read_pickle(f"{flag} {path}", path)
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{flag} {path} is refused: it holds no state dict")

@@ -1,4 +1,4 @@
-"""Pairs of image files of one name: found, checked, read and compared in worker processes."""
+"""Pairs of image files with the same name: finding, checking, reading and comparing them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from utils.logger import log
 GREY_MODES = ("1", "L", "LA", "La")
 MAX_NAMED = 5  # names in an error
 
-# --num_workers is the user's choice, and more than the cores may suit a slow disk.
+# More workers than cores can be right for a slow disk.
 warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two image files of one name and one size, and the mode that both are read in."""
+    """Two image files with the same name and size, and the mode in which both are read."""
 
     name: str
     original: Path
@@ -47,22 +47,22 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one size, and what was measured where they were read."""
+    """Images of one size, and the metrics that worker processes computed."""
 
     names: list[str]  # B
     images: tuple[Pixels, Pixels]  # originals and reconstructions, (B, C, H, W)
     for_inception: tuple[Pixels, Pixels]  # (B, C, h, w)
     values: dict[str, Values]  # (B,) each
-    skipped: dict[str, str]  # name → why the pair could not be decoded and is not among them
+    skipped: dict[str, str]  # name → why the pair could not be decoded
 
 
 # ---------------------------------------------------------------------------------------- finding
 
 
 def open_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
-    """The pairs to measure, in the order of their names, and why others are skipped, by name.
+    """Find the pairs to measure, sorted by name, and the reasons why others are skipped, by name.
 
-    Reads no more than the images' headers.
+    Reads only the headers of the images.
     """
     folders = {"--gt_path": Path(config.gt_path), "--g_path": Path(config.g_path)}
     files = {flag: images_in(flag, folder) for flag, folder in folders.items()}
@@ -92,7 +92,7 @@ def open_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
 
 
 def open_pair(name: str, original: Path, reconstruction: Path) -> Pair:
-    """Read the headers of a pair. Raises UserError where it cannot be measured."""
+    """Read the headers of a pair. Raises UserError if it cannot be measured."""
     (size, mode), (other, other_mode) = read_header(original), read_header(reconstruction)
     if size != other:
         raise DifferentSizes(name, size, other)
@@ -109,7 +109,7 @@ class DifferentSizes(UserError):
 
 
 def images_in(flag: str, folder: Path) -> dict[str, Path]:
-    """The images of a folder and its subfolders by their relative path without suffix."""
+    """Images in a folder and its subfolders, by relative path without suffix."""
     try:
         files = image_names(folder)
     except OSError as error:
@@ -118,7 +118,7 @@ def images_in(flag: str, folder: Path) -> dict[str, Path]:
     for file in files:
         name, path = file[: file.rindex(".")], folder / file
         if name in found:
-            raise UserError(f"{flag} holds two images of one name: {found[name]} and {path}")
+            raise UserError(f"{flag} holds two images with the same name: {found[name]} and {path}")
         found[name] = path
     if not found:
         raise UserError(f"{flag} {folder} holds no images ({' '.join(SUFFIXES)})")
@@ -126,7 +126,7 @@ def images_in(flag: str, folder: Path) -> dict[str, Path]:
 
 
 def check_partners(names: list[str], files: dict[str, dict[str, Path]]) -> None:
-    """Raise UserError where a name is not in both folders."""
+    """Raise UserError if a name is not in both folders."""
     lacking = {flag: [name for name in names if name not in found] for flag, found in files.items()}
     if any(lacking.values()):
         problems = [
@@ -145,28 +145,28 @@ def first_few(names: Sequence[str]) -> str:
 
 
 def read_header(path: Path) -> tuple[tuple[int, int], Literal["L", "RGB"]]:
-    """Width and height, and the mode to read it in. Raises UserError where it cannot be read."""
+    """Width and height, and the mode to read the image in. Raises UserError if it is damaged."""
     with open_image(path, str(path)) as image:
         if more_than_8_bits(image):
-            raise UserError(f"image {path} has more than 8 bits a channel")
+            raise UserError(f"image {path} has more than 8 bits per channel")
         return viewed_size(image), "L" if image.mode in GREY_MODES else "RGB"
 
 
 def read_image(path: Path, pair: Pair) -> tuple[Pixels, str | None]:
-    """The pixels of one image of the pair as (C, H, W), and the format of its file.
+    """Read one image of the pair as (C, H, W), and the format of its file.
 
-    Raises UserError where it is damaged.
+    Raises UserError if it is damaged.
     """
     with open_image(path, str(path)) as image:
         picture = viewed(image, pair.mode)
         if picture.size != pair.size:
-            raise ValueError("its size is not that of its header")
+            raise ValueError("its size differs from its header")
         pixels = np.asarray(picture)
         return pixels[None] if pair.mode == "L" else pixels.transpose(2, 0, 1), image.format
 
 
 def read_pair(pair: Pair, protocol: Protocol) -> tuple[Pixels, Pixels]:
-    """Original and reconstruction as they are measured, (C, H, W)."""
+    """Read original and reconstruction as they are measured, (C, H, W)."""
     original, original_format = read_image(pair.original, pair)
     reconstruction, format_ = read_image(pair.reconstruction, pair)
     return (
@@ -176,7 +176,7 @@ def read_pair(pair: Pair, protocol: Protocol) -> tuple[Pixels, Pixels]:
 
 
 class ReadAndCompare(Dataset[Batch]):
-    """Reads a batch of pairs and computes the metrics that need no network; runs in workers."""
+    """Batches of pairs, read and compared by the metrics without network, in worker processes."""
 
     def __init__(
         self, parts: list[list[Pair]], compared: Container[str], protocol: Protocol, inception: bool
@@ -195,7 +195,7 @@ class ReadAndCompare(Dataset[Batch]):
         for pair in self.parts[index]:
             try:
                 read[pair.name] = read_pair(pair, self.protocol)
-            except UserError as error:  # raised here, it would arrive in the worker's traceback
+            except UserError as error:  # raised here, it would come with a traceback of the worker
                 skipped[pair.name] = str(error)
         if not read:
             nothing = np.empty(0, np.uint8), np.empty(0, np.uint8)
@@ -213,9 +213,9 @@ class ReadAndCompare(Dataset[Batch]):
 
 
 def batches(config: EvaluationConfig, pairs: Sequence[Pair]) -> Iterator[Batch]:
-    """Consecutive pairs of one size and mode, read and compared in worker processes.
+    """Yield batches of consecutive pairs of one size and mode.
 
-    Raises UserError naming an image that is damaged, unless such pairs are skipped.
+    Raises UserError naming a damaged image, unless such pairs are skipped.
     """
     size = config.batch_size
     groups = [list(group) for _, group in groupby(pairs, lambda pair: (pair.size, pair.mode))]
@@ -235,7 +235,7 @@ def batches(config: EvaluationConfig, pairs: Sequence[Pair]) -> Iterator[Batch]:
 
 
 def as_is(batch: Any) -> Any:
-    """Leaves numpy arrays as they are: tensors would need shared memory, scarce in containers."""
+    """Leave numpy arrays as they are: tensors would need shared memory, scarce in containers."""
     return batch
 
 

@@ -1,4 +1,4 @@
-"""What happens to images between their files and the metrics: the choices of --protocol."""
+"""Preparation of images before they are measured: the choices of --protocol."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ Side = Literal["original", "reconstruction"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How both images of a pair are prepared and compared."""
+    """Preparation and comparison of the images of a pair."""
 
     about: str
     ssim: Mapping[str, Any]  # scikit-image's settings
     truncate_originals: bool = False
     jpeg_quality: int | None = None
-    inception_side: int | None = None  # of a bilinear resize before Inception's own to 299
+    inception_side: int | None = None  # bilinear resize before Inception's own to 299
 
     def prepare(self, image: Pixels, side: Side, file_format: str | None) -> Pixels:
-        """The pixels (C, H, W) that are measured, of those in a file of that format.
+        """Prepare the pixels (C, H, W) of a file of that format.
 
-        A JPEG file already holds what the other steps would make of it, and is taken as it is.
+        A JPEG file has already been through these steps and is not changed.
         """
         if file_format == "JPEG":
             return image
@@ -47,18 +47,18 @@ class Protocol:
         return image if self.jpeg_quality is None else through_jpeg(image, self.jpeg_quality)
 
     def for_inception(self, images: Pixels) -> Pixels:
-        """The images (B, C, H, W) that Inception is given."""
+        """Prepare images (B, C, H, W) for Inception."""
         side = self.inception_side
         return images if side is None else np.stack([resized(image, side) for image in images])
 
     def comparison(self, name: str) -> Callable[[Pixels, Pixels], Values] | None:
-        """The function of a metric that needs no network."""
+        """The function of a metric; None if it needs a network."""
         compare = METRICS[name].compare
         return partial(ssim, settings=self.ssim) if compare is ssim else compare
 
 
 def truncated(image: Pixels) -> Pixels:
-    """Bytes as the reference writes its originals: float32 in [−1, 1] and back, truncated.
+    """Truncate bytes as the reference does when it writes originals: to [−1, 1] and back.
 
     Levels 1 … 63 become one less, the others stay.
     """
@@ -70,31 +70,33 @@ def truncated(image: Pixels) -> Pixels:
 
 
 def through_jpeg(image: Pixels, quality: int) -> Pixels:
-    """An image (C, H, W) written as JPEG by Pillow (4:2:0) and read again.
+    """Write an image (C, H, W) as JPEG by Pillow (4:2:0) and read it again.
 
-    A grey image comes out as one of three equal channels would.
+    A grey image gives the same result as three equal channels.
     """
     file = io.BytesIO()
     try:
         to_picture(image).save(file, "JPEG", quality=quality)
-    except OSError as error:  # a side of more than 65,500
-        size = f"{image.shape[2]}×{image.shape[1]}"
-        raise UserError(f"an image of {size} cannot be JPEG: {one_line(error)}") from error
+    except OSError as error:  # a side is longer than 65,500
+        size = f"an image of {image.shape[2]}×{image.shape[1]}"
+        raise UserError(
+            f"an image of {size} cannot be written as JPEG: {one_line(error)}"
+        ) from error
     return from_picture(Image.open(file))
 
 
 def resized(image: Pixels, side: int) -> Pixels:
-    """An image (C, H, W) as (C, side, side): Pillow's bilinear filter, rounded to bytes."""
+    """Resize an image (C, H, W) to (C, side, side) with Pillow's bilinear filter."""
     return from_picture(to_picture(image).resize((side, side), Image.Resampling.BILINEAR))
 
 
 def to_picture(image: Pixels) -> Image.Image:
-    """(C, H, W), C 1 or 3, as a Pillow image."""
+    """Convert (C, H, W), C 1 or 3, to a Pillow image."""
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
 def from_picture(picture: Image.Image) -> Pixels:
-    """A Pillow image of mode L or RGB as (C, H, W)."""
+    """Convert a Pillow image of mode L or RGB to (C, H, W)."""
     pixels = np.asarray(picture)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -104,8 +106,8 @@ PROTOCOLS: dict[str, Protocol] = {
         about="pixels as the files hold them, SSIM with a Gaussian window, FID by torch-fidelity",
         ssim=SSIM_SETTINGS,
     ),
-    # What the published tables of LooC and CVQ-VAE went through. Their reconstructions were
-    # truncated too, from values that no file keeps: of those, a PNG holds the rounded ones.
+    # As for the published tables of LooC and CVQ-VAE. Their reconstructions were truncated too,
+    # before they were rounded to bytes; files hold only rounded values.
     "reference": Protocol(
         about="JPEG of quality 75, SSIM with a uniform window, FID of images resized to 229×229",
         ssim={"data_range": DATA_RANGE, "win_size": SSIM_WINDOW},

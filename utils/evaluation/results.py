@@ -1,4 +1,4 @@
-"""What evaluation.py leaves in the output folder, and the rate that belongs to it."""
+"""The files that evaluation.py writes, and its lines on the screen."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PREVIOUS = "previous_metrics"
 
 
 def set_aside(output: Path) -> None:
-    """Move the results of an earlier run to previous_metrics/: they are no longer current.
+    """Move the results of an earlier run to previous_metrics/.
 
-    Left-overs of a run that ended while writing, without metrics.json, are removed.
+    Incomplete results of a run that ended while writing, without metrics.json, are removed.
     """
     whole = (output / "metrics.json").exists()
     previous = output / PREVIOUS
@@ -40,25 +40,25 @@ def set_aside(output: Path) -> None:
         else:
             path.unlink()
     report = output / "report.html"
-    if whole and report.exists():  # which tells of them
+    if whole and report.exists():  # describes them
         report.rename(previous / report.name)
 
 
 def own_files(output: Path) -> list[Path]:
-    """What evaluation.py has written there."""
+    """Files that evaluation.py has written there."""
     names = ["metrics.json", "metrics.csv", *(f"worst_{metric}.png" for metric in METRICS)]
     return [output / name for name in names if (output / name).is_file()]
 
 
 def remove_results(output: Path) -> None:
-    """Remove the results of all earlier runs: the pictures they tell of are replaced."""
+    """Remove the results of all earlier runs, which describe other pictures."""
     for path in own_files(output):
         path.unlink()
     remove_previous(output)
 
 
 def remove_previous(output: Path) -> None:
-    """Remove what was set aside, once its successor is there."""
+    """Remove the results that were set aside."""
     shutil.rmtree(output / PREVIOUS, ignore_errors=True)
 
 
@@ -76,7 +76,7 @@ def write_results(
 
 
 def record(config: EvaluationConfig, scores: Scores, networks: Mapping[str, Network]) -> Metrics:
-    """Results and everything needed to get them again."""
+    """The results, and everything needed to reproduce them."""
     return Metrics(
         metrics=summarise(config.metrics, scores),
         pairs=len(scores.names),
@@ -100,7 +100,7 @@ def record(config: EvaluationConfig, scores: Scores, networks: Mapping[str, Netw
 
 
 def write_csv(path: Path, scores: Scores) -> None:
-    """A header, then the name and the values of each pair."""
+    """Write a header, then the name and the values of each pair."""
     columns = [name for name in METRICS if name in scores.values]
     with (
         whole_file(path) as temporary,
@@ -113,7 +113,7 @@ def write_csv(path: Path, scores: Scores) -> None:
 
 
 def rate_of(reconstructions: Path) -> Rate | None:
-    """The rate in the analysis.json beside test.py's folder rec; None where there is none."""
+    """The rate in the analysis.json beside test.py's folder rec; None if there is none."""
     folder = reconstructions.resolve()
     file = folder.parent / "analysis.json"
     if folder.name != "rec" or not file.is_file():
@@ -126,7 +126,7 @@ def rate_of(reconstructions: Path) -> Rate | None:
 
 
 def show(content: Metrics, written: list[Path]) -> None:
-    """Print the table, with the rate where it is known, and the paths of what was written."""
+    """Print the metrics, the rate if it is known, and the paths of the files."""
     skipped = content.skipped
     if skipped:
         log.warning(
@@ -143,7 +143,7 @@ def show(content: Metrics, written: list[Path]) -> None:
         if score.identical:
             sys.stdout.write(
                 f"{score.identical} identical pairs, of infinite {METRICS[name].label}, "
-                "are left out of its mean\n"
+                "are excluded from its mean\n"
             )
     print_rows(content.rate.rows() if content.rate else {}, written)
 

@@ -1,22 +1,22 @@
-"""Measuring: batches of pairs in, values of each pair and the features of both sets out."""
+"""Measuring: the values of each pair, and the features of both sets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.errors import UserError, memory_for
+from utils.errors import UserError
 from utils.evaluation import metrics
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.extremes import KeptPairs, Shown
-from utils.evaluation.feature_cache import open_cache
+from utils.evaluation.feature_cache import cache_file, read_statistics, write_statistics
 from utils.evaluation.metrics import CHOICES, LPIPS_BACKBONES, METRICS, FeatureStatistics
 from utils.evaluation.networks import Network
-from utils.evaluation.pairs import Batch, Pair, batches, first_few
+from utils.evaluation.pairs import Pair, batches, first_few
 from utils.evaluation.schema import Score
 from utils.logger import log
 
@@ -33,62 +33,30 @@ class Scores:
     shown: Mapping[str, Shown]  # by name: the extremes of each metric, and those asked for
 
 
-def measure_pairs(
+def measure(
     config: EvaluationConfig,
     pairs: Sequence[Pair],
+    skipped: Mapping[str, str],
     networks: Mapping[str, Network],
     device: torch.device,
-    *,
-    skipped: Mapping[str, str],
     named: Iterable[str] = (),
 ) -> Scores:
-    """Measure all pairs; the statistics of the originals come from the cache, or go into it.
+    """Measure all pairs; takes the memory of a few batches, and of the features that metrics need.
 
     skipped: pairs that were skipped before, name → reason. named: pairs to keep for showing,
-    whatever their values. Raises UserError where too few pairs remain.
+    whatever their values. Inception's statistics of the originals are read from the cache, or
+    written to it. Raises UserError if too few pairs remain.
     """
-    cache = open_cache(config, pairs, networks, device)
-    known = cache.read() if cache is not None else None
-    with memory_for(f"--batch_size {config.batch_size}"):
-        scores = measure(
-            batches(config, pairs),
-            networks,
-            device,
-            total=len(pairs),
-            keep=config.keep_vectors,
-            known=known,
-            kept=KeptPairs(named),
-        )
-    if cache is not None and known is None:
-        cache.write(scores.originals)
-    skipped = dict(sorted({**skipped, **scores.skipped}.items()))
-    check_number(config.metrics, len(scores.names), skipped)
-    return replace(scores, skipped=skipped)
-
-
-def measure(
-    read: Iterable[Batch],
-    networks: Mapping[str, Network],
-    device: torch.device,
-    *,
-    total: int,
-    keep: bool,
-    known: FeatureStatistics | None,
-    kept: KeptPairs,
-) -> Scores:
-    """Measure all pairs in the memory of a few batches; keep holds all feature vectors too.
-
-    Where the statistics of the originals are known, Inception sees the reconstructions alone.
-    """
-    torch.backends.cudnn.allow_tf32 = False  # the values of a GPU are those of the CPU
+    torch.backends.cudnn.allow_tf32 = False  # values of a GPU equal those of the CPU
+    keep, cache = config.keep_vectors, cache_file(config, pairs, networks, device)
+    known = read_statistics(cache, len(pairs), keep=keep) if cache is not None else None
+    originals, reconstructions = known or FeatureStatistics(keep=keep), FeatureStatistics(keep=keep)
+    sets = (originals if known is None else None, reconstructions)
     names: list[str] = []
     values: dict[str, list[float]] = {}
-    skipped: dict[str, str] = {}
-    originals = FeatureStatistics(keep=keep) if known is None else known
-    reconstructions = FeatureStatistics(keep=keep)
-    sets = (originals if known is None else None, reconstructions)
-    with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
-        for batch in read:
+    skipped, kept = dict(skipped), KeptPairs(named)
+    with tqdm(total=len(pairs), unit="image", disable=None, leave=False) as bar:
+        for batch in batches(config, pairs):
             bar.update(len(batch.names) + len(batch.skipped))
             skipped.update(batch.skipped)
             if not batch.names:
@@ -109,18 +77,24 @@ def measure(
             for name, column in columns.items():
                 values.setdefault(name, []).extend(column.tolist())
             kept.add(batch.names, batch.images, columns)
+    if cache is not None and known is None:
+        write_statistics(cache, originals)
+    check_number(config.metrics, len(names), skipped)
+    skipped = dict(sorted(skipped.items()))
     return Scores(names, values, originals, reconstructions, skipped, kept.shown)
 
 
 def check_finite(values: Tensor, network: Network) -> None:
     if not values.isfinite().all():
-        raise UserError(f"the weights {network.path} are damaged: they give values not finite")
+        raise UserError(
+            f"the weights {network.path} are damaged: they give values that are not finite"
+        )
 
 
 def check_pairs(
     config: EvaluationConfig, pairs: Sequence[Pair], skipped: Mapping[str, str]
 ) -> None:
-    """Raise UserError where a metric needs more or larger images."""
+    """Raise UserError if a metric needs more or larger images."""
     check_number(config.metrics, len(pairs), skipped)
     for choice in config.metrics:
         flags = f"--metrics {choice}"
@@ -137,7 +111,7 @@ def check_pairs(
 
 
 def check_number(chosen: Sequence[str], num_pairs: int, skipped: Mapping[str, str]) -> None:
-    """Raise UserError where too few pairs remain for a choice of --metrics."""
+    """Raise UserError if too few pairs remain for a choice of --metrics."""
     if num_pairs == 0:
         reason = next(iter(skipped.values()))
         raise UserError(f"none of the {len(skipped)} pairs can be measured; {reason}")
@@ -162,7 +136,7 @@ def fid(scores: Scores) -> dict[str, Score]:
     if n < metrics.FID_ENOUGH:
         log.warning(
             "FID of %d images is biased: the covariance of its 2048 features needs as many images; "
-            "KID is then the one to read (--metrics kid)",
+            "use KID instead (--metrics kid)",
             n,
         )
     distance = metrics.frechet_distance(scores.originals, scores.reconstructions)
@@ -174,7 +148,7 @@ def kid(scores: Scores) -> dict[str, Score]:
     size = metrics.kid_subset_size(n)
     if size < metrics.KID_SUBSET_SIZE:
         log.info(
-            "KID takes subsets of %d images, half of those there are, instead of %d",
+            "KID takes subsets of %d images, half of all, instead of %d",
             *(size, metrics.KID_SUBSET_SIZE),
         )
     sets = scores.originals.vectors(), scores.reconstructions.vectors()

@@ -1,4 +1,4 @@
-"""What lies in a folder of results or belongs to it, and the commands that write it."""
+"""The files of a results folder, what belongs to them, and the commands that write them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.image_files import image_names
 from utils.report.charts import Point
 from utils.report.markup import Missing, command, text
 
-TO_BE_FILLED_IN = ("<output_folder>", "<experiment>/best.pt")  # where they are not known
+TO_BE_FILLED_IN = ("<output_folder>", "<experiment>/best.pt")  # if they are not known
 
 
 def no_analysis() -> Analysis:
@@ -27,7 +27,7 @@ def no_analysis() -> Analysis:
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that lies in the results folder or belongs to it, as far as it can be read."""
+    """Content of the results folder and what belongs to it, as far as it can be read."""
 
     results: Path
     logs: Path | None = None
@@ -41,13 +41,13 @@ class Found:
     kept: dict[str, Shown] = field(default_factory=dict)  # pairs that were read, by name
 
     def need(self, name: str, command: str) -> None:
-        """Raise Missing where that could not be read."""
+        """Raise Missing if that could not be read."""
         if name in self.problems:
             raise Missing(f"{text(name)} {text(self.problems[name])}. {command}")
 
 
 def find(results: Path, logs: Path | None, kept: Mapping[str, Shown] | None = None) -> Found:
-    """Read everything; what cannot be read is noted in problems."""
+    """Read everything; problems say what cannot be read, and why."""
     problems: dict[str, str] = {}
 
     def attempt(name: str, read: Callable[[], Any], otherwise: Any) -> Any:
@@ -80,7 +80,7 @@ def find(results: Path, logs: Path | None, kept: Mapping[str, Shown] | None = No
 
 
 def belongings(results: Path) -> tuple[Path | None, Path | None]:
-    """Checkpoint and logs of the results, by the layout of the output folder."""
+    """Paths of the checkpoint and logs, from the layout of the output folder."""
     place = results.resolve()
     for folder in place.parents:
         if folder.name == "results":
@@ -90,7 +90,7 @@ def belongings(results: Path) -> tuple[Path | None, Path | None]:
 
 
 def experiment(results: Path) -> str:
-    """<experiment>/<checkpoint>, or the folder's name where it lies elsewhere."""
+    """<experiment>/<checkpoint>, or the name of a folder elsewhere."""
     model, _ = belongings(results)
     place = results.resolve()
     if model is None:
@@ -99,7 +99,7 @@ def experiment(results: Path) -> str:
 
 
 def read_values(path: Path) -> dict[str, dict[str, float]]:
-    """The metrics of each pair, by its name."""
+    """Read the metrics of each pair, by name."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return {
             row.pop("name"): {metric: float(value) for metric, value in row.items()}
@@ -114,7 +114,7 @@ def read_model(path: Path | None) -> Checkpoint:
 
 
 def read_curves(folder: Path | None) -> dict[str, list[Point]]:
-    """TensorBoard's scalars, without what an interrupted run wrote after its last checkpoint."""
+    """Read TensorBoard's scalars, without those of an interrupted run after its last checkpoint."""
     if folder is None or not any(folder.glob("events.out.tfevents.*")):
         raise Missing("has no event files")
     from tensorboard.backend.event_processing import event_accumulator as events
@@ -131,7 +131,7 @@ def read_curves(folder: Path | None) -> dict[str, list[Point]]:
 def find_pairs(
     results: Path, metrics: Metrics, values: Mapping[str, Any]
 ) -> dict[str, tuple[Path, Path]]:
-    """Original and reconstruction by name without suffix: those measured, else those here."""
+    """Original and reconstruction by name without suffix: those measured, or those here."""
     settings = metrics.settings
     measured = [Path(str(settings.get(key) or "-")) for key in ("gt_path", "g_path")]
     own = [results / "original", results / "rec"]
@@ -145,7 +145,7 @@ def find_pairs(
 
 
 def part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """What lies under a key, if that is a mapping, else nothing."""
+    """The mapping under a key; empty if there is none."""
     value = mapping.get(key)
     return value if isinstance(value, Mapping) else {}
 
@@ -155,7 +155,7 @@ def finite(value: object) -> TypeGuard[float]:
 
 
 def stale(found: Found) -> str:
-    """A warning where the checkpoint was written after the results."""
+    """A warning if the checkpoint is newer than the results."""
     results = found.results / "analysis.json"
     if found.checkpoint is None or not results.exists():
         return ""
@@ -163,7 +163,7 @@ def stale(found: Found) -> str:
         return ""
     return (
         '<div class="missing"><p>The checkpoint is newer than these results, which are of an '
-        f"earlier one. test.py puts them in step:</p>{command(test_command(found))}</div>"
+        f"earlier one. Run test.py again:</p>{command(test_command(found))}</div>"
     )
 
 
@@ -182,7 +182,7 @@ def test_command(found: Found) -> str:
 
 
 def evaluation_command(found: Found) -> str:
-    """With the metrics that were measured, or all that need no weights."""
+    """The command with the metrics that were measured, or all that need no weights."""
     settings = found.metrics.settings
     measured = list(found.metrics.metrics) or ["l1", "ssim", "psnr"]
     paths = [
@@ -198,5 +198,5 @@ def evaluation_command(found: Found) -> str:
 
 
 def joined(words: Sequence[str]) -> str:
-    """A command line; what is still to be filled in stays readable."""
+    """A command line, quoted except for placeholders."""
     return " ".join(word if word in TO_BE_FILLED_IN else shlex.quote(word) for word in words)

@@ -1,4 +1,4 @@
-"""Originals beside their reconstructions and errors: some of all, and the worst."""
+"""Originals beside their reconstructions and error maps: a selection, and the worst."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from utils.report.markup import Missing, command, figure, spread, table, text
 
 NUM_SHOWN = 16
 NUM_WORST = 8
-ENLARGED = 96  # pixels that the side of a small image is enlarged to, at most
+ENLARGED = 96  # pixels: the longest side to which small images are enlarged
 ERROR_RANGE = 64  # of 255, drawn in the brightest colour
 COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 WORST_BY = ("psnr", "lpips")
 
 
 def colours(share: np.ndarray) -> np.ndarray:
-    """Values from 0 (black) to 1 (pale yellow) → bytes, (…) → (…, 3)."""
+    """Colours (…, 3), bytes, of values (…) from 0 (black) to 1 (pale yellow)."""
     places = np.linspace(0, 1, len(COLOURS))
     channels = [np.interp(share, places, channel) for channel in zip(*COLOURS)]
     return np.stack(channels, -1).astype(np.uint8)
@@ -42,7 +42,7 @@ def uri(picture: Image.Image) -> str:
 
 
 def pair_of(found: Found, name: str) -> Shown:
-    """A pair as it was measured; read once if it is not in memory. Raises UserError."""
+    """A pair as it was measured, read if it is not in memory. Raises UserError if it is damaged."""
     if name not in found.kept:
         if name not in found.pairs:
             raise UserError("its pictures are not there")
@@ -66,7 +66,7 @@ def triplet(shown: Shown, side: int) -> Image.Image:
 
 
 def tiles(found: Found, names: Sequence[str], side: int) -> str:
-    """A list of triplets, each with its name and values; one that cannot be read says so."""
+    """A list of triplets with names and values, or with the reason why one cannot be read."""
     items, widest = [], 0
     for name in names:
         values = found.values.get(name, {})
@@ -91,7 +91,7 @@ def tiles(found: Found, names: Sequence[str], side: int) -> str:
 
 
 def error_key() -> str:
-    """The colours of the error maps, in bytes."""
+    """A key to the colours of the error maps."""
     strip = Image.fromarray(colours(np.linspace(0, 1, 256)[None]))
     return (
         '<svg class="key" viewBox="0 0 320 34" role="img" aria-label="Colours of the error: black '
@@ -115,7 +115,7 @@ def need_pairs(found: Found) -> None:
 def reconstructions(found: Found, side: int) -> str:
     need_pairs(found)
     if not found.pairs:
-        raise Missing("original/ and rec/ hold no pair of pictures of one name.")
+        raise Missing("original/ and rec/ hold no two pictures with the same name.")
     chosen = evenly_spaced(list(found.pairs))
     return figure(
         tiles(found, chosen, side) + error_key(),
@@ -155,7 +155,7 @@ def worst_images(found: Found, side: int) -> str:
 
 
 def quantiles(found: Found) -> str:
-    """How each metric is spread over the images."""
+    """Quantiles of each metric over the images."""
     columns: dict[str, list[float]] = {}
     for values in found.values.values():
         for metric, value in values.items():

@@ -1,4 +1,4 @@
-"""What the page tells in words: the lead, key figures, the configuration and the commands."""
+"""Text and tables of the page: lead, key figures, configuration and commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.report.markup import Missing, Rows, command, shown, table, text
 
 
 def lead(found: Found) -> str:
-    """What this is, and quality with its rate, in two sentences."""
+    """Model, images, quality and rate in two sentences."""
     model, data = found.analysis.model, found.analysis.data
     spec = spec_of(found)
     quantizer = spec.label if spec else "a vector-quantised autoencoder"
@@ -48,12 +48,12 @@ def spec_of(found: Found) -> QuantizerSpec | None:
 
 
 def quantised(found: Found) -> bool:
-    """Whether latents are quantised, as far as that is known."""
+    """Return whether latents are quantised, as far as that is known."""
     return found.analysis.model.get("quantizer") != "none"
 
 
 def best_rate(found: Found) -> str:
-    """Bits per pixel as coded, else their entropy, beside those of the raw image."""
+    """Coded bits per pixel, or their entropy, relative to the raw image."""
     rate, raw = found.analysis.rate, raw_bits(found)
     for key in ("coded", "entropy"):
         name = f"{key}_bits_per_pixel"
@@ -89,7 +89,7 @@ def quality_rows(found: Found) -> list[tuple[str, str, str]]:
 
 
 def protocol_row(found: Found) -> list[tuple[object, object, object]]:
-    """How images were prepared for the metrics, if that is known."""
+    """The protocol of the evaluation, if it is known."""
     protocol = found.metrics.protocol
     name = protocol.get("name")
     return [("protocol", name, protocol.get("about", ""))] if name else []
@@ -101,7 +101,7 @@ def key_figures(found: Found) -> str:
         "metrics.json": ("Quality", "evaluation.py measures it", evaluation_command(found)),
     }
     notes = "".join(
-        f'<div class="missing">{what} cannot be told: {name} {text(found.problems[name])}. '
+        f'<div class="missing">{what} are not known: {name} {text(found.problems[name])}. '
         f"{how}:{command(line)}</div>"
         for name, (what, how, line) in writers.items()
         if name in found.problems
@@ -150,7 +150,7 @@ def key_figures(found: Found) -> str:
 
 
 def trained(found: Found) -> list[tuple[str, str, str]]:
-    """Steps, epochs and seed of the checkpoint."""
+    """Steps, epochs, seed and best score of the checkpoint."""
     if found.checkpoint is None:
         return [("steps", "–", f"the checkpoint {found.problems.get('the checkpoint', '')}")]
     content = found.checkpoint.content
@@ -166,13 +166,15 @@ def trained(found: Found) -> list[tuple[str, str, str]]:
         (
             f"best validation {merit[0]}",
             merit[1],
-            "on the test images: it flatters" if chosen == "test" else "on a tenth held out",
+            "on the test images, which is too optimistic"
+            if chosen == "test"
+            else "on a tenth held out",
         ),
     ]
 
 
 def flattened(mapping: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
-    """Names and values; those of inner mappings with a dot."""
+    """Names and values; names in inner mappings are joined by a dot."""
     rows: list[tuple[str, str]] = []
     for name, value in mapping.items():
         if isinstance(value, Mapping):
@@ -205,7 +207,7 @@ def configuration(found: Found) -> str:
     ]
     if not tables:
         raise Missing("Neither analysis.json nor metrics.json can be read.")
-    without = "" if content else " What training was given is not known here."
+    without = "" if content else " The settings of training are not known."
     return (
         f"{stale(found)}<p>Everything that was set.{without} <b>Bad:</b> test images of another "
         f"data set or size than the training images, unless that is the question.</p>"
@@ -223,14 +225,14 @@ def model_flags(found: Found) -> dict[str, Any]:
 
 def commands(found: Found) -> str:
     first = train_command(found)
-    known = f"<p>They train, reconstruct and measure anew.</p>{command(first)}" if first else (
-        "<p>The checkpoint does not tell how it was trained.</p>"
+    known = f"<p>These train, reconstruct and measure again.</p>{command(first)}" if first else (
+        "<p>The checkpoint does not say how it was trained.</p>"
     )  # fmt: skip
     return known + command(test_command(found), evaluation_command(found))
 
 
 def train_command(found: Found) -> str:
-    """main.py with every flag that is not the default; empty where they are not known."""
+    """main.py with every flag that is not the default; empty if they are not known."""
     from utils.training.config import TrainConfig
     from utils.training.losses import loss_configs
 
