@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +40,8 @@ from utils.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(num_embedding=8, hidden_size=8, num_residual_hidden=4)
-TRAIN = TrainConfig(batch_size=8, num_epochs=20, max_steps=20, lr=1e-2, log_every=2)
+# Of so many epochs few have figures.
+TRAIN = TrainConfig(batch_size=8, num_epochs=1000, max_steps=20, lr=1e-2, log_every=2)
 VQGAN_FLAGS: dict[str, Any] = {
     **{"model": "vqgan", "channel_multipliers": "1,2,2", "num_residual_layers": 1},
     **{"attention_levels": 0, "latent_channels": 8, "num_residual_hidden": 32},
@@ -242,13 +243,25 @@ def train(
     return {**model.state_dict(), **judge, "best": trainer.best, "apart": apart}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+    """Result of one process, by the number of images."""
+
+    @cache
+    def trained(num_images: int) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("one")
+        return cast(dict[str, Any], together(1, train, folder, "closest", num_images, 1)[0])
+
+    return trained
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("num_images", [24, 25], ids=["equal batches", "a last batch of one"])
 def test_processes_equal_one_with_the_whole_batch(
-    num_ranks: int, num_images: int, tmp_path: Path
+    num_ranks: int, num_images: int, alone: Callable[[int], dict[str, Any]], tmp_path: Path
 ) -> None:
     """20 steps of 8 images in all; of a last batch of one image the other processes have none."""
-    (one,) = together(1, train, tmp_path / "one", "closest", num_images, 1)
+    one = alone(num_images)
     several = together(num_ranks, train, tmp_path / "several", "closest", num_images, 1)
     for result in several:
         assert result["apart"] == 0
@@ -302,8 +315,10 @@ def test_codebooks_stay_the_same_in_training(anchor: str, tmp_path: Path) -> Non
     assert torch.equal(first["quantizer.codebook"], second["quantizer.codebook"])
 
 
-def test_processes_and_parts_together(tmp_path: Path) -> None:
-    (one,) = together(1, train, tmp_path / "one", "closest", 25, 1)
+def test_processes_and_parts_together(
+    alone: Callable[[int], dict[str, Any]], tmp_path: Path
+) -> None:
+    one = alone(25)
     result = together(2, train, tmp_path / "several", "closest", 25, 2)[0]
     for name, value in one.items():
         torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-6)
