@@ -44,10 +44,7 @@ def quantizer_table(device: torch.device) -> Table:
     peaks = ["ours", "dense", "library"]
     table = Table(
         f"Quantiser, forward and backward, z {SHAPE}: milliseconds, and MB above its input",
-        [
-            *("K", "d", *names, "dense / ours", "library / ours"),
-            *(f"{name}, MB" for name in peaks),
-        ],
+        [*("K", "d", *names, "dense / ours", "library / ours"), *(f"{name}, MB" for name in peaks)],
     )
     for num_embedding, dim in SETTINGS:
         torch.compiler.reset()  # PyTorch compiles one function for eight shapes at most

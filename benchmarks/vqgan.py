@@ -127,11 +127,7 @@ def make_trainer(flags: Mapping[str, Any], folder: Path) -> Trainer:
     model = prepare(make_model(model_config), config, size, device)
     build_loss_configs(flags, model_config, size)
     setting = Setting(
-        model,
-        flags,
-        variance=Mock(),
-        betas=config.adam_betas,
-        dtype=PRECISIONS[config.precision],
+        model, flags, variance=Mock(), betas=config.adam_betas, dtype=PRECISIONS[config.precision]
     )
     task = Reconstruction(model, make_losses(setting), config)
     images = torch.randint(256, (config.batch_size, 3, size, size), dtype=torch.uint8)

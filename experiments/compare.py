@@ -16,18 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.curves import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    YELLOW,
-    Style,
-    draw,
-)
+from experiments.curves import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Style, draw
 from experiments.margins import margins_table
 from experiments.options import (
     ALIVE,

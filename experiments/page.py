@@ -164,7 +164,7 @@ class Page:
         return " ".join([self.experiment.command, *words(options)])
 
     def made(self) -> str:
-        """How the figures are made."""
+        """The commands that make the figures."""
         settings = self.experiment.settings
         fewer = settings.num_test and "lpips" in self.metrics
         return (
