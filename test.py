@@ -19,8 +19,7 @@ from datasets import BatchLoader, ImageSet, open_dataset
 from datasets.config import DataConfig
 from modules import ModelConfig
 from modules.options import option
-from utils.checkpoints.checkpoint import Checkpoint
-from utils.checkpoints.named import read_named
+from utils.checkpoints.checkpoint import Checkpoint, read_named
 from utils.codebook.codes.coder import need_coder
 from utils.codebook.codes.header import codes_info
 from utils.codebook.codes.reader import CodeFile

@@ -21,8 +21,7 @@ from benchmarks.measure import both_thread_counts, interleaved, peak_memory, see
 from datasets import BatchLoader, open_dataset, pixel_variance, split_validation
 from modules import VQVAE, Autoencoder, ModelConfig
 from utils.devices import keep_freed_memory
-from utils.flags.arguments import build_model_config
-from utils.flags.recipes import with_recipe
+from utils.flags.arguments import build_model_config, with_recipe
 from utils.images import to_signed
 from utils.tables import Table
 from utils.training.config import TrainConfig

@@ -20,7 +20,7 @@ from experiments.tables import Row, collect, figures_table, merged
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS
 from utils.files import write_json
-from utils.flags.recipes import with_recipe
+from utils.flags.arguments import with_recipe
 from utils.logger import log
 from utils.tables import Table, write_page
 

@@ -26,7 +26,7 @@ from experiments.options import PIXEL_METRICS, Contender, Settings
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.errors import UserError, one_line
 from utils.files import write_json
-from utils.flags.recipes import with_recipe
+from utils.flags.arguments import with_recipe
 from utils.logger import log
 from utils.tables import machine
 from utils.training.config import TrainConfig

@@ -34,8 +34,8 @@ from modules import ModelConfig
 from tests.conftest import ROOT, refusal, run_process
 from utils.evaluation.schema import Figure
 from utils.files import write_json
-from utils.flags.arguments import build, build_model_config, parse_flags
-from utils.flags.recipes import RECIPES, with_recipe
+from utils.flags.arguments import build, build_model_config, parse_flags, with_recipe
+from utils.flags.recipes import RECIPES
 from utils.flags.search import SearchConfig
 from utils.training.config import TrainConfig
 

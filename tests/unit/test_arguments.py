@@ -11,8 +11,15 @@ from datasets.config import DataConfig
 from modules import VQVAE, ModelConfig
 from utils.checkpoints.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.flags.arguments import build, build_model_config, flag_fields, parse_flags, resolve
-from utils.flags.recipes import RECIPES, with_recipe
+from utils.flags.arguments import (
+    build,
+    build_model_config,
+    flag_fields,
+    parse_flags,
+    resolve,
+    with_recipe,
+)
+from utils.flags.recipes import RECIPES
 from utils.training.config import TrainConfig
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig)

@@ -17,7 +17,7 @@ from modules.vqgan import default_groups
 from utils.checkpoints.reference import flags_of_shapes, rename
 from utils.checkpoints.unpickle import read_pickle
 from utils.errors import UserError, one_line
-from utils.files import whole_file
+from utils.files import inside, whole_file
 from utils.flags.arguments import check_stored, value_problem
 
 FORMAT = "looc-1"
@@ -137,6 +137,20 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
     checkpoint = Checkpoint(path, content, config, state_dict)
     check_shapes(checkpoint)
     return checkpoint
+
+
+def read_named(output_folder: str, name: str | None, flags: Mapping[str, Any]) -> Checkpoint:
+    """Open <output_folder>/models/<name> and check it against the model flags given."""
+    if name is None:
+        raise UserError("--model_name is missing: a checkpoint under <output_folder>/models")
+    models, whole = Path(output_folder) / "models", Path(name).resolve()
+    if not (models / name).is_file() and whole.is_file() and models.resolve() in whole.parents:
+        relative = whole.relative_to(models.resolve())
+        raise UserError(f"--model_name {name} must be relative to {models}: give {relative}")
+    path = inside(models, name, "--model_name")
+    if (path / "best.pt").is_file():
+        raise UserError(f"--model_name {name} is a folder: give {Path(name) / 'best.pt'}")
+    return read_checkpoint(path, flags)
 
 
 def open_file(path: Path) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 from modules.config import ModelConfig, implied_flags
+from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 from utils.errors import UserError, printable, unknown_name
 from utils.flags.presets import preset_flags
-from utils.flags.recipes import with_recipe
+from utils.flags.recipes import RECIPES
 
 if TYPE_CHECKING:
     from utils.checkpoints.pretrained import Pretrained
@@ -86,6 +87,14 @@ def resolve(given: Mapping[str, Any], *groups: type) -> tuple[dict[str, Any], Pr
         check_stored(flags, network, f"--pretrained {pretrained.path}", {"latent_channels"})
         flags = {**network, **flags}
     return with_recipe(flags), pretrained
+
+
+def with_recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the quantiser's own defaults, then the flags of the recipe that the quantiser reads."""
+    unread = QUANTIZER_FLAGS - QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)].reads
+    recipe = RECIPES[flags.get("recipe", "paper")]
+    own = {name: value for name, value in recipe.items() if name not in unread}
+    return {**own, **implied_flags(flags), **flags}
 
 
 def flag_fields(group: type) -> list[Field[Any]]:
