@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor, nn
 
 from utils.evaluation import extremes, metrics, networks, protocols
-from utils.evaluation.metrics import METRICS
+from utils.evaluation.metrics import CHOICES, METRICS, Metric, Pixels, Values
 from utils.evaluation.networks import Network
 from utils.images import fitted
 from utils.report import write_report
@@ -267,6 +267,28 @@ def test_metrics_chooses_in_a_fixed_order(results: Path, evaluate: Evaluate) -> 
     content, rows = written(results)
     assert list(content["metrics"]) == ["l1", "psnr"]
     assert list(rows[0]) == ["name", "l1", "psnr"]
+
+
+def test_a_metric_is_a_function_and_a_line(
+    results: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, screen and report show it as it is declared."""
+
+    def largest(x: Pixels, y: Pixels) -> Values:
+        return np.asarray(np.abs(x.astype(float) - y).max((1, 2, 3)))
+
+    metric = Metric("Largest error", 1, "levels", better="lower", compare=largest)
+    monkeypatch.setitem(METRICS, "largest", metric)
+    monkeypatch.setitem(CHOICES, "largest", ("largest",))
+    code, output, errors = evaluate(metrics=("largest", "l1"))
+    assert code == 0, errors
+    content, rows = written(results)
+    mean = content["metrics"]["largest"]["mean"]
+    assert mean == pytest.approx(np.mean([float(row["largest"]) for row in rows]))
+    line = ("Largest", "error", "(levels)", f"{mean:.1f}")
+    assert line in [tuple(words.split()[:4]) for words in output.splitlines()]
+    assert (results / "worst_largest.png").is_file()
+    assert f"{mean:.1f} levels" in (results / "report.html").read_text()
 
 
 # Networks

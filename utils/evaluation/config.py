@@ -22,11 +22,11 @@ class EvaluationConfig:
 
     gt_path: str = option(None, "folder of the originals")
     g_path: str = option(None, "folder of the reconstructions", aliases=("-g_path",))
-    metrics: tuple[str, ...] = option(DEFAULT_METRICS, "what to measure", choices=tuple(CHOICES))
+    metrics: tuple[str, ...] = option(DEFAULT_METRICS, "what to measure", choices=CHOICES)
     protocol: str = option(
         "clean",
         "how images are prepared and compared: as they are, or as for the published tables",
-        choices=tuple(PROTOCOLS),
+        choices=PROTOCOLS,
     )
     num_test: int | None = option(None, "measure the first N pairs by name", minimum=1)
     batch_size: int = option(32, "images at a time", minimum=1, maximum=2**20)
@@ -37,7 +37,7 @@ class EvaluationConfig:
     skip_bad_images: bool = option(
         False, "leave out pairs of images that cannot be decoded; they are counted and listed"
     )
-    lpips_net: str = option("vgg", "backbone of LPIPS", choices=tuple(LPIPS_BACKBONES))
+    lpips_net: str = option("vgg", "backbone of LPIPS", choices=LPIPS_BACKBONES)
     weights_dir: str | None = option(
         None, "folder of the weights of LPIPS's and FID's networks (default: torch hub's)"
     )
