@@ -313,7 +313,7 @@ def test_quality_is_told_without_an_analysis(results: Path) -> None:
     (results / "analysis.json").unlink()
     text = Page(write_report(results)).text
     assert "PSNR 23.46 dB" in text
-    assert "Rate and codebook are not known: analysis.json is not there" in text
+    assert "Rate and codebook: unknown, analysis.json is not there" in text
 
 
 def test_a_checkpoint_newer_than_the_results_is_told(results: Path) -> None:

@@ -101,7 +101,7 @@ def key_figures(found: Found) -> str:
         "metrics.json": ("Quality", "evaluation.py measures it", evaluation_command(found)),
     }
     notes = "".join(
-        f'<div class="missing">{what} are not known: {name} {text(found.problems[name])}. '
+        f'<div class="missing">{what}: unknown, {name} {text(found.problems[name])}. '
         f"{how}:{command(line)}</div>"
         for name, (what, how, line) in writers.items()
         if name in found.problems
@@ -156,16 +156,16 @@ def trained(found: Found) -> list[tuple[str, str, str]]:
     content = found.checkpoint.content
     config = part(content, "train_config")
     best, chosen = content.get("best"), config.get("validation", "split")
-    merit = ("PSNR", f"{shown(best)} dB")
-    if found.checkpoint.model_config.model == "vqgan" and finite(best):
-        merit = ("L1 + LPIPS", shown(-float(best)))
+    score, value = METRICS["psnr"], float(best) if finite(best) else None
+    if found.checkpoint.model_config.model == "vqgan":  # its score is minus this sum
+        score, value = Metric("L1 + LPIPS"), None if value is None else -value
     return [
         ("steps", shown(content.get("step")), f"{shown(content.get('epoch'))} whole epochs"),
         ("seed", f"{config.get('seed', '–')}", ""),
         ("training images", shown(content.get("num_images")), ""),
         (
-            f"best validation {merit[0]}",
-            merit[1],
+            f"best validation {score.label}",
+            score.text(value),
             "on the test images, which is too optimistic"
             if chosen == "test"
             else "on a tenth held out",
