@@ -302,7 +302,10 @@ def test_flags_of_vqgan_are_refused_elsewhere() -> None:
 
 # -------------------------------------------------------------------------------------- training
 
-TRAIN = TrainConfig(batch_size=8, num_epochs=3, lr=1e-3, log_every=2, weight_ema=0.9)
+# Of so many epochs few have figures.
+TRAIN = TrainConfig(
+    batch_size=8, num_epochs=1000, max_steps=9, lr=1e-3, log_every=2, weight_ema=0.9
+)
 ADVERSARY = replace(GAN, disc_start=4)
 LOGGED = (
     *("l1", "perceptual", "adversarial", "adaptive_weight"),
@@ -525,6 +528,14 @@ def test_a_bad_step_leaves_the_discriminator_alone(tmp_path: Path) -> None:
     assert not torch.equal(states[2], states[3])
 
 
+@pytest.fixture(scope="module")
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    make(folder, replace(TRAIN, max_steps=1), GAN).fit()
+    return folder / "models" / "last.pt"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -534,9 +545,10 @@ def test_a_bad_step_leaves_the_discriminator_alone(tmp_path: Path) -> None:
         {"trained": None},
     ],
 )
-def test_a_damaged_state_is_not_resumed(change: dict[str, Any], tmp_path: Path) -> None:
-    make(tmp_path, replace(TRAIN, max_steps=1), GAN).fit()
-    checkpoint = read_checkpoint(tmp_path / "models" / "last.pt")
+def test_a_damaged_state_is_not_resumed(
+    change: dict[str, Any], checkpoint_file: Path, tmp_path: Path
+) -> None:
+    checkpoint = read_checkpoint(checkpoint_file)
     damaged = replace(checkpoint, content={**checkpoint.content, **change})
     with pytest.raises(UserError, match=r"last\.pt cannot be resumed: "):
         make(tmp_path, gan=GAN).resume(damaged)

@@ -31,7 +31,8 @@ from utils.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(num_embedding=16, hidden_size=8, num_residual_hidden=4)
-TRAIN = TrainConfig(batch_size=8, num_epochs=3, lr=1e-2, log_every=2)
+# Of so many epochs few have figures.
+TRAIN = TrainConfig(batch_size=8, num_epochs=1000, max_steps=9, lr=1e-2, log_every=2)
 
 
 def make(folder: Path, train: TrainConfig = TRAIN, model: ModelConfig = SMALL) -> Trainer:
@@ -353,6 +354,14 @@ def test_best_is_written_before_last_tells_its_score(tmp_path: Path) -> None:
     assert names == ["best.pt", "last.pt"]
 
 
+@pytest.fixture(scope="module")
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    make(folder).fit()
+    return folder / "models" / "last.pt"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -361,9 +370,10 @@ def test_best_is_written_before_last_tells_its_score(tmp_path: Path) -> None:
         *({"optimizer": {}}, {"optimizer": {"state": []}}, {"optimizer": {"state": {0: 1}}}),
     ],
 )
-def test_a_damaged_state_is_not_resumed(change: dict[str, object], tmp_path: Path) -> None:
-    make(tmp_path).fit()
-    checkpoint = read_checkpoint(tmp_path / "models" / "last.pt")
+def test_a_damaged_state_is_not_resumed(
+    change: dict[str, object], checkpoint_file: Path, tmp_path: Path
+) -> None:
+    checkpoint = read_checkpoint(checkpoint_file)
     damaged = replace(checkpoint, content={**checkpoint.content, **change})
     with pytest.raises(UserError, match=r"last\.pt (cannot be resumed|is damaged): "):
         make(tmp_path).resume(damaged)
