@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, run_process
 
@@ -44,7 +45,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(ROOT / name, folder)
     blocks = BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text())
-    assert len(blocks) >= 8
+    assert len(blocks) == 11
     for path, content in blocks:
         apply(folder / path, content)
     return folder
@@ -59,8 +60,9 @@ for line in sys.argv[2:]:
     runpy.run_path(f"{sys.path[0]}/{sys.argv[0]}", run_name="__main__")
 """
 COMMANDS = (
+    "line.py",
     "main.py --dataset noise --quantizer sign --hidden_size 4 --num_residual_hidden 2 "
-    "--batch_size 16 --max_steps 2 --exp_name new --device cpu",
+    "--batch_size 16 --max_steps 2 --exp_name new --device cpu --edge_weight 0.1",
     "test.py --model_name new/best.pt --save_codes --device cpu",
     "evaluation.py --metrics worst --gt_path output/results/new/best.pt/original "
     "--g_path output/results/new/best.pt/rec --num_workers 0",
@@ -71,6 +73,12 @@ def test_the_recipes_work(repository: Path, tmp_path: Path) -> None:
     outcome = run_process(["-c", PROGRAM, str(repository), *COMMANDS], tmp_path)
     assert outcome.code == 0, outcome.err
     results = tmp_path / "output/results/new/best.pt"
+    checkpoint = torch.load(tmp_path / "output/models/new/last.pt")
+    assert checkpoint["objective_config"]["edge_weight"] == 0.1
+    line = torch.load(tmp_path / "output/models/line/best.pt")["model"]
+    assert abs(line["weight"].item() - 3) < 0.05
+    assert abs(line["bias"].item() - 1) < 0.05
+
     analysis = json.loads((results / "analysis.json").read_text())
     assert analysis["model"]["quantizer"] == "sign"
     assert analysis["data"]["dataset"] == "noise"

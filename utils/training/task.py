@@ -48,7 +48,10 @@ class Step:
     figures: dict[str, Tensor] = field(default_factory=dict)
 
     def report(self, **figures: Tensor) -> None:
-        """Average these scalars over the batches until the next log entry."""
+        """Average these scalars over the batches until the next log entry.
+
+        If a task reports nothing, its losses are averaged.
+        """
         self.figures.update({name: value.detach() for name, value in figures.items()})
 
     def gradients(self, losses: Sequence[Tensor], parameter: Tensor) -> tuple[Tensor, Tensor]:

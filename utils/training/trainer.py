@@ -174,7 +174,7 @@ class Trainer:
             ranks = num_ranks() if number == 0 else 1
             self.scaler.scale(total * (finite * (share * ranks))).backward()  # type: ignore[no-untyped-call]
         self.loss_names = [f"the {name} loss" for name in found]
-        self.meter.add(step.figures, size_of(part))
+        self.meter.add(step.figures or found, size_of(part))
         return torch.stack(list(found.values())).detach()
 
     def forward(self, *inputs: Any) -> Any:
