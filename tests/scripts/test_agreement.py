@@ -222,7 +222,7 @@ def test_only_rounding_is_taken_for_zero(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_fid_of_fewer_images_than_features_and_itself_is_zero() -> None:
-    """As on a small test set: the covariance has no full rank, and rounding shows."""
+    """On a small test set the covariance is rank-deficient, and rounding shows."""
     vectors = torch.randn(30, 400, generator=torch.Generator().manual_seed(0)).abs() * 3
     found = metrics.frechet_distance(statistics_of(vectors), statistics_of(vectors.flip(0)))
     assert 0 <= found < 1e-3

@@ -40,7 +40,7 @@ def error_line(outcome: Outcome) -> str:
 
 
 def test_the_published_commands(mnist: Path) -> None:
-    """As the README prints them, but for the size of the run; only the first imports all anew."""
+    """The commands of the README, but for the size of the run; only the first imports all anew."""
     folder = mnist.parent.parent
     data = ["--data_folder", "data/mnist", "--dataset", "mnist", "--output_folder", "out"]
     model = ["--num_embedding", "512", "--embedding_dim", "64", "--distance", "cos"]

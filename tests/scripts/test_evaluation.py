@@ -836,7 +836,7 @@ def test_both_folders_are_needed(
 def test_unreadable_subfolder(
     results: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the operating system reports it; root, who runs many tests, may read everything."""
+    """The error is simulated: root, who runs many tests, may read everything."""
     (results / "rec" / "locked").mkdir()
     scandir = os.scandir
 

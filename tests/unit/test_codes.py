@@ -428,7 +428,7 @@ def test_one_image_left(tmp_path: Path) -> None:
 
 
 def test_tables_of_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where tables for every place or slot would be too many, there are fewer."""
+    """There are fewer tables if one for every place or slot would be too many."""
     indices = draw((2000, 1, 2, 3), 4)
     indices[..., 1] = 3 - indices[..., 1]
     indices[:, :, 1] = (indices[:, :, 1] + 2) % 4

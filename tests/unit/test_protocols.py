@@ -32,7 +32,7 @@ def blurred(images: Pixels) -> Pixels:
 
 
 def written(image: Pixels) -> Image.Image:
-    """As the reference writes and reads a file: three channels, JPEG of Pillow's quality, 75."""
+    """Write and read as the reference does: three channels, JPEG with Pillow's quality, 75."""
     file = io.BytesIO()
     rgb = image.repeat(3, 0) if len(image) == 1 else image
     Image.fromarray(rgb.transpose(1, 2, 0)).save(file, "JPEG")

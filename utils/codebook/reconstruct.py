@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -70,8 +70,8 @@ def reconstruct(
     first: list[tuple[int, Tensor]] = []
     total = sum(map(len, loader.shares(epoch=0, start=0)))
     with (
-        pictures(results / "original", form) as original,
-        pictures(results / "rec", form) as rec,
+        pictures(results / "original", form) as write_original,
+        pictures(results / "rec", form) as write_rec,
         spooled(results / CODES, info) if info else nullcontext() as spool,
     ):
         with tqdm(total=total, unit="image", disable=rank() > 0) as bar:
@@ -85,8 +85,8 @@ def reconstruct(
                 # Clones: sending a view to the other processes would send the whole batch.
                 shown = [pair.clone() for pair in pairs[: NUM_SHOWN - len(first)]]
                 first.extend(zip(numbers, shown))
-                original.write(numbers, pairs[:, 0])
-                rec.write(numbers, output)
+                write_original(numbers, pairs[:, 0])
+                write_rec(numbers, output)
                 bar.update(len(images))
         statistics.sum_over_ranks()
         if not statistics.num_images:
@@ -121,35 +121,26 @@ def reconstruct_codes(model: Autoencoder, codes: CodeFile, form: Format, results
     device, info = next(model.parameters()).device, codes.info
     pixels = 0
     with (
-        pictures(results / "rec", form) as rec,
+        pictures(results / "rec", form) as write_rec,
         tqdm(total=info.num_coded, unit="image", disable=rank() > 0) as bar,
     ):
         for positions, indices in codes.batches(rank(), num_ranks()):
             output = to_bytes(model.decode(indices.to(device))).cpu()  # (B, C, h, w)
             pixels += pixel_sum(output)
-            rec.write(positions.tolist(), output)
+            write_rec(positions.tolist(), output)
             bar.update(len(output))
     return sum(gather(pixels)) == info.pixel_sum
 
 
-class Pictures:
-    """A folder of pictures, written by several threads."""
+@contextmanager
+def pictures(path: Path, form: Format) -> Iterator[Callable[[list[int], Tensor], object]]:
+    """Yield a function that writes images (B, C, h, w), uint8, named by their positions in the set.
 
-    def __init__(self, folder: Path, form: Format, pool: ThreadPoolExecutor) -> None:
-        self.folder, self.form, self.pool = folder, form, pool
-
-    def write(self, numbers: list[int], images: Tensor) -> None:
-        """Write images (B, C, h, w), uint8, named by their positions in the set."""
+    All processes write to one new folder, which replaces path when the block ends.
+    """
+    with shared_folder(path) as folder, ThreadPoolExecutor() as pool:
 
         def write(number: int, image: Tensor) -> None:
-            path = self.folder / f"{number:08d}.{self.form.suffix}"
-            save_picture(path, image, self.form.jpeg_quality)
+            save_picture(folder / f"{number:08d}.{form.suffix}", image, form.jpeg_quality)
 
-        list(self.pool.map(write, numbers, images))
-
-
-@contextmanager
-def pictures(path: Path, form: Format) -> Iterator[Pictures]:
-    """Yield a new folder of pictures for all processes; it replaces path when the block ends."""
-    with shared_folder(path) as folder, ThreadPoolExecutor() as pool:
-        yield Pictures(folder, form, pool)
+        yield lambda numbers, images: list(pool.map(write, numbers, images))

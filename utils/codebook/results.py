@@ -23,7 +23,7 @@ PICTURES = ("reconstructions.png", "usage.png", "slots.png", "codebook.png")
 
 
 def results_folder(output: str, model_name: str) -> Path:
-    """Create <output>/results/<model_name>. Raises UserError where that is not possible."""
+    """Create <output>/results/<model_name>. Raises UserError if that is not possible."""
     folder = inside(Path(output) / "results", model_name, "--model_name")
     return writable_folder(folder, "--output_folder")
 

@@ -50,7 +50,7 @@ def numbered(indices: Tensor, num_embedding: int, num_codebooks: int) -> Tensor:
 class CodebookStatistics:
     """Counts of every codevector in every unit slot; memory m × K, however many images.
 
-    num_codebooks: 1 where all slots share a codebook, m where each has its own, 0 without a
+    num_codebooks: 1 if all slots share a codebook, m if each has its own, 0 without a
     quantiser.
     """
 

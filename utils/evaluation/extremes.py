@@ -115,7 +115,7 @@ def save_extremes(
 ) -> None:
     """Write a PNG: the worst above the best, each as original, reconstruction and error map.
 
-    White in the error maps is the largest error shown. Raises UserError where the file cannot be
+    White in the error maps is the largest error shown. Raises UserError if the file cannot be
     written.
     """
     peak = max(1.0, *(float(shown.error.max()) for _, shown in (*worst, *best)))

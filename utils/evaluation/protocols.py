@@ -79,9 +79,7 @@ def through_jpeg(image: Pixels, quality: int) -> Pixels:
         to_picture(image).save(file, "JPEG", quality=quality)
     except OSError as error:  # a side is longer than 65,500
         size = f"an image of {image.shape[2]}×{image.shape[1]}"
-        raise UserError(
-            f"an image of {size} cannot be written as JPEG: {one_line(error)}"
-        ) from error
+        raise UserError(f"{size} cannot be written as JPEG: {one_line(error)}") from error
     return from_picture(Image.open(file))
 
 

@@ -1,4 +1,4 @@
-"""The files analysis.json and metrics.json as dataclasses, and how each figure in them is shown."""
+"""analysis.json and metrics.json as dataclasses, with the label and format of each figure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Content = TypeVar("Content")
 
 @dataclass(frozen=True)
 class Figure:
-    """How a number is shown: label, decimals, unit, and which direction is better."""
+    """Label, decimals, unit and better direction of a number that is shown."""
 
     label: str
     decimals: int = 4
@@ -39,7 +39,7 @@ class Figure:
         return f"{self.better} is better" if self.better else ""
 
     def format(self, value: float | None) -> str:
-        """The number alone; a dash where it is not known."""
+        """The number alone; a dash if it is not known."""
         if value is None or math.isnan(value):
             return "–"
         if math.isinf(value):
@@ -52,7 +52,7 @@ class Figure:
 
 
 def figure(label: str, decimals: int, unit: str = "", **more: Any) -> Any:
-    """A field whose value is a figure; None where it is not known."""
+    """Declare a field whose value is a figure; None if it is not known."""
     return field(default=None, metadata={"figure": Figure(label, decimals, unit, **more)})
 
 
@@ -67,7 +67,7 @@ def figures(group: type) -> dict[str, Figure]:
 
 @dataclass(frozen=True)
 class Rate:
-    """Size of the codes of an image; nothing is known without a quantiser."""
+    """Size of the codes of an image; empty without a quantiser."""
 
     codes_per_image: float | None = figure("codes per image", 0, note="positions × unit slots")
     nominal_bits_per_pixel: float | None = figure(
@@ -108,7 +108,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class CodebookUse:
-    """Usage of the codevectors over all images; without a quantiser the images alone."""
+    """Usage of the codevectors over all images; without a quantiser only the images are known."""
 
     images: int | None = None
     codevectors: int | None = None
@@ -121,7 +121,7 @@ class CodebookUse:
     slots: int | None = None
     slot_usage_percent: list[float] | None = None  # (m)
     slot_perplexity: list[float] | None = None  # (m)
-    counts: list[int] | None = None  # (K), or (m·K) where each slot has its own codebook
+    counts: list[int] | None = None  # (K), or (m·K) if each slot has its own codebook
     slot_counts: list[list[int]] | None = None  # (m, K)
     slots_per_codevector: list[int] | None = None  # (K)
 
@@ -155,11 +155,11 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean and population variance over n images; None where there is nothing to average.
+    """Mean and population variance over n images; None if there is nothing to average.
 
     Identical images have an infinite PSNR: they are counted in `identical`, not averaged. FID,
-    precision and recall are one value for the whole set: the mean is that value, without variance.
-    KID's are over its subsets.
+    precision and recall have one value for the whole set, the mean, and no variance. Mean and
+    variance of KID are over its subsets.
     """
 
     mean: float | None
@@ -169,7 +169,7 @@ class Score:
 
     @property
     def shown(self) -> float | None:
-        """The mean; infinite where all images are identical."""
+        """The mean; infinite if all images are identical."""
         return math.inf if self.mean is None and self.identical else self.mean
 
 
@@ -192,9 +192,8 @@ CODEBOOK = figures(CodebookUse)
 
 
 def rows(group: Rate | CodebookUse) -> dict[str, str]:
-    values = {name: getattr(group, name) for name in figures(type(group))}
-    shown = figures(type(group))
-    return {shown[k].label: shown[k].text(v) for k, v in values.items() if v is not None}
+    values = [(shown, getattr(group, name)) for name, shown in figures(type(group)).items()]
+    return {shown.label: shown.text(value) for shown, value in values if value is not None}
 
 
 # -------------------------------------------------------------------------------------------- JSON
@@ -220,7 +219,7 @@ def read(path: Path, schema: type[Content]) -> Content:
     """Read a file and check the type of every value; unknown keys are ignored.
 
     A missing key has its default, so that older files can be read. Raises FileNotFoundError, and
-    UserError naming the file and the value where one is damaged.
+    UserError naming file and value if one is damaged.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")), schema)  # type: ignore[no-any-return]
@@ -234,13 +233,19 @@ KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", 
 
 
 def parse(value: Any, kind: Any, place: str = "") -> Any:
-    """A value of JSON as this type. Raises ValueError naming the place where it is another."""
+    """Convert a value of JSON to this type. Raises ValueError naming its place if it cannot."""
     if kind is Any:
         return value
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else parse(value, get_args(kind)[0], place)
     if is_dataclass(kind):
-        return parse_fields(parse(value, dict[str, Any], place), kind, place)
+        values, hints = parse(value, dict[str, Any], place), get_type_hints(kind)
+        for item in fields(kind):
+            if item.default is item.default_factory is MISSING and item.name not in values:
+                raise ValueError(f"{place[1:] or 'it'} lacks {item.name}")
+        known = {name: own for name, own in values.items() if name in hints}
+        make: Any = kind
+        return make(**{k: parse(own, hints[k], f"{place}.{k}") for k, own in known.items()})
     base, inner = get_origin(kind) or kind, get_args(kind)
     right = isinstance(value, (int, float) if base is float else base)
     if not right or isinstance(value, bool) or (base is float and not math.isfinite(value)):
@@ -250,12 +255,3 @@ def parse(value: Any, kind: Any, place: str = "") -> Any:
     if base is list:
         return [parse(own, inner[0], place) for own in value]
     return base(value)
-
-
-def parse_fields(values: Mapping[str, Any], group: Any, place: str) -> Any:
-    hints = get_type_hints(group)
-    for item in fields(group):
-        if item.default is item.default_factory is MISSING and item.name not in values:
-            raise ValueError(f"{place[1:] or 'it'} lacks {item.name}")
-    known = {item.name: values[item.name] for item in fields(group) if item.name in values}
-    return group(**{k: parse(own, hints[k], f"{place}.{k}") for k, own in known.items()})
