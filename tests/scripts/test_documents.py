@@ -241,6 +241,19 @@ def test_every_file_named_exists() -> None:
             assert written or (ROOT / path).exists(), f"{page}: {path}"
 
 
+def test_every_name_exists() -> None:
+    """Names of classes and functions, in backticks, are in the code or in that of others."""
+    folders = ("modules", "datasets", "utils", "experiments", "benchmarks")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(path.read_text() for path in [*paths, *map(ROOT.joinpath, SCRIPTS)])
+    others = {"VQModelInterface", "LitEma", "from_pretrained"}
+    for page in PAGES:
+        text = FENCE.sub("", (ROOT / page).read_text())
+        names = set(re.findall(r"`([A-Z][a-z]+[A-Z]\w*|[a-z]+_[a-z_]+)(?:\(.*?\))?`", text))
+        missing = {name for name in names - others if not re.search(rf"\b{name}\b", code)}
+        assert not missing, page
+
+
 SMALL = {
     "main.py": "--max_steps 2 --hidden_size 8 --num_residual_hidden 4 --device cpu --num_workers 0",
     "test.py": "",
