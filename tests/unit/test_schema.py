@@ -14,7 +14,16 @@ from tests.conftest import refusal
 from utils.codebook.statistics import CodebookStatistics
 from utils.evaluation import schema
 from utils.evaluation.metrics import METRICS
-from utils.evaluation.schema import CODEBOOK, RATES, Analysis, Figure, Metrics, Rate, Score
+from utils.evaluation.schema import (
+    CODEBOOK,
+    RATES,
+    Analysis,
+    CodebookUse,
+    Figure,
+    Metrics,
+    Rate,
+    Score,
+)
 
 # Keys as they were written before the schema, in their order.
 ANALYSIS = ("model", "data", "image_format", "rate", "codebook", "skipped_images")
@@ -108,6 +117,10 @@ def test_figures_have_one_format(figure: Figure, value: float | None, text: str)
 def test_a_rate_shows_what_is_known() -> None:
     rate = Rate(codes_per_image=10, entropy_bits_per_pixel_by_slot=0.5, coded_bits_per_pixel=0.25)
     assert rate.rows() == {"codes per image": "10", "bits per pixel, coded": "0.250"}
+    assert Rate(coded_tables=2).rows() == CodebookUse(codevectors=8).rows() == {}
+    whole = Rate(coded_bits_per_pixel=0.25, coded_tables=2)
+    assert whole.rows() == {"bits per pixel, coded": "0.250 (with 2 frequency tables)"}
+    assert CodebookUse(perplexity=6.54, codevectors=8).rows() == {"perplexity": "6.5 of 8"}
     assert not Rate()
     values: dict[str, Any] = schema.plain(rate.headline())
     assert values == {"codes_per_image": 10, "coded_bits_per_pixel": 0.25}

@@ -93,11 +93,10 @@ class Rate:
 
     def rows(self) -> dict[str, str]:
         """Label → value of the figures that are known."""
-        found = rows(self.headline())
-        if self.coded_tables is not None:
+        found, label = rows(self.headline()), RATES["coded_bits_per_pixel"].label
+        if label in found and self.coded_tables is not None:
             plural = "s" if self.coded_tables > 1 else ""
-            shown = RATES["coded_bits_per_pixel"].label
-            found[shown] += f" (with {self.coded_tables} frequency table{plural})"
+            found[label] += f" (with {self.coded_tables} frequency table{plural})"
         return found
 
     def headline(self) -> Rate:
@@ -127,9 +126,9 @@ class CodebookUse:
 
     def rows(self) -> dict[str, str]:
         """Label → value of the figures that are known."""
-        found = rows(self)
-        if self.codevectors is not None:
-            found[CODEBOOK["perplexity"].label] += f" of {self.codevectors}"
+        found, label = rows(self), CODEBOOK["perplexity"].label
+        if label in found and self.codevectors is not None:
+            found[label] += f" of {self.codevectors}"
         return found
 
 
