@@ -16,29 +16,20 @@ class DataConfig:
     dataset: str = option("fashion-mnist-sample", "data set", choices=DATASETS)
     data_folder: str | None = option(None, "folder of the data set (default: data/<dataset>)")
     image_size: int | None = option(
-        None,
-        "side in pixels to which images are cropped and resized, for data sets on disk",
-        minimum=4,
-        maximum=8192,
+        None, "side of the square images in pixels, for sets on disk", minimum=4, maximum=8192
     )
     num_workers: int = option(
-        4, "processes that decode images, for data sets on disk", minimum=0, maximum=1024
+        4, "processes that decode images, for sets on disk", minimum=0, maximum=1024
     )
     skip_bad_images: bool = option(
         False, "skip images that cannot be decoded; they are counted and listed"
     )
-    flip: bool = option(
-        False, "flip half of the training images horizontally, chosen anew in every epoch"
-    )
+    flip: bool = option(False, "mirror half of the training images, chosen anew in every epoch")
     crop: str = option(
-        "centre",
-        "position of the square crop of a training image, for data sets on disk",
-        choices=CROPS,
+        "centre", "position of the training images' square crop, for sets on disk", choices=CROPS
     )
     image_cache: str | None = option(
-        None,
-        "folder in which decoded images are kept for later epochs and runs, for data sets on disk "
-        "(default: none)",
+        None, "folder that keeps decoded images for later runs, for sets on disk (default: none)"
     )
 
     def __post_init__(self) -> None:

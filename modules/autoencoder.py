@@ -19,23 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A choice of --model: the network around the quantiser.
+    """A choice of --model; each check raises ValueError naming flags that contradict."""
 
-    Args:
-        label: its name in reports.
-        make: builds the model of a configuration.
-        reads: the flags that it alone reads.
-        downsampling: f, the side of an image divided by that of its latents.
-        checks: each raises ValueError naming flags that contradict each other.
-        library: the optional package that it needs.
-    """
-
-    label: str
+    label: str  # its name in reports
     make: Callable[[ModelConfig], Autoencoder]
-    reads: frozenset[str]
-    downsampling: Callable[[ModelConfig], int]
+    reads: frozenset[str]  # the flags that it alone reads
+    downsampling: Callable[[ModelConfig], int]  # f, side of an image / side of its latents
     checks: Sequence[Callable[[ModelConfig], None]] = ()
-    library: str | None = None
+    library: str | None = None  # the optional package that it needs
 
 
 class Autoencoder(nn.Module, ABC):

@@ -34,14 +34,8 @@ class ModelConfig:
     )
     embedding_dim: int = option(4, "dimension d of a codevector", minimum=1, maximum=2**14)
     distance: str = option("cos", "similarity by which codevectors are searched", choices=DISTANCES)
-    anchor: str = option(
-        "closest", "anchor for re-initialising unused codevectors", choices=ANCHORS
-    )
-    split: str = option(
-        "fixed",
-        "channels of a unit: contiguous (fixed) or every m-th (interval)",
-        choices=SPLITS,
-    )
+    anchor: str = option("closest", "where unused codevectors are moved", choices=ANCHORS)
+    split: str = option("fixed", "channels of a unit: contiguous or every m-th", choices=SPLITS)
     interpolation_scale: int = option(
         0, "scale β of extrapolation-by-interpolation (0 or 1: off)", minimum=0, maximum=8
     )
@@ -49,22 +43,17 @@ class ModelConfig:
     contras_loss: bool = option(False, "add the contrastive loss")
     commitment_cost: float = option(0.25, "commitment weight λ", minimum=0, maximum=1e6)
     codebook_update: str = option(
-        "gradient",
-        "update of the codebook: by gradients or exponential moving averages",
-        choices=CODEBOOK_UPDATES,
+        "gradient", "codebook update, by gradients or moving averages", choices=CODEBOOK_UPDATES
     )
     ema_decay: float = option(
         0.8, "decay of the moving averages that update a codebook", minimum=0, maximum=1 - 1e-6
     )
     codebook_start: str = option(
-        "uniform",
-        "initial codevectors: random, features of the first batch, or their k-means centres",
-        choices=STARTS,
+        "uniform", "initial codevectors: random or from features of the first batch", choices=STARTS
     )
     latent_norm: str = option(
         "none",
-        "normalisation of the latents: per unit, per position (layer), or per channel over the "
-        "batch or by running averages",
+        "normalisation of the latents, per unit, position, or channel (batch or running averages)",
         choices=LATENT_NORMS,
     )
     gradient: str = option(
@@ -77,16 +66,14 @@ class ModelConfig:
         maximum=1e6,
     )
     levels: str | None = option(
-        None,
-        "levels per dimension of --quantizer fsq, like 8,5,5,5 (default: derived from K and d)",
+        None, "levels of --quantizer fsq, like 8,5,5,5 (default: derived from K and d)"
     )
     num_quantizers: int = option(
         4, "number of codebooks of --quantizer residual-vq", minimum=1, maximum=64
     )
     dead_code_threshold: int = option(
         0,
-        "matches per step, on average, below which the library's EMA quantisers replace a "
-        "codevector",
+        "matches per step below which the library's EMA quantisers replace a codevector",
         minimum=0,
         maximum=10**6,
     )
@@ -99,7 +86,7 @@ class ModelConfig:
     )
     hidden_size: int = option(
         128,
-        "channels of encoder and decoder; for --model vqgan at full resolution",
+        "channels of encoder and decoder (VQGAN: at full resolution)",
         minimum=2,
         maximum=2**14,
     )
@@ -108,8 +95,7 @@ class ModelConfig:
     )
     num_residual_layers: int = option(
         2,
-        "residual blocks in encoder and decoder; for --model vqgan per resolution, and one more "
-        "in the decoder",
+        "residual blocks in encoder and decoder (VQGAN: per resolution, decoder one more)",
         minimum=0,
         maximum=1024,
     )
@@ -119,10 +105,7 @@ class ModelConfig:
         "first halves height and width",
     )
     attention_levels: int = option(
-        1,
-        "number of resolutions of --model vqgan with attention, from the lowest",
-        minimum=0,
-        maximum=8,
+        1, "number of lowest resolutions of --model vqgan with attention", minimum=0, maximum=8
     )
     norm_groups: int | None = option(
         None,

@@ -19,14 +19,7 @@ from torch.func import functional_call
 
 from .looc import Quantized
 from .looc.norms import WITH_AVERAGES, LatentNorm
-from .spec import (
-    COMMON_FLAGS,
-    QuantizerSpec,
-    check_position,
-    check_units,
-    import_library,
-    units,
-)
+from .spec import COMMON_FLAGS, QuantizerSpec, check_position, check_units, import_library, units
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -59,7 +52,7 @@ class LibraryQuantizer(LatentNorm):
         *,
         channels: int,
         codebook: Callable[[Any], Tensor],
-        decode: Callable[[Any, Tensor], Tensor],
+        decode: Callable[[Any, Tensor], Any],
         latent_norm: str = "none",
     ) -> None:
         super().__init__()
@@ -146,7 +139,7 @@ def spread(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
 def wrap(
     config: ModelConfig,
     library: nn.Module,
-    decode: Callable[[Any, Tensor], Tensor],
+    decode: Callable[[Any, Tensor], Any],
     codebook: str = "codebook",
 ) -> LibraryQuantizer:
     """Wrap a module; `codebook` is the name of its codevectors."""
@@ -179,31 +172,24 @@ def ema_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def decode_shared(library: Any, indices: Tensor) -> Tensor:
-    """Decode indices of slots that share a codebook."""
-    codes: Tensor = library.codebook[indices].flatten(2)
-    return codes
-
-
-def decode_separate(library: Any, indices: Tensor) -> Tensor:
-    """Decode indices of slots that each have a codebook."""
-    codes: Tensor = library.get_codes_from_indices(indices)
-    return codes
+def decode_heads(library: Any, indices: Tensor) -> Any:
+    if library.separate_codebook_per_head:
+        return library.get_codes_from_indices(indices)
+    return library.codebook[indices].flatten(2)
 
 
 def make_heads(config: ModelConfig, *, separate: bool = False) -> LibraryQuantizer:
     library = import_package(config).VectorQuantize(
         codebook_dim=config.embedding_dim,
-        heads=config.channels // config.embedding_dim,
+        heads=units(config),
         separate_codebook_per_head=separate,
         **ema_settings(config),
     )
-    return wrap(config, library, decode_separate if separate else decode_shared)
+    return wrap(config, library, decode_heads)
 
 
-def decode_residual(library: Any, indices: Tensor) -> Tensor:
-    latents: Tensor = library.get_output_from_indices(indices)
-    return latents
+def decode_residual(library: Any, indices: Tensor) -> Any:
+    return library.get_output_from_indices(indices)
 
 
 def make_residual(config: ModelConfig) -> LibraryQuantizer:
@@ -213,9 +199,8 @@ def make_residual(config: ModelConfig) -> LibraryQuantizer:
     return wrap(config, library, decode_residual, "codebooks")
 
 
-def decode_sim(library: Any, indices: Tensor) -> Tensor:
-    codes: Tensor = library.indices_to_codes(indices[..., 0])
-    return codes
+def decode_sim(library: Any, indices: Tensor) -> Any:
+    return library.indices_to_codes(indices[..., 0])
 
 
 def make_sim(config: ModelConfig) -> LibraryQuantizer:
@@ -258,9 +243,7 @@ EMA_VQ = QuantizerSpec(
     checks=(check_position, check_start),
     library=PACKAGE,
 )
-COSINE_VQ = replace(
-    EMA_VQ, label="VQ by cosine similarity", implies={**DEFAULTS, "distance": "cos"}
-)
+COSINE_VQ = replace(EMA_VQ, label="VQ by cosine similarity", implies=DEFAULTS | {"distance": "cos"})
 MULTIHEAD_VQ = replace(
     EMA_VQ,
     label="multi-headed VQ",
@@ -270,10 +253,7 @@ MULTIHEAD_VQ = replace(
     slots=units,
 )
 PRODUCT_VQ = replace(
-    MULTIHEAD_VQ,
-    label="product VQ",
-    make=partial(make_heads, separate=True),
-    codebooks=units,
+    MULTIHEAD_VQ, label="product VQ", make=partial(make_heads, separate=True), codebooks=units
 )
 RESIDUAL_VQ = replace(
     EMA_VQ,

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 LEAST_LEVEL, LARGEST_LEVEL = 3, 16  # per dimension of FSQ, when derived from K and d
 
 
-def decode_grid(library: Any, indices: Tensor) -> Tensor:
-    codes: Tensor = library.indices_to_codes(indices)
-    return codes
+def decode_grid(library: Any, indices: Tensor) -> Any:
+    return library.indices_to_codes(indices)
 
 
 # Finite scalar quantisation
@@ -98,7 +97,7 @@ def make_fsq(config: ModelConfig) -> LibraryQuantizer:
     with torch.device("cpu"):  # its constructor reads values, which device "meta" does not have
         library = package.FSQ(
             list(parse_levels(config.levels or "")),
-            num_codebooks=config.channels // config.embedding_dim,
+            num_codebooks=units(config),
             keep_num_codebooks_dim=True,
         )
     return wrap(config, library, decode_grid, "implicit_codebook")
@@ -141,7 +140,7 @@ def check_bits(config: ModelConfig) -> None:
 def make_lfq(config: ModelConfig) -> LibraryQuantizer:
     library = import_package(config).LFQ(
         codebook_size=config.num_embedding,
-        num_codebooks=config.channels // config.embedding_dim,
+        num_codebooks=units(config),
         keep_num_codebooks_dim=True,
         commitment_loss_weight=config.commitment_cost,
     )

@@ -45,33 +45,20 @@ class Quantizer(Protocol):
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """A choice of --quantizer.
+    """A choice of --quantizer; each check raises ValueError naming flags that contradict."""
 
-    Args:
-        label: its name in reports.
-        make: builds it for a model's configuration.
-        reads: the flags that it reads.
-        implies: its own defaults of flags.
-        derive: further defaults, from the flags given and the defaults of the others.
-        checks: each raises ValueError naming flags that contradict each other.
-        any_channels: True if it takes latents of any number of channels, not d only.
-        slots: indices m per position.
-        codebooks: 1 if all slots share a codebook, m if each has its own, 0 without any.
-        parts: True if a batch may be split over several calls or processes.
-        library: the optional package that it needs.
-    """
-
-    label: str
+    label: str  # its name in reports
     make: Callable[[ModelConfig], Quantizer]
-    reads: frozenset[str]
-    implies: Mapping[str, Any] = field(default_factory=dict)
+    reads: frozenset[str]  # the flags that it reads
+    implies: Mapping[str, Any] = field(default_factory=dict)  # its own defaults
+    # Further defaults, from the flags given and the declared defaults.
     derive: Callable[[Mapping[str, Any], type[ModelConfig]], dict[str, Any]] = lambda *_: {}
     checks: Sequence[Callable[[ModelConfig], None]] = ()
-    any_channels: bool = False
-    slots: Callable[[ModelConfig], int] = lambda _: 1
-    codebooks: Callable[[ModelConfig], int] = lambda _: 1
-    parts: bool = False
-    library: str | None = None
+    any_channels: bool = False  # takes latents of any number of channels, not d only
+    slots: Callable[[ModelConfig], int] = lambda _: 1  # indices m per position
+    codebooks: Callable[[ModelConfig], int] = lambda _: 1  # 1 if shared, m if each slot has its own
+    parts: bool = False  # a batch may be split over several calls or processes
+    library: str | None = None  # the optional package that it needs
 
 
 def import_library(package: str, flag: str) -> ModuleType:

@@ -384,7 +384,7 @@ def test_a_batch_in_parts_is_refused_where_it_cannot_be(
         return
     takers = "needs --quantizer looc, cvq, vq, none, fsq, not " + name
     assert refusal(lambda: check_parts(config, 4)) == f"--accumulate 4 {takers}"
-    monkeypatch.setattr("utils.training.trainer.num_ranks", lambda: 2)
+    monkeypatch.setattr("utils.training.reconstruction.num_ranks", lambda: 2)
     assert "2 processes need --quantizer looc" in refusal(lambda: check_parts(config, 1))
 
 

@@ -50,13 +50,6 @@ class Source(NamedTuple):
     state_dict: dict[str, Tensor]
 
 
-class Fitted(NamedTuple):
-    """Weights to load into a model, and names of the weights that it keeps."""
-
-    loaded: dict[str, Tensor]
-    new: list[str]
-
-
 @dataclass(frozen=True)
 class Pretrained:
     """Weights of encoder, decoder and the 1×1 convolutions around the quantiser, as float32."""
@@ -96,13 +89,13 @@ def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> None:
             f"--pretrained {pretrained.path} takes images of {channels} channels, "
             f"those of --dataset have {model.config.in_channels}"
         )
-    fitted = fit(pretrained, model.state_dict())
-    model.load_state_dict(fitted.loaded, strict=False)
-    new = dict.fromkeys(name.split(".")[0] for name in fitted.new)
+    loaded = fit(pretrained, model.state_dict())
+    missing, _ = model.load_state_dict(loaded, strict=False)
+    new = dict.fromkeys(name.split(".")[0] for name in missing)
     log.info("starting from %s; new: %s", pretrained.origin, ", ".join(new))
 
 
-def fit(pretrained: Pretrained, expected: StateDict) -> Fitted:
+def fit(pretrained: Pretrained, expected: StateDict) -> dict[str, Tensor]:
     """Select the weights to load into the model that has this state dict.
 
     The convolutions around the quantiser stay new if the numbers of latent channels differ. Raises
@@ -119,8 +112,7 @@ def fit(pretrained: Pretrained, expected: StateDict) -> Fitted:
                 f"--pretrained {pretrained.path} does not fit: "
                 f"{name} is {theirs} where the model has {ours}"
             )
-    loaded = {name: value for name, value in given.items() if name.startswith(parts)}
-    return Fitted(loaded, [name for name in expected if name not in loaded])
+    return {name: value for name, value in given.items() if name.startswith(parts)}
 
 
 def from_diffusers(folder: Path) -> Source:

@@ -18,14 +18,9 @@ from utils.errors import UserError, one_line
 class Inert:
     """Stand-in for an object that is ignored; accepts any content and drops it."""
 
-    def __new__(cls, *_: Any) -> Inert:
-        return super().__new__(cls)
+    def __init__(self, *_: Any) -> None: ...
 
-    def __init__(self, *_: Any) -> None:
-        """Drop the arguments."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Drop the state."""
+    def __setstate__(self, state: Any) -> None: ...
 
 
 def read_pickle(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Any:
