@@ -30,11 +30,11 @@ from utils.training.config import TrainConfig
 from utils.training.losses import (
     L1,
     Adversarial,
-    AdversarialConfig,
     Loss,
     MeanSquaredError,
     QuantizerLoss,
 )
+from utils.training.losses.adversarial import AdversarialConfig
 from utils.training.reconstruction import Reconstruction
 from utils.training.trainer import Trainer
 

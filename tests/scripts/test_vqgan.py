@@ -32,12 +32,12 @@ from utils.training.config import TrainConfig
 from utils.training.losses import (
     L1,
     Adversarial,
-    AdversarialConfig,
     Loss,
     Perceptual,
     QuantizerLoss,
     build_loss_configs,
 )
+from utils.training.losses.adversarial import AdversarialConfig
 from utils.training.reconstruction import Reconstruction, check_network
 from utils.training.resume import differing_flags
 from utils.training.task import Step

@@ -21,7 +21,7 @@ from utils.distributed import num_ranks, rank
 from utils.errors import Stopped
 from utils.training import losses
 from utils.training.config import LoopConfig
-from utils.training.losses import Loss, LossSpec, Seen
+from utils.training.losses.loss import Loss, Seen
 from utils.training.resume import resume
 from utils.training.task import Step, Task
 from utils.training.trainer import Trainer
@@ -233,7 +233,7 @@ def test_a_loss_is_one_line(
         events = EventAccumulator(str(tmp_path / "output" / "logs" / name)).Reload()
         return float(events.Scalars("train/roughness")[-1].value)
 
-    monkeypatch.setitem(losses.LOSSES, "smooth", LossSpec(lambda _: SmoothLatents()))
+    monkeypatch.setitem(losses.LOSSES, "smooth", SmoothLatents)
     smooth = roughness("smooth")
     monkeypatch.setattr(SmoothLatents, "__call__", lambda self, seen: 1e-9 * called(self, seen))
     assert smooth < 0.9 * roughness("rough")

@@ -19,7 +19,7 @@ from utils.codebook.statistics import CodebookStatistics, in_words, numbered, us
 from utils.errors import UserError, memory_for, one_line, out_of_memory
 from utils.images import comparison, mean_squared_errors, signed_psnr, to_bytes, to_signed
 from utils.training.config import TrainConfig
-from utils.training.losses import Loss, Seen
+from utils.training.losses.loss import Loss, Seen
 from utils.training.task import Step, Task
 from utils.training.trainer import mixed_precision
 

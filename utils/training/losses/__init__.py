@@ -11,35 +11,33 @@ from typing import Any
 from modules import ModelConfig
 from utils.errors import UserError
 from utils.flags.arguments import build, flag_fields
-from utils.training.losses.adversarial import (
-    Adversarial,
-    AdversarialConfig,
-    check_adversarial,
-    make_adversarial,
-)
-from utils.training.losses.loss import Loss, LossSpec, Seen, Setting
-from utils.training.losses.perceptual import (
-    Perceptual,
-    PerceptualConfig,
-    check_perceptual,
-    make_perceptual,
-)
-from utils.training.losses.pixels import L1, MeanSquaredError, make_l1, make_mse
+from utils.training.losses.adversarial import Adversarial
+from utils.training.losses.loss import Loss, Setting
+from utils.training.losses.perceptual import Perceptual
+from utils.training.losses.pixels import L1, MeanSquaredError
 from utils.training.losses.quantizer import QuantizerLoss
 
-VQGAN_ALONE = ("vqgan",)
-LOSSES: dict[str, LossSpec] = {
-    "reconstruction": LossSpec(make_mse),
-    "l1": LossSpec(make_l1),
-    "perceptual": LossSpec(make_perceptual, PerceptualConfig, VQGAN_ALONE, check_perceptual),
-    "adversarial": LossSpec(make_adversarial, AdversarialConfig, VQGAN_ALONE, check_adversarial),
-    "quantizer": LossSpec(lambda _: QuantizerLoss()),
+LOSSES: dict[str, type[Loss]] = {
+    "reconstruction": MeanSquaredError,
+    "l1": L1,
+    "perceptual": Perceptual,
+    "adversarial": Adversarial,
+    "quantizer": QuantizerLoss,
 }
+
+
+def losses_of(model: ModelConfig) -> dict[str, type[Loss]]:
+    """The losses that this model has, by name."""
+    return {
+        name: loss
+        for name, loss in LOSSES.items()
+        if loss.models is None or model.model in loss.models
+    }
 
 
 def loss_configs() -> tuple[type, ...]:
     """Dataclasses of the losses' flags."""
-    return tuple(spec.config for spec in LOSSES.values() if spec.config is not None)
+    return tuple(loss.config for loss in LOSSES.values() if loss.config is not None)
 
 
 def build_loss_configs(flags: Mapping[str, Any], model: ModelConfig, image_size: int) -> list[Any]:
@@ -47,44 +45,22 @@ def build_loss_configs(flags: Mapping[str, Any], model: ModelConfig, image_size:
 
     Raises UserError for a flag that has no effect with this model, or images that are too small.
     """
-    configs = []
-    for spec in LOSSES.values():
-        if spec.config is None:
+    own = losses_of(model).values()
+    configs: list[Any] = []
+    for loss in LOSSES.values():
+        if loss.config is None:
             continue
-        if spec.models is not None and model.model not in spec.models:
-            for item in flag_fields(spec.config):
-                if item.name in flags:
-                    value = flags[item.name]
-                    raise UserError(
-                        f"--{item.name} {value} has no effect with --model {model.model}"
-                    )
-            continue
-        config: Any = build(spec.config, flags)
-        spec.check(config, image_size)
-        configs.append(config)
+        given = [item.name for item in flag_fields(loss.config) if item.name in flags]
+        if loss in own:
+            configs.append(build(loss.config, flags))
+            loss.check(configs[-1], image_size)
+        elif given:
+            name = given[0]
+            raise UserError(f"--{name} {flags[name]} has no effect with --model {model.model}")
     return configs
 
 
 def make_losses(setting: Setting) -> dict[str, Loss]:
     """The losses of a run, by name, in the order of their sum."""
-    made = {name: spec.make(setting) for name, spec in LOSSES.items()}
+    made = {name: loss.make(setting) for name, loss in losses_of(setting.model.config).items()}
     return {name: loss for name, loss in made.items() if loss is not None}
-
-
-__all__ = [
-    "L1",
-    "LOSSES",
-    "Adversarial",
-    "AdversarialConfig",
-    "Loss",
-    "LossSpec",
-    "MeanSquaredError",
-    "Perceptual",
-    "PerceptualConfig",
-    "QuantizerLoss",
-    "Seen",
-    "Setting",
-    "build_loss_configs",
-    "loss_configs",
-    "make_losses",
-]

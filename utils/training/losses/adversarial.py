@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ class Adversarial(Loss):
         dtype: precision of the discriminator under autocast.
     """
 
-    judged = ("logits_real", "logits_fake")
+    config = AdversarialConfig
+    models = ("vqgan",)
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Adversarial(Loss):
         betas: tuple[float, float] = (0.9, 0.999),
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.config = config
+        self.flags = config
         self.last_layer = model.last_layer
         self.device, self.dtype = self.last_layer.device, dtype
         self.discriminator = PatchDiscriminator(
@@ -78,9 +79,23 @@ class Adversarial(Loss):
         ).to(self.last_layer)
         self.optimizer = make_adam(list(self.discriminator.parameters()), betas=betas)
 
+    @classmethod
+    def check(cls, config: AdversarialConfig, image_size: int) -> None:
+        side = 3 * 2**config.disc_layers
+        if config.disc_weight and image_size < side:
+            raise UserError(
+                f"--disc_layers {config.disc_layers} needs images of {side}×{side} or more, "
+                f"not --image_size {image_size}"
+            )
+
+    @classmethod
+    def make(cls, setting: Setting) -> Adversarial:
+        config = build(AdversarialConfig, setting.flags)
+        return cls(config, cast(VQGAN, setting.model), betas=setting.betas, dtype=setting.dtype)
+
     def takes_part(self, step: int) -> bool:
         """Whether the discriminator takes part in this step; the first is 1."""
-        return self.config.disc_weight > 0 and step > self.config.disc_start
+        return self.flags.disc_weight > 0 and step > self.flags.disc_start
 
     def __call__(self, seen: Seen) -> Tensor:
         zero = torch.zeros_like(seen.total)
@@ -93,20 +108,20 @@ class Adversarial(Loss):
         (own, theirs), scale = seen.step.gradients((seen.total, adversarial), self.last_layer)
         weight: Tensor = (own.norm() / (theirs.norm() + 1e-4 * scale)).clamp(0, 1e4)
         seen.step.report(adversarial=adversarial, adaptive_weight=weight)
-        weighted: Tensor = self.config.disc_weight * weight * adversarial
+        weighted: Tensor = self.flags.disc_weight * weight * adversarial
         return weighted
 
     def own_loss(self, seen: Seen) -> Tensor:
         zero = torch.zeros((), dtype=seen.images.dtype, device=seen.images.device)
         if not self.takes_part(seen.step.number):
-            seen.step.report(discriminator=zero, **dict.fromkeys(self.judged, zero))
+            seen.step.report(discriminator=zero, logits_real=zero, logits_fake=zero)
             return zero
         self.discriminator.requires_grad_(True)
         with half_precision(self.device, self.dtype):
             real = self.discriminator(seen.images).float()
             fake = self.discriminator(seen.reconstruction.detach()).float()
         loss = (mean(F.relu(1 - real)) + mean(F.relu(1 + fake))) / 2
-        seen.step.report(discriminator=loss, **dict(zip(self.judged, (mean(real), mean(fake)))))
+        seen.step.report(discriminator=loss, logits_real=mean(real), logits_fake=mean(fake))
         return loss
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -129,21 +144,3 @@ class Adversarial(Loss):
 def mean(values: Tensor) -> Tensor:
     """Mean of a tensor of any shape; 0 where it is empty, with a gradient."""
     return values.sum() / max(1, values.numel())
-
-
-def make_adversarial(setting: Setting) -> Adversarial | None:
-    """The discriminator, for the VQGAN."""
-    if not isinstance(setting.model, VQGAN):
-        return None
-    config = build(AdversarialConfig, setting.flags)
-    return Adversarial(config, setting.model, betas=setting.betas, dtype=setting.dtype)
-
-
-def check_adversarial(config: AdversarialConfig, image_size: int) -> None:
-    """Raise UserError where images are too small for the discriminator."""
-    side = 3 * 2**config.disc_layers
-    if config.disc_weight and image_size < side:
-        raise UserError(
-            f"--disc_layers {config.disc_layers} needs images of {side}×{side} or more, "
-            f"not --image_size {image_size}"
-        )

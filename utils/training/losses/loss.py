@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class Seen:
 
     @cached_property
     def mse(self) -> Tensor:
-        """Mean squared error, scalar; 0 for no image, with a gradient."""
+        """Mean squared error, a scalar; 0 for no image, with a gradient."""
         if len(self.images):
             return F.mse_loss(self.reconstruction, self.images)
         return self.reconstruction.sum()
@@ -48,14 +48,28 @@ class Setting:
 class Loss(ABC):
     """One term of what is minimised, with everything that it trains and remembers besides.
 
-    Attributes:
+    Class attributes:
+        config: dataclass of its flags.
+        models: the --model that have this loss; None: all.
         measured: whether validation measures its `distance` of each image. best.pt is then chosen
             by the weighted sum of these, and else by PSNR.
-        weight: factor of `distance` in that sum.
     """
 
-    measured = False
-    weight = 1.0
+    config: ClassVar[type | None] = None
+    models: ClassVar[tuple[str, ...] | None] = None
+    measured: ClassVar[bool] = False
+    weight: float = 1.0
+
+    @classmethod
+    def check(cls, config: Any, image_size: int) -> None:
+        """Raise UserError where the images are too small for it."""
+        del config, image_size
+
+    @classmethod
+    def make(cls, setting: Setting) -> Loss | None:
+        """Make the loss of a run; None where its flags turn it off."""
+        del setting
+        return cls()
 
     @abstractmethod
     def __call__(self, seen: Seen) -> Tensor:
@@ -81,18 +95,3 @@ class Loss(ABC):
     def load(self, content: Mapping[str, Any]) -> None:
         """Restore `state` from a checkpoint. Raises ValueError where it is damaged."""
         del content
-
-
-def no_flags(flags: Mapping[str, Any], image_size: int) -> None:
-    """The check of a loss that has no condition."""
-    del flags, image_size
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """A loss as the registry knows it."""
-
-    make: Callable[[Setting], Loss | None]  # None where the run has no such term
-    config: type | None = None  # dataclass of its flags
-    models: tuple[str, ...] | None = None  # the --model that read these flags; None: all
-    check: Callable[[Any, int], None] = no_flags  # of its config and the images' side

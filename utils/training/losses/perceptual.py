@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modules import VQGAN
 from modules.options import option
 from utils.distributed import first_goes_ahead
 from utils.errors import UserError
@@ -39,6 +38,8 @@ class Perceptual(Loss):
         dtype: precision of the network under autocast.
     """
 
+    config = PerceptualConfig
+    models = ("vqgan",)
     measured = True
 
     def __init__(
@@ -47,6 +48,26 @@ class Perceptual(Loss):
         self.network = network
         self.weight = weight
         self.dtype = dtype
+
+    @classmethod
+    def check(cls, config: PerceptualConfig, image_size: int) -> None:
+        side = LPIPS_BACKBONES["vgg"]
+        if config.perceptual_weight and image_size < side:
+            raise UserError(
+                f"--perceptual_weight {config.perceptual_weight} needs images of {side}×{side} or "
+                f"more, not --image_size {image_size}"
+            )
+
+    @classmethod
+    def make(cls, setting: Setting) -> Perceptual | None:
+        """Raises UserError where the weights of LPIPS are missing."""
+        config = build(PerceptualConfig, setting.flags)
+        if not config.perceptual_weight:
+            return None
+        with first_goes_ahead():  # the others find the files that it has downloaded
+            network = lpips_network("vgg", folder=config.weights_dir, without=WITHOUT_LPIPS)
+        device = next(setting.model.parameters()).device
+        return cls(network.module.to(device), config.perceptual_weight, setting.dtype)
 
     def __call__(self, seen: Seen) -> Tensor:
         with half_precision(seen.images.device, self.dtype):
@@ -65,24 +86,3 @@ class Perceptual(Loss):
 def half_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Autocast for networks of a loss; none in fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
-
-
-def make_perceptual(setting: Setting) -> Perceptual | None:
-    """LPIPS, for the VQGAN. Raises UserError where its weights are missing."""
-    config = build(PerceptualConfig, setting.flags)
-    if not isinstance(setting.model, VQGAN) or not config.perceptual_weight:
-        return None
-    with first_goes_ahead():  # the others find the files that it has downloaded
-        network = lpips_network("vgg", folder=config.weights_dir, without=WITHOUT_LPIPS)
-    module = network.module.to(setting.model.last_layer.device)
-    return Perceptual(module, config.perceptual_weight, setting.dtype)
-
-
-def check_perceptual(config: PerceptualConfig, image_size: int) -> None:
-    """Raise UserError where images are too small for LPIPS."""
-    side = LPIPS_BACKBONES["vgg"]
-    if config.perceptual_weight and image_size < side:
-        raise UserError(
-            f"--perceptual_weight {config.perceptual_weight} needs images of {side}×{side} or "
-            f"more, not --image_size {image_size}"
-        )

@@ -1,4 +1,4 @@
-"""Losses of pixels: mean squared error, and L1."""
+"""Losses of pixels: mean squared error and L1."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from modules import VQGAN
 from utils.training.losses.loss import Loss, Seen, Setting
 
 
 class MeanSquaredError(Loss):
     """mse / variance of the training pixels in [0, 1], as published for the VQ-VAE."""
 
+    models = ("vqvae",)
+
     def __init__(self, data_variance: float) -> None:
         self.data_variance = max(data_variance, 1e-6)  # images of one colour have none
+
+    @classmethod
+    def make(cls, setting: Setting) -> MeanSquaredError:
+        return cls(setting.variance())
 
     def __call__(self, seen: Seen) -> Tensor:
         return seen.mse / self.data_variance
@@ -26,6 +31,7 @@ class MeanSquaredError(Loss):
 class L1(Loss):
     """Mean absolute error, as published for the VQGAN."""
 
+    models = ("vqgan",)
     measured = True
 
     def __call__(self, seen: Seen) -> Tensor:
@@ -35,13 +41,3 @@ class L1(Loss):
 
     def distance(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         return (images - reconstruction).abs().flatten(1).mean(1)
-
-
-def make_mse(setting: Setting) -> MeanSquaredError | None:
-    """The loss of all models but the VQGAN."""
-    return None if isinstance(setting.model, VQGAN) else MeanSquaredError(setting.variance())
-
-
-def make_l1(setting: Setting) -> L1 | None:
-    """The loss of the VQGAN."""
-    return L1() if isinstance(setting.model, VQGAN) else None
