@@ -33,11 +33,10 @@ class Batches(Protocol):
     size: int  # images of the whole set
     bad_images: dict[int, str]  # position → why that image could not be decoded
 
-    def numbered(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yield positions (B,) and images (B, C, h, w), uint8."""
-
-    def shares(self, epoch: int, start: int) -> Sequence[Sized]:
-        """Return the positions of the images, batch by batch."""
+    def numbered(
+        self,
+    ) -> Iterable[tuple[Tensor, Tensor]]: ...  # positions, images
+    def shares(self, epoch: int, start: int) -> Sequence[Sized]: ...  # positions, by batch
 
 
 @dataclass(frozen=True)

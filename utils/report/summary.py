@@ -12,6 +12,7 @@ from modules.quantizers.registry import QUANTIZERS
 from utils.errors import UserError, one_line, run
 from utils.evaluation import schema
 from utils.evaluation.metrics import METRICS
+from utils.evaluation.results import print_rows
 from utils.evaluation.schema import Analysis, Metrics
 
 LABELS = {
@@ -34,14 +35,14 @@ def main() -> None:
         analysis = schema.read(results / "analysis.json", Analysis)
         metrics = schema.read(results / "metrics.json", Metrics)
     except FileNotFoundError as error:
-        raise UserError(f"{results} has no whole results: {one_line(error)}") from error
-    rows = table(analysis, metrics)
-    lines = [f"{label:26} {value}" for label, value in rows.items()]
-    places = [
-        f"{label:26} {output / place.format(name=name, experiment=Path(name).parent)}"
+        raise UserError(f"{results} has no complete results: {one_line(error)}") from error
+    places = {
+        label: str(output / place.format(name=name, experiment=Path(name).parent))
         for label, place in LABELS.items()
-    ]
-    sys.stdout.write("\n" + "\n".join([*lines, "", *places]) + "\n")
+    }
+    for rows in (table(analysis, metrics), places):
+        sys.stdout.write("\n")
+        print_rows(rows)
 
 
 def table(analysis: Analysis, metrics: Metrics) -> dict[str, str]:

@@ -88,13 +88,6 @@ def quality_rows(found: Found) -> list[tuple[str, str, str]]:
     return rows
 
 
-def protocol_row(found: Found) -> list[tuple[object, object, object]]:
-    """The protocol of the evaluation, if it is known."""
-    protocol = found.metrics.protocol
-    name = protocol.get("name")
-    return [("protocol", name, protocol.get("about", ""))] if name else []
-
-
 def key_figures(found: Found) -> str:
     writers = {
         "analysis.json": ("Rate and codebook", "test.py writes it", test_command(found)),
@@ -107,6 +100,8 @@ def key_figures(found: Found) -> str:
         if name in found.problems
     )
     codebook, data = found.analysis.codebook, found.analysis.data
+    protocol = found.metrics.protocol
+    row = ("protocol", protocol.get("name"), protocol.get("about", ""))
     rates = []
     for name, figure in RATES.items():
         value, note = getattr(found.analysis.rate, name), figure.note
@@ -119,7 +114,7 @@ def key_figures(found: Found) -> str:
         rates = [("rate", "not quantised", "latents are numbers of 32 bits each")]
     skipped, size = found.analysis.skipped_images.count, data.get("image_size")
     groups: dict[str, Rows] = {
-        "Quality": [*quality_rows(found), *protocol_row(found)],
+        "Quality": [*quality_rows(found), *([row] if row[1] else [])],
         "Rate": rates,
         "Codebook": [
             (figure.label, codebook.rows()[figure.label], figure.note)
