@@ -57,7 +57,7 @@ def draw_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of a script ended."""
+    """End of a run of a script: its exit code and its text."""
 
     code: int
     out: str

@@ -1,1 +1,1 @@
-"""What the scripts share: flags, checkpoints, training, metrics, pictures."""
+"""Shared parts of the scripts: flags, checkpoints, training, metrics, pictures."""

@@ -1,4 +1,4 @@
-"""What only a GPU can show: agreement with the CPU, determinism, memory, and no needless waiting.
+"""Tests that need a GPU: agreement with the CPU, determinism, memory, and no needless waiting.
 
 Skipped where there is none.
 """
@@ -36,7 +36,7 @@ VQGAN = (
 
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
-    """As main.py has it, and as it was afterwards."""
+    """Deterministic algorithms, as in main.py, and afterwards the setting of before."""
     seed_everything(0, CUDA)
     yield
     torch.use_deterministic_algorithms(False)
@@ -183,7 +183,7 @@ def test_resumed_equals_uninterrupted(words: str, script: Script) -> None:
 
 
 def test_train_test_evaluate_on_both_devices(script: Script, tmp_path: Path) -> None:
-    """What a GPU trained and coded, a CPU decodes to the same pictures but for rounding."""
+    """A CPU decodes what a GPU trained and coded to the same pictures but for rounding."""
     train(script, "e", "--recipe", "best")
     folder, found = tmp_path / "out/results/e/best.pt", []
     for words in ("--device cuda --save_codes", f"--device cpu --from_codes {folder}/codes.looc"):

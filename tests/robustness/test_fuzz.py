@@ -118,7 +118,7 @@ def assert_one_line(error: UserError, *words: str) -> None:
 
 @cache
 def loaded(script: str) -> dict[str, Any]:
-    """What a script defines; its main is not run."""
+    """Names that a script defines; its main is not run."""
     return runpy.run_path(str(ROOT / script), run_name=script.removesuffix(".py"))
 
 
@@ -645,7 +645,7 @@ def test_checkpoints(
 
 
 class Ended:
-    """How a script ended, and what it wrote."""
+    """End of a script: its code, and the text that it wrote."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -766,7 +766,7 @@ def random_flag(rng: random.Random, script: str) -> list[str]:
 
 
 def number_like(word: str) -> bool:
-    """Whether the word is a number that a flag of FEW may accept, and then be slow."""
+    """Return whether the word is a number that a flag of FEW may accept, and then be slow."""
     try:
         return 1 <= float(word) < float("inf")
     except ValueError:

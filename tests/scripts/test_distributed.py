@@ -50,7 +50,7 @@ GAN = AdversarialConfig(disc_start=10, disc_channels=4, disc_layers=2)
 
 
 def together(num_ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """What work(folder, *arguments) returns in each of several processes."""
+    """Results of work(folder, *arguments) in each of several processes."""
     folder.mkdir(exist_ok=True)
     processes = [
         context.Process(target=join, args=(rank, num_ranks, work, folder, arguments))
@@ -153,7 +153,7 @@ def test_switches_write_the_same_codebook(switches: dict[str, Any], tmp_path: Pa
 
 
 def draw(folder: Path, anchor: str) -> torch.Tensor:
-    """Which of 12 features 3,000 dead codevectors were pulled to, (12,)."""
+    """Count how many of 3,000 dead codevectors were pulled to each of 12 features: (12,)."""
     del folder
     torch.manual_seed(3)
     quantizer = LooCQuantizer(3000, 2, anchor=anchor)
@@ -298,7 +298,7 @@ def test_vqgan_equals_one_process(tmp_path: Path) -> None:
 
 
 def test_vqgan_in_parts_that_are_empty_for_some(tmp_path: Path) -> None:
-    """Of the last batch of one image in two parts one process has none, and there is one part."""
+    """One process has none of the last batch of one image, which stays one part."""
     pytest.importorskip("diffusers")
     work = partial(train, gan=True, **VQGAN_FLAGS)
     first, second = together(2, work, tmp_path, "closest", 25, 3)

@@ -89,7 +89,7 @@ COMMANDS = sorted({command for page in PAGES for command in commands(page)})
 
 
 def kind(command: Command) -> str:
-    """How a command is checked."""
+    """Check of a command."""
     if any(command.text.startswith(words) for words in EXCUSED):
         return "excused"
     first, *rest = command.words

@@ -207,7 +207,7 @@ def vqgan_losses(
 
 @pytest.mark.parametrize("step", [3, 4])
 def test_losses_and_gradients_are_vqgans(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one batch, before and after --disc_start 3, by the published loss in full."""
+    """One batch, before and after --disc_start 3, compared with the published loss in full."""
     theirs_of = pytest.importorskip("taming.modules.losses.vqperceptual")
     monkeypatch.setattr(theirs_of, "LPIPS", Features)
     torch.manual_seed(0)

@@ -90,6 +90,8 @@ def test_the_copied_folder_of_looc_works_alone(tmp_path: Path) -> None:
                          ids=lambda path: str(path.relative_to(ROOT)))  # fmt: skip
 def test_every_file_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+    riddles = re.findall(r'"{3}(?:What|Of|Whether|How|As|Between) .*', path.read_text())
+    assert not riddles, "a docstring says what a thing is or does, verb or noun first"
 
 
 def test_the_table_lists_the_flags_as_declared() -> None:

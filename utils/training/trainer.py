@@ -341,7 +341,7 @@ class Trainer:
     # ------------------------------------------------------------------------------- checkpoints
 
     def save_is_due(self) -> bool:
-        """Whether --save_every asks for a checkpoint now."""
+        """Return whether --save_every asks for a checkpoint now."""
         number = int(self.config.save_every.rstrip("m"))
         if self.config.save_every.endswith("m"):
             return rank() == 0 and time.monotonic() - self.saved_at > 60 * number

@@ -94,7 +94,7 @@ class Adversarial(Loss):
         return cls(config, cast(VQGAN, setting.model), betas=setting.betas, dtype=setting.dtype)
 
     def takes_part(self, step: int) -> bool:
-        """Whether the discriminator takes part in this step; the first is 1."""
+        """Return whether the discriminator takes part in this step; the first is 1."""
         return self.flags.disc_weight > 0 and step > self.flags.disc_start
 
     def __call__(self, seen: Seen) -> Tensor:
