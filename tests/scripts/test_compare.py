@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +28,7 @@ from experiments.page import Experiment, Page
 from experiments.runs import Run, contests, finished, run_all
 from experiments.tables import Row, collect, figures_table, merged_validation, spread
 from modules import ModelConfig
-from tests.conftest import ROOT, refusal, run_process
+from tests.conftest import ROOT, refusal
 from utils.evaluation.schema import Figure
 from utils.files import write_json
 from utils.flags.arguments import build, build_model_config, parse_flags, with_recipe
@@ -532,37 +529,6 @@ def test_tables_refuse_what_has_no_effect(script: Any) -> None:
         outcome = script("experiments/ablations.py", "--table", *arguments)
         assert outcome.code == 2
         assert line in outcome.err
-
-
-@pytest.mark.slow
-def test_the_smoke_suite_from_end_to_end(tmp_path: Path) -> None:
-    command = [str(ROOT / "experiments" / "compare.py"), "--suite", "smoke", "--jobs", "2"]
-    outcome = run_process([*command, "--weights_dir", str(tmp_path)], tmp_path)
-    assert outcome.code == 0, outcome.err
-    content = json.loads((tmp_path / "docs" / "results" / "compare-smoke-60.json").read_text())
-    figures = {row["name"]: row["figures"] for row in content["rows"]}
-    assert set(figures) == {contender.name for contender in SUITES["smoke"]}
-    assert all(math.isfinite(values["psnr"][0]) for values in figures.values())
-    assert (tmp_path / "docs" / "results" / "compare-smoke-60-psnr.png").exists()
-
-
-@pytest.mark.slow
-def test_a_signal_ends_the_children_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    command = [str(ROOT / "experiments" / "compare.py"), "--suite", "smoke", "--only", "looc-m4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, *command, "--steps", "100000"]
-    with subprocess.Popen(
-        words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    ) as parent:
-        logs = tmp_path / "output" / "compare" / "smoke" / "logs"
-        while not list(logs.glob("*/events*")):
-            time.sleep(0.2)
-        time.sleep(2)
-        parent.send_signal(signal.SIGTERM)
-        _, errors = parent.communicate()
-    assert parent.returncode == 143
-    assert errors.strip().endswith("compare.py: interrupted; the same command continues")
-    assert len(list(tmp_path.glob("output/compare/smoke/models/*/last.pt"))) == 1
 
 
 def test_a_seed_counts_once_in_the_validation_of_a_merged_row() -> None:
