@@ -13,6 +13,7 @@ import re
 import runpy
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from PIL import Image
 
 import datasets.registry
 from datasets import DATASETS, ImageSet, TensorImages
+from modules import LooCQuantizer
 from tests.conftest import ROOT, Outcome, run_process
 
 if sys.version_info >= (3, 11):
@@ -301,6 +303,28 @@ def test_the_photographs_of_evaluation(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     for folder in ("original", "rec"):
         assert len(list((tmp_path / "photos" / folder).iterdir())) == 3
+
+
+def test_the_way_of_a_flag(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that make the quantiser are those listed in CONTRIBUTING.md, in this order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index("## Follow a flag") : text.index("## Recipes")]
+    there, back = (re.findall(r"^\d\. `(.*?)`", part, re.M) for part in section.split("and five"))
+    assert (len(there), len(back)) == (7, 5)
+    assert all((ROOT / path).is_file() for path in there + back)
+    stack: list[str] = []
+
+    def init(_: object, num_embedding: int, embedding_dim: int, **__: object) -> NoReturn:
+        assert (num_embedding, embedding_dim) == (256, 8)
+        frames = [Path(frame.filename) for frame in traceback.extract_stack()[:-1]]
+        stack.extend(str(path.relative_to(ROOT)) for path in frames if ROOT in path.parents)
+        raise SystemExit(REACHED)
+
+    monkeypatch.setattr(LooCQuantizer, "__init__", init)
+    assert script("main.py", "--embedding_dim", "8", "--device", "cpu").code == REACHED
+    inner = list(dict.fromkeys(stack[stack.index("main.py") :]))
+    inner.remove("utils/errors.py")  # runs main
+    assert inner == [there[0], *there[3:6]]
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
