@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from utils.files import whole_file
 from utils.flags.arguments import flag_fields, names
@@ -12,6 +13,7 @@ from utils.flags.arguments import flag_fields, names
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "flags.md"
 SCRIPTS = ("main.py", "test.py", "evaluation.py")
+SWITCH = {"True": "on", "False": "off"}
 HEAD = """# All flags
 
 Written by `python -m utils.flags.table` from the declarations in the code. A flag that is on can be
@@ -47,12 +49,14 @@ def table(group: type, scripts: list[str]) -> str:
         "| --- | --- | --- |",
     ]
     for item in flag_fields(group):
-        default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
-        choices = item.metadata["choices"]
-        text = item.metadata["help"]
+        several, choices = isinstance(item.default, tuple), item.metadata["choices"]
+        default: Any = item.default
+        default = " ".join(default) if several else SWITCH.get(str(default), default)
         shown = "" if default is None else f"`{default}`"
-        text = text.replace("<", "&lt;")  # Markdown would read it as HTML
-        text += f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
+        text = item.metadata["help"].replace("<", "&lt;")  # else Markdown takes it for HTML
+        if choices:
+            listed = ", ".join(f"`{choice}`" for choice in choices)
+            text += f"; {'some' if several else 'one'} of {listed}"
         lines.append(f"| {', '.join(f'`{name}`' for name in names(item))} | {shown} | {text} |")
     return "\n".join(lines) + "\n"
 
