@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.measure import both_thread_counts, interleaved, median_seconds, seeded
 from modules import LooCQuantizer
 from modules.quantizers.looc.usage import USAGE_DECAY, reinit_rate
-from utils.codebook.plots import new_figure, save_figure
+from utils.charts import save_figure
 from utils.tables import Table
 
 SHAPE = (256, 128, 7, 7)  # z of a batch of 256 at 28 × 28
@@ -164,7 +164,10 @@ def scaling(path: Path) -> dict[str, list[tuple[float, float]]]:
         "dimension d": [(d, seconds(dim=d)) for d in (2, 4, 8, 16, 32, 64, 128)],
         "interpolation scale": [(s, seconds(scale=s)) for s in (1, 2, 3, 4)],
     }
-    figure, axes = new_figure(4, 13, 3.2)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    axes = figure.subplots(1, 4)
     for ax, (name, points) in zip(axes, curves.items()):
         ax.plot(*zip(*points), marker="o", color="#1f6f8b")
         if name != "interpolation scale":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.tables import ENTROPY, Row
-from utils.codebook.plots import new_figure, save_figure
+from utils.charts import save_figure
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.schema import RATES
 
@@ -47,7 +47,10 @@ def draw(
     }
     if not families:
         return False
-    figure, axes = new_figure(1, 8.6, 5.6)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 5.6), layout="constrained")
+    axes = figure.subplots()
     for family, points in families.items():
         draw_family(axes, points, styles[family], quality)
     axes.set_xscale("log", base=2)

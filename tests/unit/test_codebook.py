@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.codebook.plots import draw_all, principal_components, save_figure
+from utils.charts import save_figure
+from utils.codebook.plots import draw_all, principal_components
 from utils.codebook.statistics import CodebookStatistics, entropy_bits, perplexity, usage
 
 

@@ -22,15 +22,15 @@ from PIL import Image
 from modules import VQVAE, ModelConfig
 from tests.processes import run_forked
 from utils import report
+from utils.charts import Chart
 from utils.checkpoints.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.evaluation.schema import Analysis, Metrics, parse
-from utils.report import codebook_use, scalar_curves, write_report
-from utils.report.charts import chart, draw_lines
+from utils.report import write_report
 from utils.report.codebook_use import unit_slots, usage_histogram
 from utils.report.files import find
 from utils.report.markup import section
-from utils.report.scalar_curves import MAX_POINTS, thinned
+from utils.report.scalar_curves import MAX_POINTS, draw_lines, thinned
 from utils.report.tables import key_figures, lead
 
 VOID = {"meta", "img", "br", "wbr", "image", "path", "use"}
@@ -96,15 +96,15 @@ pytestmark = pytest.mark.usefixtures("draw_figures")
 def charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw each chart once: most of the reports here show the same ones, and it takes time."""
 
-    def remembered(*words: Any) -> str:
-        *_, draw = words
-        key = repr((words[:-1], draw.keywords))
+    draw = Chart.svg
+
+    def remembered(chart: Chart) -> str:
+        key = repr((chart.name, chart.description, getattr(chart.draw, "keywords", None)))
         if key not in DRAWN:
-            DRAWN[key] = chart(*words)
+            DRAWN[key] = draw(chart)
         return DRAWN[key]
 
-    for module in (codebook_use, scalar_curves):
-        monkeypatch.setattr(module, "chart", remembered)
+    monkeypatch.setattr(Chart, "svg", remembered)
 
 
 @pytest.fixture
@@ -356,14 +356,17 @@ def test_long_curves_keep_their_spikes() -> None:
 def test_ticks_are_few_and_differ(low: float, high: float) -> None:
     for log in (False, low > 0 and high > 20 * low):
         draw = partial(draw_lines, series={"a": [(0, low), (1, high)]}, log=log, low=None)
-        ticks = re.findall(r"text-anchor: end[^>]*>([^<]+)<", chart("n", "d", "x", "y", draw))
+        ticks = re.findall(r"text-anchor: end[^>]*>([^<]+)<", Chart("n", "d", "x", "y", draw).svg())
         assert 3 <= len(ticks) <= 10
         assert len(set(ticks)) == len(ticks)
 
 
 def test_the_same_chart_is_drawn_the_same_way() -> None:
     draw = partial(draw_lines, series={"a": [(0, 1), (1, 2)]}, log=False, low=0)
-    assert chart("n", "<d>", "x", "y", draw) == chart("n", "<d>", "x", "y", draw)
+    chart = Chart("n", "<d>", "x", "y", draw)
+    once = chart.svg()
+    DRAWN.clear()
+    assert chart.svg() == once
 
 
 def test_nothing_overflows_on_a_phone(results: Path, tmp_path: Path) -> None:

@@ -1,91 +1,73 @@
-"""Pictures of a codebook: usage of its codevectors, overall and by slot, and a map of them."""
+"""Charts of a codebook: use of its codevectors, overall and by unit slot, and a map of them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from utils.codebook.statistics import CodebookStatistics, perplexity, usage
-from utils.files import whole_file
+from utils.charts import FIRST, SECOND, Chart, picture
+from utils.codebook.statistics import CodebookStatistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-USED, UNUSED = "#1f6f8b", "#d1495b"
+MAX_COLUMNS = 512  # of a histogram or a heat map
+MANY = 1000  # more points than these become pixels: as paths they would swell a page
+MORE_USED_FIRST = "codevectors, most used first"
 
 
-def new_figure(columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure with axes in one row; width and height in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG."""
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+def draw_all(statistics: CodebookStatistics, codebook: Tensor) -> dict[str, Figure]:
+    """Draw usage, slots and codebook, by these names; nothing without a quantiser."""
+    counts, slot_counts = statistics.counts.numpy(), statistics.slot_counts.numpy()
+    if not len(counts):
+        return {}
+    return {
+        "usage": picture(usage_chart(counts)),
+        "slots": picture(*slot_charts(slot_counts, counts)),
+        "codebook": picture(codebook_chart(codebook, counts)),
+    }
 
 
-def draw_usage(statistics: CodebookStatistics) -> Figure:
-    """Plot the counts by codevector, and sorted."""
-    counts = statistics.counts
-    positions = range(len(counts))
-    figure, (left, right) = new_figure(2, 11, 3.6)
-    left.fill_between(positions, counts.numpy(), step="mid", color=USED)
-    left.set(title="Counts by codevector", xlabel="codevector", ylabel="times used")
-    right.plot(positions, counts.sort(descending=True).values.numpy(), color=USED)
-    right.axhline(float(counts.double().mean()), color="grey", linestyle=":", label="mean")
-    if (counts > 0).any():
-        right.set_yscale("symlog")
-    right.set(title="Sorted counts", xlabel="rank", ylabel="times used")
-    right.legend(title=caption(statistics))
-    for axes in (left, right):
-        axes.set_xlim(-0.5, len(counts) - 0.5)
-        axes.set_ylim(bottom=0)
-    return figure
-
-
-def draw_slots(statistics: CodebookStatistics) -> Figure:
-    """Plot the use of codevectors by unit slot, and the number of slots that use a codevector.
-
-    If each slot has its own codebook, the second plot is the usage of each codebook.
-    """
-    share = statistics.slot_counts / statistics.slot_counts.sum(1, keepdim=True)  # (m, K)
-    figure, (left, right) = new_figure(2, 11, 3.6)
-    if statistics.num_codebooks > 1:
-        ordered = share.sort(dim=1, descending=True).values
-        draw_usage_of_slots(right, share)
-    else:
-        ordered = share[:, statistics.counts.argsort(descending=True)]
-        draw_reach(right, share)
-    root = ordered.sqrt().numpy()  # the square root makes rare use visible
-    mesh = left.imshow(root, aspect="auto", cmap="viridis", interpolation="nearest")
-    figure.colorbar(mesh, ax=left, label="square root of the share of the slot's codes")
-    left.set(title="Use by unit slot", xlabel="codevector, most used first", ylabel="slot")
-    return figure
-
-
-def draw_reach(axes: Any, share: Tensor) -> None:
-    """Plot the number of slots that use a codevector; shares (m, K) of one codebook."""
-    slots = len(share)
-    reach = (share > 0).sum(0)
-    axes.bar(range(slots + 1), torch.bincount(reach, minlength=slots + 1).tolist(), color=USED)
-    axes.set(
-        title="Slots in which a codevector is used",
-        xlabel=f"slots, of {slots}",
-        ylabel="codevectors",
+def usage_chart(counts: np.ndarray) -> Chart:
+    """Plot the sorted counts (K,) of codevectors."""
+    ordered = -np.sort(-counts)
+    share = ordered / max(ordered.sum(), 1) * len(ordered)  # 1 is equal use
+    bins = np.array_split(share, min(len(share), MAX_COLUMNS))
+    half = int(np.searchsorted(np.cumsum(ordered), ordered.sum() / 2)) + 1
+    return Chart(
+        "Use of the codevectors, the most used first",
+        f"{len(counts):,} codevectors, {int((counts == 0).sum()):,} unused; the most used is used "
+        f"{share[0]:.3g} times as often as equal use; {half:,} carry half of all codes",
+        MORE_USED_FIRST,
+        "times equal use",
+        partial(
+            draw_bars,
+            values=[part.mean() for part in bins],
+            width=len(share) / len(bins),
+            mark="equal use",
+        ),
     )
 
 
-def draw_usage_of_slots(axes: Any, share: Tensor) -> None:
-    """Plot the usage of each slot's own codebook; shares (m, K)."""
-    axes.bar(range(len(share)), [100 * usage(row) for row in share], color=USED)
-    axes.set(title="Usage of each slot's codebook", xlabel="slot", ylabel="% of its codevectors")
+def codebook_chart(codebook: Tensor, counts: np.ndarray) -> Chart:
+    """Plot codevectors (K, d) on their two principal axes; dots are used, by counts (K,)."""
+    points, variance = principal_components(codebook.detach().float().cpu())
+    used = counts > 0
+    diameters = (1 + 4 * np.sqrt(counts / max(counts.max(), 1))).round() * 2  # (K,) 2, 4 … 10
+    return Chart(
+        "Map of the codebook",
+        f"{int(used.sum()):,} used codevectors (dots, larger if used more often) and "
+        f"{int((~used).sum()):,} unused ones (crosses); the two axes explain {variance.sum():.0%} "
+        "of the variance",
+        f"first axis ({variance[0]:.0%} of variance)",
+        f"second axis ({variance[1]:.0%})",
+        partial(draw_map, points=points.numpy(), diameters=np.where(used, diameters, 0)),
+    )
 
 
 def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,36 +86,80 @@ def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
     return padded, share
 
 
-def draw_codebook(codebook: Tensor, counts: Tensor) -> Figure:
-    """Plot codevectors (K, d) on their two principal axes, used and unused ones by counts (K,)."""
-    points, share = principal_components(codebook.detach().cpu())
-    used = counts > 0
-    figure, axes = new_figure(1, 6, 5.4)
-    axes.scatter(*points[~used].T.numpy(), marker="x", color=UNUSED, s=22, linewidths=1)
-    area = 8 + 72 * (counts[used] / counts.max().clamp_min(1)).sqrt()
-    axes.scatter(*points[used].T.numpy(), s=area.numpy(), color=USED, alpha=0.7, linewidths=0)
-    axes.set(
-        title=f"Codebook: {int(used.sum())} used (dots, area by count), "
-        f"{int((~used).sum())} unused (crosses)",
-        xlabel=f"first principal axis ({share[0]:.0%} of variance)",
-        ylabel=f"second principal axis ({share[1]:.0%})",
+def slot_charts(slot_counts: np.ndarray, counts: np.ndarray) -> list[Chart]:
+    """Plot the use of codevectors by unit slot; counts by slot (m, K), and in all.
+
+    Of several slots a second chart shows the slots that use a codevector; where each slot has its
+    own codebook, the usage of each.
+    """
+    num_slots, size = slot_counts.shape
+    share = slot_counts / slot_counts.sum(1, keepdims=True).clip(1)
+    own = size < len(counts)  # each slot has a codebook of its own
+    order = np.argsort(-(share if own else counts[None]), axis=1, kind="stable")
+    ordered = np.sqrt(np.take_along_axis(share, np.broadcast_to(order, share.shape), axis=1))
+    for axis in (0, 1):
+        if ordered.shape[axis] > MAX_COLUMNS:
+            groups = np.array_split(ordered, MAX_COLUMNS, axis=axis)
+            ordered = np.stack([group.max(axis=axis) for group in groups], axis=axis)
+    reach = (slot_counts > 0).sum(0)  # (K,)
+    described = "each slot has its own" if own else f"used in {np.median(reach):.0f} slots (median)"
+    heat_map = Chart(
+        "Use of the codevectors by unit slot",
+        f"{num_slots} unit slots by {size:,} codevectors, {described}; black is never, pale yellow "
+        f"{ordered.max() ** 2:.1%} of a slot's codes (the colour follows the root of the share)",
+        MORE_USED_FIRST,
+        "unit slot",
+        partial(draw_heat_map, values=ordered, size=(size, num_slots)),
     )
-    axes.title.set_fontsize(10)
-    axes.set_aspect("equal", adjustable="datalim")
-    return figure
+    if num_slots == 1:
+        return [heat_map]
+    if own:
+        usage = 100 * (slot_counts > 0).mean(1)  # (m,)
+        least = f"from {usage.min():.0f} to {usage.max():.0f} % of its codevectors"
+        drawing = partial(draw_bars, values=usage, start=-0.5)
+        name = "Usage of each slot's codebook"
+        return [heat_map, Chart(name, least, "unit slot", "% of codevectors", drawing)]
+    bars = np.bincount(reach, minlength=num_slots + 1)
+    second = Chart(
+        "Slots in which a codevector is used",
+        f"from 0 to {num_slots} slots; {bars[0]:,} codevectors in none, {bars[-1]:,} in all",
+        "slots in which a codevector is used",
+        "codevectors",
+        partial(draw_bars, values=bars, start=-0.5),
+    )
+    return [heat_map, second]
 
 
-def draw_all(statistics: CodebookStatistics, codebook: Tensor) -> dict[str, Figure]:
-    """The three pictures of a codebook, by name; empty without a quantiser."""
-    if not len(statistics.counts):
-        return {}
-    return {
-        "usage": draw_usage(statistics),
-        "slots": draw_slots(statistics),
-        "codebook": draw_codebook(codebook, statistics.counts),
-    }
+def draw_bars(
+    axes: Any,
+    values: Sequence[float] | np.ndarray,
+    start: float = 0,
+    width: float = 1,
+    mark: str = "",
+) -> None:
+    """Draw touching bars of one width, from start on; mark names a line at height 1."""
+    edges = start + width * np.arange(len(values) + 1)
+    axes.stairs(values, edges, fill=True, color=FIRST, alpha=0.8)
+    if mark:
+        axes.axhline(1, color=SECOND, ls="--")
+        axes.text(edges[-1], 1, f"{mark}\n", ha="right", va="center")
 
 
-def caption(statistics: CodebookStatistics) -> str:
-    counts = statistics.counts
-    return f"usage {usage(counts):.1%}, perplexity {perplexity(counts):.1f} of {len(counts)}"
+def draw_map(axes: Any, points: np.ndarray, diameters: np.ndarray) -> None:
+    """Draw points (K, 2) as dots, or as crosses where their diameter is 0, on axes of one scale."""
+    pixels = len(points) > MANY
+    for diameter in np.unique(diameters):
+        dots = {"c": FIRST, "marker": "o", "ms": diameter, "mew": 0, "alpha": 0.7}
+        look = {"c": SECOND, "marker": "x", "ms": 6, "mew": 1.4} if diameter == 0 else dots
+        axes.plot(*points[diameters == diameter].T, ls="", rasterized=pixels, **look)
+    axes.set_aspect("equal", "datalim")
+
+
+def draw_heat_map(axes: Any, values: np.ndarray, size: tuple[int, int]) -> None:
+    """Draw values (rows, columns) over axes from 0 to size, the first row on top."""
+    columns, rows = size
+    extent = (0, columns, rows, 0)
+    axes.imshow(values, "inferno", aspect="auto", interpolation="none", extent=extent)
+    axes.grid(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 from modules import Autoencoder
+from utils.charts import save_figure
 from utils.codebook.codes.reader import CodeFile
 from utils.codebook.codes.writer import file_rate
-from utils.codebook.plots import draw_all, save_figure
+from utils.codebook.plots import draw_all
 from utils.codebook.reconstruct import CODES, Findings
 from utils.evaluation import schema
 from utils.evaluation.results import print_rows, rate_of, remove_results

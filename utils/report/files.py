@@ -15,9 +15,9 @@ from utils.errors import one_line
 from utils.evaluation.extremes import Shown
 from utils.evaluation.schema import Analysis, Metrics, Rate, read
 from utils.image_files import image_names
-from utils.report.charts import Point
 from utils.report.markup import Missing, command, text
 
+Point = tuple[float, float]
 TO_BE_FILLED_IN = ("<output_folder>", "<experiment>/best.pt")  # if they are not known
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
-from utils.report.charts import Point, chart, draw_lines
-from utils.report.files import Found
+from utils.charts import FIRST, SECOND, Chart
+from utils.report.files import Found, Point
 from utils.report.markup import Missing, details, figure, shown, spread, table, text
 
 MAX_POINTS = 400  # of a curve
@@ -76,13 +77,9 @@ def training_curves(found: Found) -> str:
         )
         described = f"{ends}, steps {points_range(series)}"
         lines = {group: thinned(points) for group, points in series.items()}
-        curves = chart(
-            title,
-            described,
-            "step",
-            f"{unit}, logarithmic" if log else unit,
-            partial(draw_lines, series=lines, log=log, low=low),
-        )
+        y_label = f"{unit}, logarithmic" if log else unit
+        drawing = partial(draw_lines, series=lines, log=log, low=low)
+        curves = Chart(title, described, "step", y_label, drawing).svg()
         charts.append(
             f"<div><h3>{title}</h3>"
             + figure(curves, caption)
@@ -92,6 +89,28 @@ def training_curves(found: Found) -> str:
     if not charts:
         raise Missing("TensorBoard's files hold none of the curves of main.py.")
     return f'<div class="columns">{"".join(charts)}</div>'
+
+
+def draw_lines(
+    axes: Any, series: Mapping[str, Sequence[Point]], log: bool, low: float | None
+) -> None:
+    """Draw one or two lines; the second is dashed, with dots where it has few points.
+
+    The y axis starts at low, where given, or below.
+    """
+    for (key, points), colour, line in zip(series.items(), (FIRST, SECOND), ("-", "--")):
+        dotted = len(points) <= 30 and (colour == SECOND or len(points) == 1)
+        marker = "." if dotted else ""
+        axes.plot(*zip(*points), color=colour, ls=line, marker=marker, ms=9, label=key)
+    if log:
+        few_decades = axes.dataLim.y1 < 1000 * axes.dataLim.y0
+        axes.set_yscale("log")
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if few_decades else (1,))
+        axes.minorticks_off()
+    if low is not None:
+        axes.set_ylim(min(low, axes.dataLim.y0), None)
+    if len(series) > 1:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1.07), ncols=2)
 
 
 def points_range(series: Mapping[str, Sequence[Point]]) -> str:
