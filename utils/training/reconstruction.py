@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,8 @@ class Reconstruction(Task):
         self.terms = dict(terms)
         self.memory_format = memory_format(config)
         length = model.config.num_embedding * model.config.num_codebooks
-        self.counts = torch.zeros(
-            length, dtype=torch.int64, device=next(model.parameters()).device
-        )  # of each codevector since the last look
-        self.shown: tuple[Tensor, Tensor] | None = None  # images of a validation, and their rec.
+        device = next(model.parameters()).device
+        self.counts = torch.zeros(length, dtype=torch.int64, device=device)  # since the last look
         self.begin_validation()
 
     def losses(self, batch: Tensor, step: Step) -> Iterator[Mapping[str, Tensor]]:
@@ -77,10 +76,7 @@ class Reconstruction(Task):
                 yield dict.fromkeys(term.optimizers(), own)
 
     def further_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        found = {}
-        for term in self.terms.values():
-            found.update(term.optimizers())
-        return found
+        return merged(term.optimizers() for term in self.terms.values())
 
     def training_scores(self) -> dict[str, float]:
         counts = sum_over_ranks(self.counts).clone()
@@ -90,7 +86,7 @@ class Reconstruction(Task):
     def begin_validation(self) -> None:
         config = self.model.config
         self.statistics = CodebookStatistics(config.num_embedding, config.num_codebooks)
-        self.shown = None
+        self.shown: tuple[Tensor, Tensor] | None = None  # some images and their reconstructions
 
     def validate(self, model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         signed = to_signed(batch)
@@ -136,10 +132,7 @@ class Reconstruction(Task):
         return read_checkpoint(path)
 
     def state(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for term in self.terms.values():
-            found.update(term.state())
-        return found
+        return merged(term.state() for term in self.terms.values())
 
     def load(self, content: Mapping[str, Any]) -> None:
         for term in self.terms.values():
@@ -154,6 +147,11 @@ class Reconstruction(Task):
         config = self.model.config
         numbers = numbered(indices, config.num_embedding, config.num_codebooks)
         self.counts += count_indices(numbers.flatten(), len(self.counts))
+
+
+def merged(dictionaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Merge dictionaries of different keys."""
+    return dict(chain.from_iterable(dictionary.items() for dictionary in dictionaries))
 
 
 def check_network(model: ModelConfig, config: TrainConfig, image_size: int) -> None:
