@@ -22,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor, nn
 
+from tests.processes import run_forked
 from utils.evaluation import extremes, metrics, networks, protocols
 from utils.evaluation.metrics import CHOICES, METRICS, Metric, Pixels, Values
 from utils.evaluation.networks import Network
@@ -540,14 +541,14 @@ def test_random_backbone_from_a_file(results: Path, evaluate: Evaluate, tmp_path
 
 def test_absent_weights_are_one_line(results: Path) -> None:
     """With the default metrics nothing is silently left out."""
-    end = run_script(
-        *("--gt_path", str(results / "original"), "-g_path", str(results / "rec")),
-        cwd=results,
+    end = run_forked(
+        ["evaluation.py", "--gt_path", "original", "-g_path", "rec"],
+        results,
         TORCH_HOME=str(results.parent / "torch"),
         https_proxy="http://127.0.0.1:9",  # nobody listens there
     )
     assert_refused(
-        (end.returncode, end.stdout, end.stderr),
+        (end.code, end.out, end.err),
         results,
         "vgg16-397923af.pth",
         str(results.parent / "torch"),
@@ -896,8 +897,6 @@ def test_a_refused_run_leaves_the_results_alone(results: Path, evaluate: Evaluat
 def test_bad_image_in_a_process_of_its_own(results: Path) -> None:
     """The line comes from a worker, and alone."""
     truncate(results)
-    end = run_script(
-        *("--gt_path", "original", "-g_path", "rec", "--metrics", "l1", "--batch_size", "1"),
-        cwd=results,
-    )
-    assert_refused((end.returncode, end.stdout, end.stderr), results, "rec/00000002.png")
+    flags = ("--gt_path", "original", "-g_path", "rec", "--metrics", "l1", "--batch_size", "1")
+    end = run_forked(["evaluation.py", *flags], results)
+    assert_refused((end.code, end.out, end.err), results, "rec/00000002.png")
