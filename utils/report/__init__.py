@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.evaluation.extremes import Shown
 from utils.files import whole_file
 from utils.report.codebook_use import codebook_map, unit_slots, usage_histogram
-from utils.report.files import Found, experiment, find
+from utils.report.files import Found, find, layout
 from utils.report.markup import section, text
 from utils.report.pictures import reconstructions, worst_images
 from utils.report.scalar_curves import training_curves
@@ -69,7 +69,7 @@ def page(found: Found, side: int) -> str:
     }
     if not quantised(found):
         sections = {key: sections[key] for key in sections if key not in OF_CODEBOOKS}
-    name = experiment(found.results)
+    _, name = layout(found.results) or (None, found.results.resolve().name)
     links = "".join(
         f'<li><a href="#{key}">{title}</a></li>' for key, (title, _) in sections.items()
     )

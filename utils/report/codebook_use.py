@@ -35,7 +35,7 @@ def usage_histogram(found: Found) -> str:
     counts = sorted(counts_of(found).tolist(), reverse=True)
     rows = [
         (f"{rank:,}", shown(int(counts[rank - 1])), f"{sum(counts[:rank]) / sum(counts):.1%}")
-        for rank in sorted({1, 2, 5, *(1 + i for i in spread(len(counts), 9))})
+        for rank in sorted({1, 2, 5, *spread(range(1, len(counts) + 1), 9)})
         if rank <= len(counts)
     ]
     return figure(
@@ -104,7 +104,7 @@ def unit_slots(found: Found) -> str:
         read = f"{text(chart.description)}. {SECOND_OF_SLOTS[chart.name]}"
         content = f'<div class="columns">{content}{figure(chart.svg(), read)}</div>'
     columns = codebook.slot_usage_percent or [], codebook.slot_perplexity or []
-    values = list(zip_longest(*columns))
-    rows = [(i, *(shown(value, 3) for value in values[i])) for i in spread(len(values), 64)]
+    slots = list(enumerate(zip_longest(*columns)))
+    rows = [(slot, *(shown(value, 3) for value in values)) for slot, values in spread(slots, 64)]
     header = ("slot", "usage, % of codevectors", "perplexity")
     return content + details("Slots as a table", table("Unit slots", header, {"": rows}))

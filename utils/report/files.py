@@ -6,7 +6,7 @@ import csv
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,24 +21,20 @@ Point = tuple[float, float]
 TO_BE_FILLED_IN = ("<output_folder>", "<experiment>/best.pt")  # if they are not known
 
 
-def no_analysis() -> Analysis:
-    return Analysis(rate=Rate())
-
-
 @dataclass(frozen=True)
 class Found:
     """Content of the results folder and what belongs to it, as far as it can be read."""
 
     results: Path
-    logs: Path | None = None
-    analysis: Analysis = field(default_factory=no_analysis)
-    metrics: Metrics = field(default_factory=Metrics)
-    values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # name → metric → value
-    curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)  # scalar → (step, value)
-    checkpoint: Checkpoint | None = None
-    pairs: Mapping[str, tuple[Path, Path]] = field(default_factory=dict)  # name → both pictures
-    problems: Mapping[str, str] = field(default_factory=dict)  # what could not be read, and why
-    kept: dict[str, Shown] = field(default_factory=dict)  # pairs that were read, by name
+    logs: Path | None
+    analysis: Analysis
+    metrics: Metrics
+    values: Mapping[str, Mapping[str, float]]  # name → metric → value
+    curves: Mapping[str, Sequence[Point]]  # scalar → (step, value)
+    checkpoint: Checkpoint | None
+    pairs: Mapping[str, tuple[Path, Path]]  # name → both pictures
+    problems: Mapping[str, str]  # what could not be read, and why
+    kept: dict[str, Shown]  # pairs that were read, by name
 
     def need(self, name: str, command: str) -> None:
         """Raise Missing if that could not be read."""
@@ -61,17 +57,19 @@ def find(results: Path, logs: Path | None, kept: Mapping[str, Shown] | None = No
             problems[name] = f"cannot be read: {one_line(error)[:200]}"
         return otherwise
 
-    model, guess = belongings(results)
-    folder = guess if logs is None else logs
+    model, empty = None, Analysis(rate=Rate())
+    if place := layout(results):
+        output, name = place
+        model, logs = output / "models" / name, logs or output / "logs" / Path(name).parent
     metrics = attempt("metrics.json", lambda: read(results / "metrics.json", Metrics), Metrics())
     values = attempt("metrics.csv", lambda: read_values(results / "metrics.csv"), {})
     return Found(
         results,
-        folder,
-        attempt("analysis.json", lambda: read(results / "analysis.json", Analysis), no_analysis()),
+        logs,
+        attempt("analysis.json", lambda: read(results / "analysis.json", Analysis), empty),
         metrics,
         values,
-        attempt("TensorBoard's folder", lambda: read_curves(folder), {}),
+        attempt("TensorBoard's folder", lambda: read_curves(logs), {}),
         attempt("the checkpoint", lambda: read_model(model), None),
         attempt("the pair of original/ and rec/", lambda: find_pairs(results, metrics, values), {}),
         problems,
@@ -79,23 +77,11 @@ def find(results: Path, logs: Path | None, kept: Mapping[str, Shown] | None = No
     )
 
 
-def belongings(results: Path) -> tuple[Path | None, Path | None]:
-    """Paths of the checkpoint and logs, from the layout of the output folder."""
+def layout(results: Path) -> tuple[Path, str] | None:
+    """Return the output folder and <experiment>/<checkpoint>; None for a folder elsewhere."""
     place = results.resolve()
-    for folder in place.parents:
-        if folder.name == "results":
-            name = place.relative_to(folder)
-            return folder.parent / "models" / name, folder.parent / "logs" / name.parent
-    return None, None
-
-
-def experiment(results: Path) -> str:
-    """<experiment>/<checkpoint>, or the name of a folder elsewhere."""
-    model, _ = belongings(results)
-    place = results.resolve()
-    if model is None:
-        return place.name
-    return str(place.relative_to(next(p for p in place.parents if p.name == "results")))
+    folder = next((folder for folder in place.parents if folder.name == "results"), None)
+    return folder and (folder.parent, str(place.relative_to(folder)))
 
 
 def read_values(path: Path) -> dict[str, dict[str, float]]:
@@ -167,34 +153,19 @@ def stale(found: Found) -> str:
     )
 
 
-def output_and_name(found: Found) -> tuple[str, str]:
-    """The output folder and the name that --model_name takes."""
-    model, _ = belongings(found.results)
-    name = experiment(found.results)
-    if model is None:
-        return TO_BE_FILLED_IN
-    return str(found.results.resolve())[: -len(f"/results/{name}")] or "/", name
-
-
 def test_command(found: Found) -> str:
-    output, name = output_and_name(found)
-    return joined(["python", "test.py", "--output_folder", output, "--model_name", name])
+    output, name = layout(found.results) or TO_BE_FILLED_IN
+    return joined(["python", "test.py", "--output_folder", str(output), "--model_name", name])
 
 
 def evaluation_command(found: Found) -> str:
     """The command with the metrics that were measured, or all that need no weights."""
     settings = found.metrics.settings
     measured = list(found.metrics.metrics) or ["l1", "ssim", "psnr"]
-    paths = [
-        str(settings.get(key) or (found.results / name).resolve())
-        for key, name in (("gt_path", "original"), ("g_path", "rec"))
-    ]
-    return joined(
-        [
-            *("python", "evaluation.py", "--metrics", *map(str, measured)),
-            *("--gt_path", paths[0], "--g_path", paths[1]),
-        ]
-    )
+    words = ["python", "evaluation.py", "--metrics", *measured]
+    for flag, name in (("gt_path", "original"), ("g_path", "rec")):
+        words += [f"--{flag}", str(settings.get(flag) or (found.results / name).resolve())]
+    return joined(words)
 
 
 def joined(words: Sequence[str]) -> str:

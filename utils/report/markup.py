@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import TypeVar
 
 from utils.errors import one_line, printable
 
+Item = TypeVar("Item")
 Rows = Sequence[Sequence[object]]
 
 
@@ -29,11 +31,12 @@ def shown(value: object, digits: int = 4) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:#,.{digits}g}".rstrip(".")
 
 
-def spread(count: int, number: int) -> list[int]:
-    """Return at most number positions of count, evenly spaced from the first to the last."""
-    if count <= number:
-        return list(range(count))
-    return [round(position * (count - 1) / (number - 1)) for position in range(number)]
+def spread(items: Sequence[Item], number: int) -> list[Item]:
+    """Return at most number items, evenly spaced from the first to the last."""
+    last = len(items) - 1
+    if last < number:
+        return list(items)
+    return [items[round(position * last / (number - 1))] for position in range(number)]
 
 
 def table(

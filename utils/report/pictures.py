@@ -23,15 +23,14 @@ NUM_SHOWN = 16
 NUM_WORST = 8
 ENLARGED = 96  # pixels: the longest side to which small images are enlarged
 ERROR_RANGE = 64  # of 255, drawn in the brightest colour
-COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 WORST_BY = ("psnr", "lpips")
 
 
 def colours(share: np.ndarray) -> np.ndarray:
     """Colours (…, 3), bytes, of values (…) from 0 (black) to 1 (pale yellow)."""
-    places = np.linspace(0, 1, len(COLOURS))
-    channels = [np.interp(share, places, channel) for channel in zip(*COLOURS)]
-    return np.stack(channels, -1).astype(np.uint8)
+    from matplotlib import colormaps
+
+    return colormaps["inferno"](share, bytes=True)[..., :3]
 
 
 def uri(picture: Image.Image) -> str:
@@ -53,10 +52,8 @@ def pair_of(found: Found, name: str) -> Shown:
 
 def triplet(shown: Shown, side: int) -> Image.Image:
     """Original, reconstruction and error side by side, with a transparent gap."""
-    pictures = (
-        *(to_picture(image) for image in (shown.original, shown.reconstruction)),
-        Image.fromarray(colours(shown.error / ERROR_RANGE)),
-    )
+    error = Image.fromarray(colours(shown.error / ERROR_RANGE))
+    pictures = (to_picture(shown.original), to_picture(shown.reconstruction), error)
     tiles = [fitted(picture, ENLARGED, side) for picture in pictures]
     width, height = tiles[0].size
     whole = Image.new("RGBA", (3 * width + 12, height))
@@ -103,7 +100,7 @@ def error_key() -> str:
 
 def evenly_spaced(names: Sequence[str]) -> list[str]:
     """The names whose reconstructions are shown."""
-    return [names[position] for position in spread(len(names), NUM_SHOWN)]
+    return spread(names, NUM_SHOWN)
 
 
 def need_pairs(found: Found) -> None:

@@ -120,7 +120,7 @@ def points_range(series: Mapping[str, Sequence[Point]]) -> str:
 
 def curve_table(title: str, series: Mapping[str, Sequence[Point]]) -> str:
     """Return a few values of each curve; curves may have values at different steps."""
-    few = [[points[i] for i in spread(len(points), MAX_ROWS)] for points in series.values()]
+    few = [spread(points, MAX_ROWS) for points in series.values()]
     steps = sorted({step for points in few for step, _ in points})
     columns = [dict(points) for points in few]
     rows = [

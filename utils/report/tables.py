@@ -18,25 +18,21 @@ from utils.report.markup import Missing, Rows, command, shown, table, text
 
 def lead(found: Found) -> str:
     """Model, images, quality and rate in two sentences."""
-    model, data = found.analysis.model, found.analysis.data
-    spec = spec_of(found)
+    model, data, spec = found.analysis.model, found.analysis.data, spec_of(found)
     quantizer = spec.label if spec else "a vector-quantised autoencoder"
-    size = (
-        f" (K = {model['num_embedding']}, d = {model['embedding_dim']})"
-        if {"num_embedding", "embedding_dim"} <= model.keys() and quantised(found)
-        else ""
-    )
+    if {"num_embedding", "embedding_dim"} <= model.keys() and quantised(found):
+        quantizer += f" (K = {model['num_embedding']}, d = {model['embedding_dim']})"
     images = found.analysis.codebook.images or found.metrics.pairs
     what = f"{shown(images)} images" if images else "Images"
     source = f" of {data['dataset']}" if "dataset" in data else ""
-    quality = [f"{label} {value}" for label, value, *_ in quality_rows(found)][:3]
-    content = f"{what}{source}, encoded and reconstructed by {quantizer}{size}."
+    content = f"{what}{source}, encoded and reconstructed by {quantizer}."
+    quality = ", ".join(f"{label} {value}" for label, value, _ in quality_rows(found)[:3])
     rate = best_rate(found)
     if not quantised(found):
-        content += f" {', '.join(quality)}." if quality else ""
+        content += f" {quality}." if quality else ""
         content += " Latents are not quantised: there is no rate, and quality is an upper bound."
-    elif quality and rate:
-        content += f" {', '.join(quality)}, at {rate}."
+    elif rate and quality:
+        content += f" {quality}, at {rate}."
     elif rate:
         content += f" It costs {rate}; quality is not measured yet."
     return f'<p class="lead">{text(content)}</p>'
@@ -93,13 +89,14 @@ def key_figures(found: Found) -> str:
         "analysis.json": ("Rate and codebook", "test.py writes it", test_command(found)),
         "metrics.json": ("Quality", "evaluation.py measures it", evaluation_command(found)),
     }
-    notes = "".join(
+    gaps = "".join(
         f'<div class="missing">{what}: unknown, {name} {text(found.problems[name])}. '
         f"{how}:{command(line)}</div>"
         for name, (what, how, line) in writers.items()
         if name in found.problems
     )
     codebook, data = found.analysis.codebook, found.analysis.data
+    notes = {figure.label: figure.note for figure in CODEBOOK.values()}
     protocol = found.metrics.protocol
     row = ("protocol", protocol.get("name"), protocol.get("about", ""))
     rates = []
@@ -116,11 +113,7 @@ def key_figures(found: Found) -> str:
     groups: dict[str, Rows] = {
         "Quality": [*quality_rows(found), *([row] if row[1] else [])],
         "Rate": rates,
-        "Codebook": [
-            (figure.label, codebook.rows()[figure.label], figure.note)
-            for figure in CODEBOOK.values()
-            if figure.label in codebook.rows()
-        ],
+        "Codebook": [(label, value, notes[label]) for label, value in codebook.rows().items()],
         "Images": [
             ("data set", data.get("dataset", "–"), f"{size}×{size} pixels" if size else ""),
             ("images", shown(codebook.images), "of the test set"),
@@ -140,7 +133,7 @@ def key_figures(found: Found) -> str:
     return (
         "<p>Compare quality only at equal rate. <b>Bad:</b> a rate above that of the raw image "
         "(which needs no model), or a nominal rate far above the entropy: codevectors are used "
-        f"unequally.</p>{notes}{content}"
+        f"unequally.</p>{gaps}{content}"
     )
 
 
@@ -181,8 +174,10 @@ def flattened(mapping: Mapping[str, Any], before: str = "") -> list[tuple[str, s
 
 def configuration(found: Found) -> str:
     content = found.checkpoint.content if found.checkpoint else {}
+    spec = spec_of(found)
+    unread = QUANTIZER_FLAGS - spec.reads if spec else set()
     groups = {
-        "Model": model_flags(found),
+        "Model": {k: value for k, value in found.analysis.model.items() if k not in unread},
         "Test images": found.analysis.data,
         "Training": part(content, "train_config"),
         "Objective": part(content, "objective_config"),
@@ -191,12 +186,8 @@ def configuration(found: Found) -> str:
         "Protocol": found.metrics.protocol,
         "Network weights": found.metrics.weights,
     }
-    settings = {"Evaluation", "Protocol", "Network weights"}
     tables = [
-        table(
-            *(name, ("setting" if name in settings else "flag", "value")),
-            *({"": flattened(group)}, "flags"),
-        )
+        table(name, ("setting", "value"), {"": flattened(group)}, "flags")
         for name, group in groups.items()
         if group
     ]
@@ -210,20 +201,12 @@ def configuration(found: Found) -> str:
     )
 
 
-def model_flags(found: Found) -> dict[str, Any]:
-    """The model's flags that its quantiser reads."""
-    spec = spec_of(found)
-    unread = QUANTIZER_FLAGS - spec.reads if spec else set()
-    model = found.analysis.model
-    return {name: value for name, value in model.items() if name not in unread}
-
-
 def commands(found: Found) -> str:
-    first = train_command(found)
-    known = f"<p>These train, reconstruct and measure again.</p>{command(first)}" if first else (
-        "<p>The checkpoint does not say how it was trained.</p>"
-    )  # fmt: skip
-    return known + command(test_command(found), evaluation_command(found))
+    known = "These train, reconstruct and measure again."
+    lines = [train_command(found), test_command(found), evaluation_command(found)]
+    if not lines[0]:
+        known = "The checkpoint does not say how it was trained."
+    return f"<p>{known}</p>{command(*filter(None, lines))}"
 
 
 def train_command(found: Found) -> str:
@@ -245,15 +228,13 @@ def train_command(found: Found) -> str:
         (train, defaults(TrainConfig)),
     ):
         for name, value in group.items():
-            if value == base.get(name) or name in ("in_channels", "resume", "overwrite"):
+            usual = value == base.get(name) or (value is False and not base)
+            if usual or name in ("in_channels", "resume", "overwrite"):
                 continue
-            if value is False and not base:
-                continue
-            words += (
-                [f"--{name}" if value else f"--no-{name}"]
-                if isinstance(value, bool)
-                else [f"--{name}", str(value)]
-            )
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", str(value)]
     return joined(words)
 
 
