@@ -81,7 +81,7 @@ def layout(results: Path) -> tuple[Path, str] | None:
     """Return the output folder and <experiment>/<checkpoint>; None for a folder elsewhere."""
     place = results.resolve()
     folder = next((folder for folder in place.parents if folder.name == "results"), None)
-    return folder and (folder.parent, str(place.relative_to(folder)))
+    return (folder.parent, str(place.relative_to(folder))) if folder else None
 
 
 def read_values(path: Path) -> dict[str, dict[str, float]]:

@@ -30,7 +30,7 @@ def colours(share: np.ndarray) -> np.ndarray:
     """Colours (…, 3), bytes, of values (…) from 0 (black) to 1 (pale yellow)."""
     from matplotlib import colormaps
 
-    return colormaps["inferno"](share, bytes=True)[..., :3]
+    return np.asarray(colormaps["inferno"](share, bytes=True))[..., :3]
 
 
 def uri(picture: Image.Image) -> str:
