@@ -45,7 +45,7 @@ class CachedImages(ImageSet):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def cropped(self, index: int, _place: float | None = None) -> Tensor:
         image = self.stored(index)
         if image is None:
             image = self.images[index]

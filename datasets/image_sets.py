@@ -32,15 +32,15 @@ class ImageSet(Dataset[Tensor], ABC):
         """Number of images."""
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Tensor:
-        """Return one image, (C, H, W), uint8. Raises UserError naming a damaged image."""
+    def cropped(self, index: int, place: float | None = None) -> Tensor:
+        """Return one image, (C, H, W), uint8: its square from the middle, or from a place.
 
-    def cropped(self, index: int, _place: float) -> Tensor:
-        """Return one image, its square cut out at a place in [0, 1) along the longer side.
-
-        0 is left or top. Images that are square already have only one.
+        The place in [0, 1) is along the longer side, 0 left or top; images that are square already
+        have only one. Raises UserError naming a damaged image.
         """
-        return self[index]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.cropped(index)
 
     def name(self, index: int) -> str:
         """Return an image's name in messages and records: its file's path, if it has one."""
@@ -61,7 +61,7 @@ class TensorImages(ImageSet):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def cropped(self, index: int, _place: float | None = None) -> Tensor:
         return self.images[index]
 
 
@@ -78,11 +78,7 @@ class FileImages(ImageSet):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Tensor:
-        path = self.folder / self.names[index]
-        return decode(path, self.image_size, str(path))
-
-    def cropped(self, index: int, place: float) -> Tensor:
+    def cropped(self, index: int, place: float | None = None) -> Tensor:
         path = self.folder / self.names[index]
         return decode(path, self.image_size, str(path), place)
 
@@ -105,10 +101,7 @@ class ChosenImages(ImageSet):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[int(self.chosen[index])]
-
-    def cropped(self, index: int, place: float) -> Tensor:
+    def cropped(self, index: int, place: float | None = None) -> Tensor:
         return self.images.cropped(int(self.chosen[index]), place)
 
     def name(self, index: int) -> str:

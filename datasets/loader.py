@@ -7,7 +7,9 @@ import multiprocessing
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import KW_ONLY, InitVar, dataclass, field
+from itertools import repeat
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,11 +23,8 @@ from utils.errors import UserError, one_line
 warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
-class Share(NamedTuple):
-    """The part of one batch that is to be decoded."""
-
-    positions: list[int]
-    places: list[float] | None  # where each image's square is cut out; None: in the middle
+# Images to decode: their positions in the set, and the places of their squares.
+Share: TypeAlias = list[tuple[int, float | None]]
 
 
 class Decoded(NamedTuple):
@@ -37,6 +36,7 @@ class Decoded(NamedTuple):
     fault: str = ""  # an error that no image caused: the image cache cannot be read or written
 
 
+@dataclass(eq=False)
 class BatchLoader:
     """Batches of uint8 images (b, C, H, W) on a device; the last batch of an epoch may be smaller.
 
@@ -54,42 +54,32 @@ class BatchLoader:
     position in the set → message.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        *,
-        device: torch.device,
-        shuffle: bool = False,
-        seed: int = 0,
-        num_workers: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
-        skip_bad: bool = False,
-        flip: bool = False,
-        crop: str = "centre",
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} is less than 1")
-        if not 0 <= rank < num_ranks:
-            raise ValueError(f"rank {rank} is not one of {num_ranks}")
-        if (flip or crop != "centre") and not shuffle:
+    images: InitVar[ImageSet]
+    batch_size: int
+    _: KW_ONLY
+    device: torch.device
+    shuffle: bool = False
+    seed: int = 0
+    num_workers: InitVar[int] = 0
+    rank: int = 0
+    num_ranks: int = 1
+    skip_bad: bool = False
+    flip: bool = False
+    crop: str = "centre"
+    bad_images: dict[int, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self, images: ImageSet, num_workers: int) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size} is less than 1")
+        if not 0 <= self.rank < self.num_ranks:
+            raise ValueError(f"rank {self.rank} is not one of {self.num_ranks}")
+        if (self.flip or self.crop != "centre") and not self.shuffle:
             raise ValueError("flip and crop are for training, with shuffle")
         self.size = len(images)
-        self.batch_size = batch_size
-        self.device = device
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.num_ranks = num_ranks
-        self.skip_bad = skip_bad
-        self.flip = flip
-        self.crop = crop
-        self.bad_images: dict[int, str] = {}
         self.source = (
-            MemoryBatches(images.images.to(device))
+            MemoryBatches(images.images.to(self.device))
             if isinstance(images, TensorImages)
-            else DecodedBatches(images, device, min(num_workers, len(self)))
+            else DecodedBatches(images, self.device, min(num_workers, len(self)))
         )
 
     def __len__(self) -> int:
@@ -170,8 +160,8 @@ class DecodedBatches:
         if not order:
             return
         self.order[:] = [
-            Share(positions.tolist(), None if places is None else places[positions].tolist())
-            for positions in order
+            list(zip(own.tolist(), repeat(None) if places is None else places[own].tolist()))
+            for own in order
         ]
         try:
             for batch in self.loader:
@@ -220,12 +210,9 @@ class WholeBatches(Dataset[Decoded]):
         decoded: dict[int, Tensor] = {}
         bad: dict[int, str] = {}
         fault = ""
-        for i, position in enumerate(share.positions):
+        for position, place in share:
             try:
-                if share.places is None:
-                    decoded[position] = self.images[position]
-                else:
-                    decoded[position] = self.images.cropped(position, share.places[i])
+                decoded[position] = self.images.cropped(position, place)
             except UserError as error:
                 bad[position] = str(error)
             except OSError as error:  # of the image cache

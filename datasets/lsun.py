@@ -57,17 +57,10 @@ class LmdbImages(ImageSet):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return decode(self.file(index), self.image_size, self.name(index))
-
-    def cropped(self, index: int, place: float) -> Tensor:
-        return decode(self.file(index), self.image_size, self.name(index), place)
-
-    def file(self, index: int) -> io.BytesIO:
-        """Return the image's file, not decoded."""
-        key = bytes(self.keys[index])
+    def cropped(self, index: int, place: float | None = None) -> Tensor:
         with opening, open_database(self.path) as database, database.begin() as transaction:
-            return io.BytesIO(transaction.get(key))
+            file = io.BytesIO(transaction.get(bytes(self.keys[index])))
+        return decode(file, self.image_size, self.name(index), place)
 
     def name(self, index: int) -> str:
         return f"{bytes(self.keys[index]).decode(errors='replace')} in {self.path}"
