@@ -3,6 +3,7 @@
 Needs torch only. Optional: diffusers for VQGAN, vector-quantize-pytorch for the other quantisers,
 NumPy for the plug-in's remap files.
 """
+# ruff: noqa: F401
 
 from .autoencoder import Autoencoder
 from .config import ModelConfig
@@ -14,18 +15,3 @@ from .quantizers.spec import Quantizer
 from .registry import make_model
 from .vqgan import VQGAN
 from .vqvae import VQVAE
-
-__all__ = [
-    "VQGAN",
-    "VQVAE",
-    "Autoencoder",
-    "LibraryQuantizer",
-    "LooCPlugin",
-    "LooCQuantizer",
-    "ModelConfig",
-    "NoQuantizer",
-    "PatchDiscriminator",
-    "Quantized",
-    "Quantizer",
-    "make_model",
-]

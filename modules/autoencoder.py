@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .quantizers.looc import Quantized
-from .quantizers.spec import Quantizer
+from .quantizers.spec import Problems, Quantizer
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A choice of --model; each check raises ValueError naming flags that contradict."""
+    """A choice of --model."""
 
     label: str  # its name in reports
     make: Callable[[ModelConfig], Autoencoder]
     reads: frozenset[str]  # the flags that it alone reads
     downsampling: Callable[[ModelConfig], int]  # f, side of an image / side of its latents
-    checks: Sequence[Callable[[ModelConfig], None]] = ()
+    checks: Sequence[Callable[[ModelConfig], Problems]] = ()
     library: str | None = None  # the optional package that it needs
 
 

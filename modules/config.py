@@ -19,6 +19,8 @@ from .quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 from .quantizers.spec import LARGEST_CODEBOOK, QuantizerSpec, import_library
 from .registry import MODELS, NETWORK_FLAGS
 
+CHANNELS: dict[str, Any] = {"minimum": 1, "maximum": 2**14}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -29,10 +31,8 @@ class ModelConfig:
 
     model: str = option("vqvae", "network around the quantiser", choices=MODELS)
     quantizer: str = option("looc", "quantiser", choices=QUANTIZERS)
-    num_embedding: int = option(
-        256, "number of codevectors K in a codebook", minimum=1, maximum=LARGEST_CODEBOOK
-    )
-    embedding_dim: int = option(4, "dimension d of a codevector", minimum=1, maximum=2**14)
+    num_embedding: int = option(256, "number of codevectors K", minimum=1, maximum=LARGEST_CODEBOOK)
+    embedding_dim: int = option(4, "dimension d of a codevector", **CHANNELS)
     distance: str = option("cos", "similarity by which codevectors are searched", choices=DISTANCES)
     anchor: str = option("closest", "where unused codevectors are moved", choices=ANCHORS)
     split: str = option("fixed", "channels of a unit: contiguous or every m-th", choices=SPLITS)
@@ -52,78 +52,40 @@ class ModelConfig:
         "uniform", "initial codevectors: random or from features of the first batch", choices=STARTS
     )
     latent_norm: str = option(
-        "none",
-        "normalisation of the latents, per unit, position, or channel (batch or running averages)",
-        choices=LATENT_NORMS,
+        "none", "normalisation of the latents: per unit, position or channel", choices=LATENT_NORMS
     )
-    gradient: str = option(
-        "straight_through", "gradient estimator through the quantiser", choices=GRADIENTS
-    )
+    gradient: str = option("straight_through", "gradient through the quantiser", choices=GRADIENTS)
     rate_weight: float = option(
-        0.0,
-        "weight of the rate in the search, as squared distance per bit; needs --distance l2",
-        minimum=0,
-        maximum=1e6,
+        0.0, "cost of one bit in the search, as squared distance (l2)", minimum=0, maximum=1e6
     )
-    levels: str | None = option(
-        None, "levels of --quantizer fsq, like 8,5,5,5 (default: derived from K and d)"
-    )
-    num_quantizers: int = option(
-        4, "number of codebooks of --quantizer residual-vq", minimum=1, maximum=64
-    )
+    levels: str | None = option(None, "levels of fsq, like 8,5,5,5 (default: from K and d)")
+    num_quantizers: int = option(4, "number of codebooks of residual-vq", minimum=1, maximum=64)
     dead_code_threshold: int = option(
-        0,
-        "matches per step below which the library's EMA quantisers replace a codevector",
-        minimum=0,
-        maximum=10**6,
+        0, "matches per step below which a codevector is replaced", minimum=0, maximum=10**6
     )
     latent_channels: int | None = option(
-        None,
-        "channels C of the latents (default: d for quantisers with one codevector per position, "
-        "else --hidden_size)",
-        minimum=1,
-        maximum=2**14,
+        None, "latent channels C (default: --hidden_size, or d where C has to be d)", **CHANNELS
     )
     hidden_size: int = option(
-        128,
-        "channels of encoder and decoder (VQGAN: at full resolution)",
-        minimum=2,
-        maximum=2**14,
+        128, "encoder and decoder channels (VQGAN: at full resolution)", minimum=2, maximum=2**14
     )
-    num_residual_hidden: int = option(
-        32, "channels inside the residual blocks of --model vqvae", minimum=1, maximum=2**14
-    )
+    num_residual_hidden: int = option(32, "channels inside VQ-VAE's residual blocks", **CHANNELS)
     num_residual_layers: int = option(
-        2,
-        "residual blocks in encoder and decoder (VQGAN: per resolution, decoder one more)",
-        minimum=0,
-        maximum=1024,
+        2, "residual blocks (VQGAN: per resolution; decoder one more)", minimum=0, maximum=1024
     )
     channel_multipliers: str = option(
-        "1,1,2,2,4",
-        "channels of --model vqgan per resolution, as multiples of --hidden_size; each after the "
-        "first halves height and width",
+        "1,1,2,2,4", "VQGAN's channels per halved resolution, as multiples of --hidden_size"
     )
     attention_levels: int = option(
-        1, "number of lowest resolutions of --model vqgan with attention", minimum=0, maximum=8
+        1, "number of VQGAN's lowest resolutions with attention", minimum=0, maximum=8
     )
     norm_groups: int | None = option(
-        None,
-        "groups of the group normalisation of --model vqgan (default: up to 32, of at least 4 "
-        "channels each)",
-        minimum=1,
-        maximum=2**14,
+        None, "VQGAN's normalisation groups (default: up to 32, of 4 channels or more)", **CHANNELS
     )
     z_channels: int | None = option(
-        None,
-        "channels between the encoder or decoder of --model vqgan and the 1×1 convolutions around "
-        "the quantiser (default: --latent_channels)",
-        minimum=1,
-        maximum=2**14,
+        None, "channels from VQGAN's encoder and into its decoder (default: C)", **CHANNELS
     )
-    in_channels: int = option(
-        1, "image channels, set by the data set", minimum=1, maximum=1024, flag=False
-    )
+    in_channels: int = option(1, "image channels", minimum=1, maximum=1024, flag=False)
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -138,7 +100,8 @@ class ModelConfig:
         if self.latent_norm == "unit" and self.embedding_dim == 1:
             raise ValueError("--latent_norm unit turns all units of --embedding_dim 1 into ±1")
         for check in (*self.network.checks, *self.spec.checks):
-            check(self)
+            for problem in check(self):
+                raise ValueError(problem)
 
     @property
     def network(self) -> NetworkSpec:
@@ -174,12 +137,9 @@ class ModelConfig:
 
     def need_libraries(self) -> None:
         """Raise ValueError if a library that the model needs is not installed."""
-        for flag, library in (
-            (f"--model {self.model}", self.network.library),
-            (f"--quantizer {self.quantizer}", self.spec.library),
-        ):
-            if library is not None:
-                import_library(library, flag)
+        for name, spec in (("model", self.network), ("quantizer", self.spec)):
+            if spec.library:
+                import_library(spec.library, f"--{name} {getattr(self, name)}")
 
 
 def implied_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import field
 from typing import Any
@@ -24,13 +25,12 @@ def option(
     inclusive bounds, `above` is an exclusive lower bound. A field with flag=False is stored in
     checkpoints but is not a flag.
     """
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "minimum": minimum,
-        "above": above,
-        "maximum": maximum,
-        "aliases": tuple(aliases),
-        "flag": flag,
-    }
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum}
+    metadata = {"help": help, "choices": choices, "aliases": aliases, "flag": flag, **bounds}
     return field(default=default, metadata=metadata)
+
+
+def parse_numbers(text: str) -> list[int]:
+    """Parse a list like 8,5,5,5 of up to 12 numbers; empty if the text is no such list."""
+    matches = re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6}){0,11}", text)
+    return [int(number) for number in text.split(",")] if matches else []

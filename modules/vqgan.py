@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .autoencoder import Autoencoder, NetworkSpec, apply
-from .quantizers.spec import import_library
+from .options import parse_numbers
+from .quantizers.spec import Problems, import_library
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -29,7 +29,7 @@ class VQGAN(Autoencoder):
         import_library("diffusers", "--model vqgan")
         from diffusers.models.autoencoders.vae import Decoder, Encoder
 
-        widths = [config.hidden_size * k for k in parse_multipliers(config.channel_multipliers)]
+        widths = [config.hidden_size * k for k in parse_numbers(config.channel_multipliers)]
         attentive, plain = config.attention_levels, len(widths) - config.attention_levels
         z_channels = config.z_channels or config.channels
         shared: dict[str, Any] = {
@@ -80,12 +80,6 @@ class VQGAN(Autoencoder):
             part._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def parse_multipliers(text: str) -> tuple[int, ...]:
-    """Parse a list like 1,1,2,2,4; empty if the text is no such list."""
-    matches = re.fullmatch(r"[1-9]\d?(,[1-9]\d?){0,7}", text)
-    return tuple(map(int, text.split(","))) if matches else ()
-
-
 def default_groups(channels: int) -> int:
     """Default number of normalisation groups; a group of one channel would lose its mean."""
     most = max(1, min(32, channels // 4))
@@ -97,32 +91,18 @@ def num_groups(config: ModelConfig) -> int:
     return config.norm_groups or default_groups(config.hidden_size)
 
 
-def check_resolutions(config: ModelConfig) -> None:
-    """Check that each resolution has a multiplier, and no more of them have attention."""
-    multipliers = parse_multipliers(config.channel_multipliers)
-    if not multipliers:
-        raise ValueError(
-            f"--channel_multipliers {config.channel_multipliers} is not a list of up to 8 numbers "
-            "below 100, like 1,1,2,2,4"
-        )
+def check(config: ModelConfig) -> Problems:
+    given = f"--channel_multipliers {config.channel_multipliers}"
+    multipliers, levels = parse_numbers(config.channel_multipliers), config.attention_levels
+    if not multipliers or len(multipliers) > 8 or max(multipliers) > 99:
+        yield f"{given} is not a list of up to 8 numbers below 100, like 1,1,2,2,4"
     if config.num_residual_layers < 1:
-        raise ValueError(
-            f"--num_residual_layers {config.num_residual_layers} is less than the 1 that "
-            "--model vqgan needs"
-        )
-    if config.attention_levels > len(multipliers):
-        raise ValueError(
-            f"--attention_levels {config.attention_levels} is more than the {len(multipliers)} "
-            f"of --channel_multipliers {config.channel_multipliers}"
-        )
-
-
-def check_groups(config: ModelConfig) -> None:
-    """Check that all normalisation groups have the same number of channels."""
-    if config.hidden_size % num_groups(config):
-        raise ValueError(
-            f"--norm_groups {config.norm_groups} does not divide --hidden_size {config.hidden_size}"
-        )
+        yield "--num_residual_layers 0 is less than the 1 that --model vqgan needs"
+    if levels > len(multipliers):
+        yield f"--attention_levels {levels} is more than the {len(multipliers)} of {given}"
+    size, groups = config.hidden_size, num_groups(config)
+    if size % groups:
+        yield f"--norm_groups {groups} does not divide --hidden_size {size}"
 
 
 SPEC = NetworkSpec(
@@ -130,6 +110,6 @@ SPEC = NetworkSpec(
     VQGAN,
     frozenset({"channel_multipliers", "attention_levels", "norm_groups", "z_channels"}),
     lambda config: 2 ** config.channel_multipliers.count(","),
-    checks=(check_resolutions, check_groups),
+    checks=(check,),
     library="diffusers",
 )

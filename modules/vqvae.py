@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, NetworkSpec
+from .quantizers.spec import Problems
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -105,15 +106,12 @@ class VQVAE(Autoencoder):
         return images
 
 
-def check_halves(config: ModelConfig) -> None:
-    """Check that the first convolution can have half the channels."""
-    if config.hidden_size % 2:
-        raise ValueError(
-            f"--hidden_size {config.hidden_size} is odd; "
-            "the first convolution has half as many channels"
-        )
+def check(config: ModelConfig) -> Problems:
+    size = config.hidden_size
+    if size % 2:
+        yield f"--hidden_size {size} is odd; the first convolution has half as many channels"
 
 
 SPEC = NetworkSpec(
-    "VQ-VAE", VQVAE, frozenset({"num_residual_hidden"}), lambda _: 4, checks=(check_halves,)
+    "VQ-VAE", VQVAE, frozenset({"num_residual_hidden"}), lambda _: 4, checks=(check,)
 )

@@ -1,5 +1,3 @@
 """Public name of `load_model`, for programs outside this repository."""
 
-from utils.checkpoints.checkpoint import load_model
-
-__all__ = ["load_model"]
+from utils.checkpoints.checkpoint import load_model  # noqa: F401

@@ -6,11 +6,8 @@ training, latents are the decoding of their indices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +16,15 @@ from torch.func import functional_call
 
 from .looc import Quantized
 from .looc.norms import WITH_AVERAGES, LatentNorm
-from .spec import COMMON_FLAGS, QuantizerSpec, check_position, check_units, import_library, units
+from .spec import (
+    COMMON_FLAGS,
+    Problems,
+    QuantizerSpec,
+    check_position,
+    check_units,
+    import_library,
+    units,
+)
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -35,8 +40,8 @@ class LibraryQuantizer(LatentNorm):
         num_embedding: codevectors K in a codebook.
         embedding_dim: dimension d of a codevector; divides the channels.
         channels: C of the latents.
-        codebook: returns the module's codevectors, (K, d), or (m, K, d) if each slot has its own.
-        decode: returns the module's latents for its indices, (B, N, m) → (B, N, C).
+        decode: name of its method that decodes indices, (B, N, m) → (B, N, C) or (B, N, m, d).
+        codebook: name of its codevectors, (K, d), or (m, K, d) if each slot has its own.
         latent_norm: as for LooCQuantizer, before the library is called.
 
     Nothing is learnt from a batch that is not finite; its loss is NaN. In evaluation mode the loss
@@ -51,21 +56,21 @@ class LibraryQuantizer(LatentNorm):
         embedding_dim: int,
         *,
         channels: int,
-        codebook: Callable[[Any], Tensor],
-        decode: Callable[[Any, Tensor], Any],
+        decode: str = "indices_to_codes",
+        codebook: str = "codebook",
         latent_norm: str = "none",
     ) -> None:
         super().__init__()
+        self.library = library
         self.num_embedding = num_embedding
         self.embedding_dim = embedding_dim
         self.channels = channels
-        self.codebook_of = codebook
-        self.decode_by = decode
+        self.decode_name = decode
+        self.codebook_name = codebook
         self.latent_norm = latent_norm
         if latent_norm in WITH_AVERAGES:
             self._keep_averages((channels // embedding_dim, embedding_dim))
         self.defer_update = False
-        self.library = library
 
     def extra_repr(self) -> str:
         return f"{self.num_embedding}, {self.embedding_dim}"
@@ -73,7 +78,8 @@ class LibraryQuantizer(LatentNorm):
     @property
     def codebook(self) -> Tensor:
         """All codevectors, (K, d), or (m·K, d) if each slot has its own codebook."""
-        return self.codebook_of(self.library).flatten(0, -2)
+        codevectors: Tensor = getattr(self.library, self.codebook_name)
+        return codevectors.flatten(0, -2)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, C, H, W); in training mode also learn from it."""
@@ -81,9 +87,9 @@ class LibraryQuantizer(LatentNorm):
             positions = self._positions(z, self.training)
             if self.training and positions.isfinite().all():
                 quantized, found, *losses = self.library(positions)
-                latents = spread(quantized, z.shape)
+                latents = spread(quantized, z.shape[2:])
                 loss = sum((loss.sum() for loss in losses), positions.new_zeros(()))
-                indices = self._indices(found, z.shape)
+                indices = self._indices(found, z.shape[2:])
             else:
                 indices = self.encode(z)
                 latents, loss = self.decode(indices), 0 * positions.sum()
@@ -102,12 +108,12 @@ class LibraryQuantizer(LatentNorm):
         with torch.autocast(z.device.type, enabled=False):
             _, found, *_ = functional_call(self.library, started, (self._positions(z),))
         self.library.train(self.training)
-        return self._indices(found, z.shape)
+        return self._indices(found, z.shape[2:])
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (B, H, W, m) → latents (B, C, H, W)."""
-        quantized = self.decode_by(self.library, indices.flatten(1, 2))  # (B, H·W, C)
-        return spread(quantized, (len(indices), self.channels, *indices.shape[1:3]))
+        codes = getattr(self.library, self.decode_name)(indices.flatten(1, 2)).flatten(2)
+        return spread(codes, indices.shape[1:3])
 
     def _positions(self, z: Tensor, training: bool = False) -> Tensor:
         """(B, C, H, W) of any float type → (B, H·W, C), float32, normalised."""
@@ -116,125 +122,107 @@ class LibraryQuantizer(LatentNorm):
                 f"latents of shape {tuple(z.shape)} are not (B, {self.channels}, H, W)"
             )
         positions = z.float().permute(0, 2, 3, 1).contiguous()
-        slots = self.channels // self.embedding_dim
-        parts = positions.view(*positions.shape[:-1], slots, self.embedding_dim)  # (B, H, W, m, d)
-        return self._normalise(parts, training).flatten(3).flatten(1, 2)
+        units = torch.unflatten(positions, -1, (-1, self.embedding_dim))  # (B, H, W, m, d)
+        return self._normalise(units, training).flatten(3).flatten(1, 2)
 
-    def _indices(self, found: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(B, H·W) or (B, H·W, m) → (B, H, W, m), int64 in [0, K), for latents of this shape."""
-        batch, _, height, width = shape
+    def _indices(self, found: Tensor, sides: tuple[int, ...]) -> Tensor:
+        """(B, H·W) or (B, H·W, m) → (B, H, W, m), int64 in [0, K)."""
         within = found.long().clamp(0, self.num_embedding - 1)  # NaN gives indices out of range
-        return within.reshape(batch, height, width, found.shape[2] if found.dim() > 2 else 1)
+        return torch.unflatten(within if within.dim() == 3 else within[..., None], 1, sides)
 
 
-def spread(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, H·W, C) → (B, C, H, W), the given shape."""
-    batch, channels, height, width = shape
-    return positions.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+def spread(positions: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """(B, H·W, C) → (B, C, H, W)."""
+    return torch.unflatten(positions, 1, sides).permute(0, 3, 1, 2)
 
 
-# Makers: one per module of the library
+# Makers: one per class of the library
 
 
-def wrap(
+def make(
     config: ModelConfig,
-    library: nn.Module,
-    decode: Callable[[Any, Tensor], Any],
+    name: str,
+    *,
+    decode: str = "indices_to_codes",
     codebook: str = "codebook",
+    **settings: Any,
 ) -> LibraryQuantizer:
-    """Wrap a module; `codebook` is the name of its codevectors."""
+    """Make an object of this class of the library, and wrap it."""
+    package = import_library(PACKAGE, f"--quantizer {config.quantizer}")
     return LibraryQuantizer(
-        library,
+        getattr(package, name)(**settings),
         config.num_embedding,
         config.embedding_dim,
         channels=config.channels,
-        codebook=attrgetter(codebook),
         decode=decode,
+        codebook=codebook,
         latent_norm=config.latent_norm,
     )
 
 
-def import_package(config: ModelConfig) -> ModuleType:
-    return import_library(PACKAGE, f"--quantizer {config.quantizer}")
-
-
-def ema_settings(config: ModelConfig) -> dict[str, Any]:
-    """Settings of the modules whose codevectors are running means."""
-    return {
-        "dim": config.channels,
-        "codebook_size": config.num_embedding,
-        "decay": config.ema_decay,
-        "commitment_weight": config.commitment_cost,
-        "kmeans_init": config.codebook_start == "kmeans",
-        "threshold_ema_dead_code": config.dead_code_threshold,
-        "rotation_trick": config.gradient == "rotation",
-        "use_cosine_sim": config.distance == "cos",
-    }
-
-
-def decode_heads(library: Any, indices: Tensor) -> Any:
-    if library.separate_codebook_per_head:
-        return library.get_codes_from_indices(indices)
-    return library.codebook[indices].flatten(2)
+def make_ema(config: ModelConfig, name: str, **settings: Any) -> LibraryQuantizer:
+    """Make a quantiser whose codevectors are running means."""
+    return make(
+        config,
+        name,
+        dim=config.channels,
+        codebook_size=config.num_embedding,
+        decay=config.ema_decay,
+        commitment_weight=config.commitment_cost,
+        kmeans_init=config.codebook_start == "kmeans",
+        threshold_ema_dead_code=config.dead_code_threshold,
+        rotation_trick=config.gradient == "rotation",
+        use_cosine_sim=config.distance == "cos",
+        **settings,
+    )
 
 
 def make_heads(config: ModelConfig, *, separate: bool = False) -> LibraryQuantizer:
-    library = import_package(config).VectorQuantize(
+    return make_ema(
+        config,
+        "VectorQuantize",
+        decode="get_codes_from_indices",
         codebook_dim=config.embedding_dim,
         heads=units(config),
         separate_codebook_per_head=separate,
-        **ema_settings(config),
     )
-    return wrap(config, library, decode_heads)
-
-
-def decode_residual(library: Any, indices: Tensor) -> Any:
-    return library.get_output_from_indices(indices)
 
 
 def make_residual(config: ModelConfig) -> LibraryQuantizer:
-    library = import_package(config).ResidualVQ(
-        num_quantizers=config.num_quantizers, **ema_settings(config)
+    return make_ema(
+        config,
+        "ResidualVQ",
+        decode="get_output_from_indices",
+        codebook="codebooks",
+        num_quantizers=config.num_quantizers,
     )
-    return wrap(config, library, decode_residual, "codebooks")
-
-
-def decode_sim(library: Any, indices: Tensor) -> Any:
-    return library.indices_to_codes(indices[..., 0])
 
 
 def make_sim(config: ModelConfig) -> LibraryQuantizer:
-    library = import_package(config).SimVQ(
-        config.channels,
-        config.num_embedding,
+    return make(
+        config,
+        "SimVQ",
+        dim=config.channels,
+        codebook_size=config.num_embedding,
         rotation_trick=config.gradient == "rotation",
         input_to_quantize_commit_loss_weight=config.commitment_cost,
     )
-    return wrap(config, library, decode_sim)
 
 
 # Specs
 
 
-def check_start(config: ModelConfig) -> None:
-    """Check that the library can initialise codevectors in this way."""
+def check_start(config: ModelConfig) -> Problems:
     if config.codebook_start == "features":
-        raise ValueError(
-            f"--codebook_start features needs --quantizer looc, cvq or vq, not {config.quantizer}, "
-            "which has uniform and kmeans"
-        )
+        needed = "--codebook_start features needs --quantizer looc, cvq or vq"
+        yield f"{needed}, not {config.quantizer}, which has uniform and kmeans"
 
 
 EMA_FLAGS = COMMON_FLAGS | {
     *("commitment_cost", "ema_decay", "codebook_start", "gradient", "dead_code_threshold")
 }
-DEFAULTS = {
-    "anchor": "none",
-    "codebook_start": "uniform",
-    "commitment_cost": 1.0,
-    "distance": "l2",
-    "gradient": "rotation",
-}
+FIXED = {"anchor": "none", "distance": "l2", "gradient": "rotation"}
+DEFAULTS = FIXED | {"codebook_start": "uniform", "commitment_cost": 1.0}
 EMA_VQ = QuantizerSpec(
     "VQ by moving averages",
     make_heads,
@@ -267,7 +255,7 @@ SIM_VQ = QuantizerSpec(
     "SimVQ",
     make_sim,
     COMMON_FLAGS | {"commitment_cost", "gradient"},
-    {"anchor": "none", "distance": "l2", "gradient": "rotation"},
+    FIXED,
     checks=(check_position,),
     library=PACKAGE,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .looc import LooCQuantizer
-from .spec import COMMON_FLAGS, QuantizerSpec, check_position, check_units, units
+from .spec import COMMON_FLAGS, Problems, QuantizerSpec, check_position, check_units, units
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -18,37 +18,16 @@ FLAGS = COMMON_FLAGS | {
 
 
 def make(config: ModelConfig) -> LooCQuantizer:
-    return LooCQuantizer(
-        config.num_embedding,
-        config.embedding_dim,
-        commitment_cost=config.commitment_cost,
-        distance=config.distance,
-        anchor=config.anchor,
-        split=config.split,
-        interpolation_scale=config.interpolation_scale,
-        first_batch=config.first_batch,
-        contras_loss=config.contras_loss,
-        codebook_update=config.codebook_update,
-        ema_decay=config.ema_decay,
-        codebook_start=config.codebook_start,
-        latent_norm=config.latent_norm,
-        latent_channels=config.channels,
-        gradient=config.gradient,
-        rate_weight=config.rate_weight,
-    )
+    flags = {name: getattr(config, name) for name in FLAGS}  # num_embedding, embedding_dim, …
+    return LooCQuantizer(latent_channels=config.channels, **flags)
 
 
-def check_update(config: ModelConfig) -> None:
-    """Check what LooCQuantizer would refuse, to name the flags."""
-    if config.contras_loss and config.codebook_update != "gradient":
-        raise ValueError(
-            f"--contras_loss has no effect with --codebook_update {config.codebook_update}, "
-            "only with gradient"
-        )
-    if config.rate_weight and config.distance != "l2":
-        raise ValueError(
-            f"--rate_weight {config.rate_weight:g} needs --distance l2, not {config.distance}"
-        )
+def check_update(config: ModelConfig) -> Problems:
+    update, weight, distance = config.codebook_update, config.rate_weight, config.distance
+    if config.contras_loss and update != "gradient":
+        yield f"--contras_loss has no effect with --codebook_update {update}, only with gradient"
+    if weight and distance != "l2":
+        yield f"--rate_weight {weight:g} needs --distance l2, not {distance}"
 
 
 LOOC = QuantizerSpec(

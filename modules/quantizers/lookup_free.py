@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from .library import PACKAGE, LibraryQuantizer, import_package, wrap
-from .spec import COMMON_FLAGS, LARGEST_CODEBOOK, QuantizerSpec, check_units, units
+from ..options import parse_numbers
+from .library import PACKAGE, LibraryQuantizer, make
+from .spec import COMMON_FLAGS, LARGEST_CODEBOOK, Problems, QuantizerSpec, check_units, units
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
 
 LEAST_LEVEL, LARGEST_LEVEL = 3, 16  # per dimension of FSQ, when derived from K and d
-
-
-def decode_grid(library: Any, indices: Tensor) -> Any:
-    return library.indices_to_codes(indices)
 
 
 # Finite scalar quantisation
@@ -38,19 +33,13 @@ def even_levels(product: int, count: int, largest: int = LARGEST_LEVEL) -> tuple
     return min(found, key=sum, default=None)
 
 
-def parse_levels(text: str) -> tuple[int, ...]:
-    """Parse a list like 8,5,5,5; empty if the text is no such list."""
-    matches = re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6}){0,11}", text)
-    return tuple(map(int, text.split(","))) if matches else ()
-
-
 def derive_levels(flags: Mapping[str, Any], defaults: type[ModelConfig]) -> dict[str, Any]:
     """Derive K and d from the levels if these are given, else levels from K and d.
 
     With neither levels nor d given, d is near its default and divides the channels.
     """
     if flags.get("levels") is not None:
-        levels = parse_levels(flags["levels"])
+        levels = parse_numbers(flags["levels"])
         return {"num_embedding": math.prod(levels), "embedding_dim": len(levels)} if levels else {}
     channels = flags.get("latent_channels") or flags.get("hidden_size", defaults.hidden_size)
     near = sorted(range(1, 13), key=lambda dim: abs(dim - defaults.embedding_dim))
@@ -62,45 +51,34 @@ def derive_levels(flags: Mapping[str, Any], defaults: type[ModelConfig]) -> dict
     return {}
 
 
-def check_levels(config: ModelConfig) -> None:
-    """Check that there are d levels whose product is K."""
+def check_levels(config: ModelConfig) -> Problems:
+    size, dim, given = config.num_embedding, config.embedding_dim, f"--levels {config.levels}"
     if config.levels is None:
-        raise ValueError(
-            f"--num_embedding {config.num_embedding} is not a product of {config.embedding_dim} "
-            f"levels from {LEAST_LEVEL} to {LARGEST_LEVEL}; give --levels"
-        )
-    levels = parse_levels(config.levels)
-    if not levels or min(levels) < LEAST_LEVEL:
-        raise ValueError(
-            f"--levels {config.levels} is not a list of up to 12 numbers of at least "
-            f"{LEAST_LEVEL}, like 8,5,5,5"
-        )
+        range_ = f"{dim} levels from {LEAST_LEVEL} to {LARGEST_LEVEL}"
+        yield f"--num_embedding {size} is not a product of {range_}; give --levels"
+    levels = parse_numbers(config.levels or "")
+    if min(levels, default=0) < LEAST_LEVEL:
+        numbers = f"up to 12 numbers of at least {LEAST_LEVEL}"
+        yield f"{given} is not a list of {numbers}, like 8,5,5,5"
     product = math.prod(levels)
     if product > LARGEST_CODEBOOK:
-        raise ValueError(
-            f"--levels {config.levels} makes {product} codevectors, more than {LARGEST_CODEBOOK}"
-        )
-    if product != config.num_embedding:
-        raise ValueError(
-            f"--levels {config.levels} makes {product} codevectors, "
-            f"not --num_embedding {config.num_embedding}"
-        )
-    if len(levels) != config.embedding_dim:
-        raise ValueError(
-            f"--levels {config.levels} has {len(levels)} dimensions, "
-            f"not --embedding_dim {config.embedding_dim}"
-        )
+        yield f"{given} makes {product} codevectors, more than {LARGEST_CODEBOOK}"
+    if product != size:
+        yield f"{given} makes {product} codevectors, not --num_embedding {size}"
+    if len(levels) != dim:
+        yield f"{given} has {len(levels)} dimensions, not --embedding_dim {dim}"
 
 
 def make_fsq(config: ModelConfig) -> LibraryQuantizer:
-    package = import_package(config)
     with torch.device("cpu"):  # its constructor reads values, which device "meta" does not have
-        library = package.FSQ(
-            list(parse_levels(config.levels or "")),
+        return make(
+            config,
+            "FSQ",
+            codebook="implicit_codebook",
+            levels=parse_numbers(config.levels or ""),
             num_codebooks=units(config),
             keep_num_codebooks_dim=True,
         )
-    return wrap(config, library, decode_grid, "implicit_codebook")
 
 
 FSQ = QuantizerSpec(
@@ -128,23 +106,22 @@ def derive_bits(flags: Mapping[str, Any], defaults: type[ModelConfig]) -> dict[s
     return {"num_embedding": 2**dim} if 2**dim <= LARGEST_CODEBOOK else {}
 
 
-def check_bits(config: ModelConfig) -> None:
-    """Check that K = 2^d."""
-    if config.num_embedding != 2**config.embedding_dim:
-        raise ValueError(
-            f"--num_embedding {config.num_embedding} is not 2 to the power of --embedding_dim "
-            f"{config.embedding_dim}, as --quantizer lfq needs it"
-        )
+def check_bits(config: ModelConfig) -> Problems:
+    size, dim = config.num_embedding, config.embedding_dim
+    if size != 2**dim:
+        power = f"2 to the power of --embedding_dim {dim}"
+        yield f"--num_embedding {size} is not {power}, as --quantizer lfq needs it"
 
 
 def make_lfq(config: ModelConfig) -> LibraryQuantizer:
-    library = import_package(config).LFQ(
+    return make(
+        config,
+        "LFQ",
         codebook_size=config.num_embedding,
         num_codebooks=units(config),
         keep_num_codebooks_dim=True,
         commitment_loss_weight=config.commitment_cost,
     )
-    return wrap(config, library, decode_grid)
 
 
 LFQ = QuantizerSpec(

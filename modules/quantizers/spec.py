@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..config import ModelConfig
 
 LARGEST_CODEBOOK = 2**20
+Problems: TypeAlias = Iterator[str]  # lines that each name flags that contradict
 
 
 class Quantizer(Protocol):
@@ -45,7 +46,7 @@ class Quantizer(Protocol):
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """A choice of --quantizer; each check raises ValueError naming flags that contradict."""
+    """A choice of --quantizer."""
 
     label: str  # its name in reports
     make: Callable[[ModelConfig], Quantizer]
@@ -53,7 +54,7 @@ class QuantizerSpec:
     implies: Mapping[str, Any] = field(default_factory=dict)  # its own defaults
     # Further defaults, from the flags given and the declared defaults.
     derive: Callable[[Mapping[str, Any], type[ModelConfig]], dict[str, Any]] = lambda *_: {}
-    checks: Sequence[Callable[[ModelConfig], None]] = ()
+    checks: Sequence[Callable[[ModelConfig], Problems]] = ()
     any_channels: bool = False  # takes latents of any number of channels, not d only
     slots: Callable[[ModelConfig], int] = lambda _: 1  # indices m per position
     codebooks: Callable[[ModelConfig], int] = lambda _: 1  # 1 if shared, m if each slot has its own
@@ -79,27 +80,18 @@ def units(config: ModelConfig) -> int:
     return config.channels * max(config.interpolation_scale, 1) ** 2 // config.embedding_dim
 
 
-def check_units(config: ModelConfig) -> None:
-    """Check that d divides the channels."""
-    scale = max(config.interpolation_scale, 1)
-    if config.channels * scale**2 % config.embedding_dim:
+def check_units(config: ModelConfig) -> Problems:
+    scale, dim, channels = max(config.interpolation_scale, 1), config.embedding_dim, config.channels
+    if channels * scale**2 % dim:
         flag = "--hidden_size" if config.latent_channels is None else "--latent_channels"
         times = f" times {scale}² of --interpolation_scale" if scale > 1 else ""
-        raise ValueError(
-            f"--embedding_dim {config.embedding_dim} does not divide "
-            f"the {config.channels} channels of {flag}{times}"
-        )
+        yield f"--embedding_dim {dim} does not divide the {channels} channels of {flag}{times}"
 
 
-def check_position(config: ModelConfig) -> None:
-    """Check that a position has the channels of one codevector."""
-    if config.channels != config.embedding_dim:
-        raise ValueError(
-            f"--latent_channels {config.latent_channels} is not --embedding_dim "
-            f"{config.embedding_dim}, the channels of --quantizer {config.quantizer}"
-        )
-    if config.interpolation_scale > 1:
-        raise ValueError(
-            f"--interpolation_scale {config.interpolation_scale} needs --quantizer looc, "
-            f"not {config.quantizer}"
-        )
+def check_position(config: ModelConfig) -> Problems:
+    scale, dim, quantizer = config.interpolation_scale, config.embedding_dim, config.quantizer
+    if config.channels != dim:
+        wanted = f"--embedding_dim {dim}, the channels of --quantizer {quantizer}"
+        yield f"--latent_channels {config.latent_channels} is not {wanted}"
+    if scale > 1:
+        yield f"--interpolation_scale {scale} needs --quantizer looc, not {quantizer}"
