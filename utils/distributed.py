@@ -83,10 +83,7 @@ def share_gradients(model: nn.Module) -> nn.Module:
 
 def gradients_kept(model: nn.Module) -> AbstractContextManager[None]:
     """Accumulate gradients without averaging them over processes, in a with block."""
-    if isinstance(model, DistributedDataParallel):
-        kept: AbstractContextManager[None] = model.no_sync()
-        return kept
-    return nullcontext()
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def sum_numbers(*values: float) -> list[float]:
@@ -95,8 +92,7 @@ def sum_numbers(*values: float) -> list[float]:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
-    found: list[float] = sums.tolist()
-    return found
+    return sums.tolist()
 
 
 def gather(value: Value) -> list[Value]:
@@ -119,8 +115,7 @@ def from_first(make: Callable[[], Value]) -> Value:
         return make()
     values: list[Any] = [make() if rank() == 0 else None]
     dist.broadcast_object_list(values, src=0)
-    value: Value = values[0]
-    return value
+    return values[0]  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -144,11 +139,6 @@ def shared_folder(path: Path) -> Iterator[Path]:
 
     All processes have to share the file system.
     """
-    if rank() == 0:
-        with whole_folder(path) as folder:
-            from_first(lambda: folder)
-            yield folder
-            wait_for_all()
-    else:
-        yield from_first(lambda: path)
+    with whole_folder(path) if rank() == 0 else nullcontext(path) as folder:
+        yield from_first(lambda: folder)
         wait_for_all()

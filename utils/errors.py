@@ -66,11 +66,11 @@ def memory_for(flags: str) -> Iterator[None]:
         raise
 
 
-def thread_failed(arguments: threading.ExceptHookArgs) -> None:
+def thread_failed(failure: threading.ExceptHookArgs) -> None:
     """Print a thread's traceback, but not TensorBoard's on a full disk: its next call raises it."""
-    of_tensorboard = type(arguments.thread).__name__ == "_AsyncWriterThread"
-    if not (of_tensorboard and isinstance(arguments.exc_value, OSError)):
-        threading.__excepthook__(arguments)
+    is_writer = type(failure.thread).__name__ == "_AsyncWriterThread"
+    if not (is_writer and isinstance(failure.exc_value, OSError)):
+        threading.__excepthook__(failure)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -94,11 +94,9 @@ def run(main: Callable[[], None]) -> None:
             fail(f"another process has ended or cannot be reached: {one_line(error)[:200]}")
         raise
     except Stopped as stop:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {stop}\n")
-        sys.exit(128 + stop.number)
+        end(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: interrupted\n")
-        sys.exit(128 + signal.SIGINT)
+        end("interrupted", 128 + signal.SIGINT)
 
 
 def fail(message: str) -> NoReturn:
@@ -111,8 +109,12 @@ def fail(message: str) -> NoReturn:
     if rank > 0:
         time.sleep(PATIENCE)
         message = f"process {rank}: {message}"
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {printable(message)}\n")
-    sys.exit(2)
+    end(f"error: {printable(message)}", 2)
+
+
+def end(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
+    sys.exit(code)
 
 
 def lost_connection(error: BaseException) -> bool:

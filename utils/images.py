@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from utils.files import whole_file
 
@@ -76,17 +77,10 @@ def comparison(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> 
 
     Byte tensors (n, C, H, W), n at most a few dozen → one byte tensor (C, height, width).
     """
-    rows = []
-    for start in range(0, len(originals), columns):
-        for images in (originals, reconstructions):
-            row = images[start : start + columns]
-            missing = columns - len(row) if start else 0
-            blank = row.new_full((missing, *row.shape[1:]), 255)
-            tiles = [
-                torch.nn.functional.pad(tile, (2, 2, 2, 2), value=255)
-                for tile in torch.cat([row, blank])
-            ]
-            rows.append(torch.cat(tiles, dim=2))
+    missing = -len(originals) % columns if len(originals) > columns else 0
+    pairs = torch.stack([originals, reconstructions])
+    tiles = pad(pairs, (2, 2, 2, 2, 0, 0, 0, missing), value=255)  # (2, n, C, H, W)
+    rows = [torch.cat(list(row), dim=2) for part in torch.split(tiles, columns, 1) for row in part]
     return torch.cat(rows, dim=1)
 
 
@@ -94,6 +88,6 @@ def save_comparison(path: Path, originals: Tensor, reconstructions: Tensor) -> N
     """Write `comparison` as PNG; small images are enlarged without smoothing."""
     picture = to_picture(comparison(originals, reconstructions))
     factor = max(1, 96 // originals.shape[-1])
-    size = (picture.width * factor, picture.height * factor)
+    size = picture.width * factor, picture.height * factor
     with whole_file(path) as temporary:
         picture.resize(size, Image.Resampling.NEAREST).save(temporary, format="PNG")
