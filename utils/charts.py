@@ -40,6 +40,7 @@ STYLE: dict[Any, Any] = {
     "xtick.labelcolor": "black",  # which is left out of the SVG: the style sheet decides
     "ytick.major.size": 0,
     "lines.linewidth": 1.8,
+    "path.simplify_threshold": 0.5,  # points: long curves stay small, and keep their spikes
     "legend.frameon": False,
 }
 
@@ -86,11 +87,9 @@ def drawn(*charts: Chart, head: int = 0) -> Figure:
     width, height = len(charts) * WIDTH, HEIGHT + head
     figure = Figure((width / 72, height / 72))
     for number, chart in enumerate(charts):
-        left, bottom, *size = AREA
-        edge = number * WIDTH
-        axes = figure.add_axes(
-            ((edge + left) / width, bottom / height, size[0] / width, size[1] / height)
-        )
+        edge, (left, bottom, wide, high) = number * WIDTH, AREA
+        place = (edge + left) / width, bottom / height, wide / width, high / height
+        axes = figure.add_axes(place)
         axes.grid(axis="y")
         axes.margins(x=0)
         axes.set_xlabel(chart.x_label)

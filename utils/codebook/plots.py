@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from utils.charts import FIRST, SECOND, Chart, picture
 from utils.codebook.statistics import CodebookStatistics
@@ -77,20 +78,16 @@ def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
     """
     centred = (points - points.mean(0)).double()
     left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
-    padded = torch.zeros(len(points), 2, dtype=torch.float64)
-    share = torch.zeros(2, dtype=torch.float64)
-    kept = min(2, len(singular))
-    padded[:, :kept] = left[:, :kept] * singular[:kept]
-    variance = singular.square()
-    share[:kept] = variance[:kept] / variance.sum().clamp_min(1e-30)
-    return padded, share
+    left, singular = pad(left, (0, 2)), pad(singular, (0, 2))
+    variance = singular.square() / singular.square().sum().clamp_min(1e-30)
+    return (left * singular)[:, :2], variance[:2]
 
 
 def slot_charts(slot_counts: np.ndarray, counts: np.ndarray) -> list[Chart]:
-    """Plot the use of codevectors by unit slot; counts by slot (m, K), and in all.
+    """Plot the use of codevectors by unit slot, by the counts of slots (m, K) and in all.
 
-    Of several slots a second chart shows the slots that use a codevector; where each slot has its
-    own codebook, the usage of each.
+    With several slots a second chart shows how many slots use a codevector, or the usage of each
+    slot's codebook where each has its own.
     """
     num_slots, size = slot_counts.shape
     share = slot_counts / slot_counts.sum(1, keepdims=True).clip(1)
@@ -101,7 +98,8 @@ def slot_charts(slot_counts: np.ndarray, counts: np.ndarray) -> list[Chart]:
         if ordered.shape[axis] > MAX_COLUMNS:
             groups = np.array_split(ordered, MAX_COLUMNS, axis=axis)
             ordered = np.stack([group.max(axis=axis) for group in groups], axis=axis)
-    reach = (slot_counts > 0).sum(0)  # (K,)
+    used = slot_counts > 0  # (m, K)
+    reach = used.sum(0)  # (K,)
     described = "each slot has its own" if own else f"used in {np.median(reach):.0f} slots (median)"
     heat_map = Chart(
         "Use of the codevectors by unit slot",
@@ -114,20 +112,16 @@ def slot_charts(slot_counts: np.ndarray, counts: np.ndarray) -> list[Chart]:
     if num_slots == 1:
         return [heat_map]
     if own:
-        usage = 100 * (slot_counts > 0).mean(1)  # (m,)
-        least = f"from {usage.min():.0f} to {usage.max():.0f} % of its codevectors"
-        drawing = partial(draw_bars, values=usage, start=-0.5)
-        name = "Usage of each slot's codebook"
-        return [heat_map, Chart(name, least, "unit slot", "% of codevectors", drawing)]
-    bars = np.bincount(reach, minlength=num_slots + 1)
-    second = Chart(
-        "Slots in which a codevector is used",
-        f"from 0 to {num_slots} slots; {bars[0]:,} codevectors in none, {bars[-1]:,} in all",
-        "slots in which a codevector is used",
-        "codevectors",
-        partial(draw_bars, values=bars, start=-0.5),
-    )
-    return [heat_map, second]
+        bars = 100 * used.mean(1)  # (m,)
+        name, labels = "Usage of each slot's codebook", ("unit slot", "% of codevectors")
+        described = f"from {bars.min():.0f} to {bars.max():.0f} % of its codevectors"
+    else:
+        bars = np.bincount(reach, minlength=num_slots + 1)  # (m + 1,)
+        name = "Slots in which a codevector is used"
+        labels = name.lower(), "codevectors"
+        described = f"{bars[0]:,} codevectors in none of {num_slots} slots, {bars[-1]:,} in all"
+    drawing = partial(draw_bars, values=bars, start=-0.5)
+    return [heat_map, Chart(name, described, *labels, drawing)]
 
 
 def draw_bars(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from utils.charts import FIRST, SECOND, Chart
 from utils.report.files import Found, Point
 from utils.report.markup import Missing, details, figure, shown, spread, table, text
 
-MAX_POINTS = 400  # of a curve
 MAX_ROWS = 12  # of a curve's table
 CURVES = {  # scalar → (title, unit, start of the axis, how to read it)
     "loss": (
@@ -44,19 +44,6 @@ CURVES = {  # scalar → (title, unit, start of the axis, how to read it)
 }
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
-    """Keep at most MAX_POINTS points, the lowest and highest of each stretch: spikes stay."""
-    if len(points) <= MAX_POINTS:
-        return list(points)
-    size = -(-2 * len(points) // MAX_POINTS)
-    kept: list[Point] = []
-    for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        kept.extend(sorted(ends))
-    return kept
-
-
 def training_curves(found: Found) -> str:
     place = f" It was looked for in {text(found.logs)}." if found.logs else ""
     found.need("TensorBoard's folder", f"main.py writes it.{place}")
@@ -69,16 +56,15 @@ def training_curves(found: Found) -> str:
         }
         if not series:
             continue
-        values = [value for points in series.values() for _, value in points]
+        steps, values = zip(*chain.from_iterable(series.values()))
         log = scalar == "loss" and min(values) > 0 and max(values) > 20 * min(values)
         ends = "; ".join(
             f"{group} from {shown(points[0][1])} to {shown(points[-1][1])}"
             for group, points in series.items()
         )
-        described = f"{ends}, steps {points_range(series)}"
-        lines = {group: thinned(points) for group, points in series.items()}
+        described = f"{ends}, steps {min(steps):,} to {max(steps):,}"
         y_label = f"{unit}, logarithmic" if log else unit
-        drawing = partial(draw_lines, series=lines, log=log, low=low)
+        drawing = partial(draw_lines, series=series, log=log, low=low)
         curves = Chart(title, described, "step", y_label, drawing).svg()
         charts.append(
             f"<div><h3>{title}</h3>"
@@ -111,11 +97,6 @@ def draw_lines(
         axes.set_ylim(min(low, axes.dataLim.y0), None)
     if len(series) > 1:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1.07), ncols=2)
-
-
-def points_range(series: Mapping[str, Sequence[Point]]) -> str:
-    steps = [step for points in series.values() for step, _ in points]
-    return f"{min(steps):,} to {max(steps):,}"
 
 
 def curve_table(title: str, series: Mapping[str, Sequence[Point]]) -> str:
