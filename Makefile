@@ -91,8 +91,8 @@ weights: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -n 2 --dist loadfile tests/unit tests/scripts
 
-test-all: $(VENV)/.installed-dev
-	$(PY) -m pytest -n 2 --dist loadfile
+test-all: test
+	$(PY) -m pytest -n 2 --dist loadfile tests/robustness tests/gpu
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
