@@ -8,13 +8,12 @@ from typing import Any
 
 from .autoencoder import NetworkSpec
 from .options import option
-from .quantizers.looc.anchors import ANCHORS
-from .quantizers.looc.distances import DISTANCES
-from .quantizers.looc.gradients import GRADIENTS
+from .quantizers.looc.anchors import ANCHORS, STARTS
+from .quantizers.looc.losses import GRADIENTS
 from .quantizers.looc.norms import LATENT_NORMS
-from .quantizers.looc.starts import STARTS
+from .quantizers.looc.search import DISTANCES
 from .quantizers.looc.units import SPLITS
-from .quantizers.looc.updates import CODEBOOK_UPDATES
+from .quantizers.looc.usage import CODEBOOK_UPDATES
 from .quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 from .quantizers.spec import LARGEST_CODEBOOK, QuantizerSpec, import_library
 from .registry import MODELS, NETWORK_FLAGS

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from modules import VQGAN, Autoencoder, ModelConfig
-from modules.quantizers.looc.counting import count_indices
 from modules.quantizers.looc.ranks import num_ranks, sum_over_ranks
+from modules.quantizers.looc.usage import count_indices
 from modules.quantizers.registry import QUANTIZERS
 from utils.checkpoints.checkpoint import Checkpoint, model_content, read_checkpoint
 from utils.codebook.plots import draw_all

@@ -1,19 +1,22 @@
-"""Anchors: the features that dead codevectors are pulled to (online re-initialisation)."""
+"""Features that become codevectors: the first codebook, and anchors of dead codevectors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .distances import DISTANCES, blocks
-from .ranks import AllRanks, from_first_rank
-from .search import faiss_applies, search
+from .ranks import AllRanks, from_first_rank, sum_over_ranks
+from .search import DISTANCES, blocks, faiss_applies, search
+from .usage import count_indices, sums_by_index
 
 if TYPE_CHECKING:
     from .quantizer import LooCQuantizer
+
+KMEANS_ROUNDS = 10
 
 
 class Anchors(NamedTuple):
@@ -35,18 +38,17 @@ def better_of(one: Anchors, other: Anchors) -> Anchors:
     )
 
 
-def most_similar_features(
-    features: Tensor, codevectors: Tensor, distance: str, memory: int | None, *, gumbel: bool
+def most_similar_anchor(
+    quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor, *, gumbel: bool = False
 ) -> Anchors:
-    """Find the most similar finite feature of each codevector: (N, d), (k, d) → k anchors.
+    """Most similar finite feature of the batch; with gumbel, drawn from the softmax of similarity.
 
-    With gumbel, Gumbel noise is added to the similarities. The argmax is then a draw from the
-    softmax over all N features (Gumbel-max trick), in one pass.
+    With Gumbel noise added, the argmax is such a draw over all N features, in one pass.
     """
-    prepare, similarity_of, _ = DISTANCES[distance]
+    prepare, similarity_of, _ = DISTANCES[quantizer.distance]
     prepared = prepare(codevectors)
     best = Anchors(features.new_full((len(codevectors),), -torch.inf), codevectors)
-    for _, block in blocks(features, len(codevectors), memory):
+    for block in blocks(features, len(codevectors), quantizer.search_memory):
         similarity = similarity_of(prepared, prepare(block))  # (k, n)
         if gumbel:
             similarity = similarity - torch.empty_like(similarity).exponential_().log()
@@ -57,7 +59,7 @@ def most_similar_features(
 
 
 def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Anchors:
-    """Most similar feature of the batch: `search` with features and codevectors swapped."""
+    """The same without noise, faster: `search` with features and codevectors swapped."""
     distance, memory = quantizer.distance, quantizer.search_memory
     prepare, _, similarity_of_rows = DISTANCES[distance]
     by_faiss = quantizer.search in ("auto", "faiss") and faiss_applies(features)
@@ -67,18 +69,11 @@ def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tens
         scores = similarity_of_rows(prepare(codevectors), prepare(closest))
         if scores.isfinite().all():
             return Anchors(scores, closest)
-    return most_similar_features(features, codevectors, distance, memory, gumbel=False)
+    return most_similar_anchor(quantizer, features, codevectors)
 
 
-def softmax_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Anchors:
-    """Feature of the batch, drawn with probability softmax of its similarity."""
-    distance, memory = quantizer.distance, quantizer.search_memory
-    return most_similar_features(features, codevectors, distance, memory, gumbel=True)
-
-
-def pool_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Anchors:
+def pool_anchor(quantizer: LooCQuantizer, _: Tensor, codevectors: Tensor) -> Anchors:
     """Feature drawn uniformly from the pool of past features."""
-    del features
     scores = codevectors.new_zeros(len(codevectors))
     if not quantizer.pool_size:
         return Anchors(scores, codevectors)
@@ -100,10 +95,40 @@ def fill_pool(quantizer: LooCQuantizer, features: Tensor) -> None:
     quantizer.pool_size.fill_(max(filled, min(capacity, filled + all_ranks.total)))
 
 
-Anchor = Callable[["LooCQuantizer", Tensor, Tensor], Anchors]  # quantiser, (N, d), (k, d)
-ANCHORS: dict[str, Anchor | None] = {
+def sample_features(quantizer: LooCQuantizer, features: Tensor) -> Tensor | None:
+    """Draw K finite features, each at most once if there are enough; None if there are none."""
+    all_ranks = AllRanks(features[features.isfinite().all(1)])
+    if not all_ranks.total:
+        return None
+    length, total = quantizer.num_embedding, all_ranks.total
+    return all_ranks.take(torch.randperm(total).repeat(-(-length // total))[:length])
+
+
+def kmeans_centres(quantizer: LooCQuantizer, features: Tensor) -> Tensor | None:
+    """Cluster the finite features by k-means, starting from `sample_features`."""
+    centres = sample_features(quantizer, features)
+    if centres is None:
+        return None
+    features = features[features.isfinite().all(1)]
+    settings = (quantizer.distance, quantizer.search, quantizer.search_memory)
+    for _ in range(KMEANS_ROUNDS):
+        indices = search(features, centres, *settings)
+        counts = sum_over_ranks(count_indices(indices, len(centres)))[:, None]
+        sums = sum_over_ranks(sums_by_index(features, indices, len(centres)))
+        centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
+    return centres
+
+
+# Quantiser, features (N, d), k codevectors (k, d) → an anchor of each.
+ANCHORS: dict[str, Callable[[LooCQuantizer, Tensor, Tensor], Anchors] | None] = {
     "closest": closest_anchor,
     "random": pool_anchor,
-    "probrandom": softmax_anchor,
+    "probrandom": partial(most_similar_anchor, gumbel=True),
     "none": None,
+}
+# Quantiser, features (N, d) of the first training batch → codebook (K, d); None is uniform noise.
+STARTS: dict[str, Callable[[LooCQuantizer, Tensor], Tensor | None] | None] = {
+    "uniform": None,
+    "features": sample_features,
+    "kmeans": kmeans_centres,
 }

@@ -36,44 +36,11 @@ class LatentNorm(nn.Module):
 
     def _normalise(self, units: Tensor, training: bool) -> Tensor:
         """Normalise units (B, H, W, m, d); in training also update the averages."""
-        norm = LATENT_NORMS[self.latent_norm]
-        return units if norm is None else norm(self, units, training)
-
-    @torch.no_grad()
-    def _average_latents(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Update the running averages, unless the statistics are not finite.
-
-        The averages of "running" are plain means over its first 1/MOMENTUM calls. Its variance is
-        taken about the running mean, so that it includes how the means of calls differ, which
-        matters when a call has few images.
-        """
-        seen = (count > 0) & mean.isfinite().all() & variance.isfinite().all()
-        rate: float | Tensor = MOMENTUM
-        if self.latent_steps is not None:
-            self.latent_steps += seen
-            rate = (1 / self.latent_steps.to(mean.dtype)).clamp(MOMENTUM, 1)
-            variance = variance + (1 - rate) * (mean - self.latent_mean).square()
-        for average, value in ((self.latent_mean, mean), (self.latent_variance, variance)):
-            average.lerp_(torch.where(seen, value, average), rate)
-
-
-def rms_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
-    """Scale each unit to mean square one, which is length √d."""
-    del quantizer, training
-    return F.normalize(units, dim=-1) * math.sqrt(units.shape[-1])
-
-
-def layer_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
-    """Normalise all channels of a position together to mean zero and variance one."""
-    del quantizer, training
-    return F.layer_norm(units, units.shape[-2:])
+        return LATENT_NORMS[self.latent_norm](self, units, training)
 
 
 def batch_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
-    """Normalise each channel to mean zero and variance one over the batch of all processes.
-
-    Uses the running averages in evaluation: Ioffe and Szegedy, arXiv 1502.03167.
-    """
+    """Normalise each channel over the batch; in evaluation, by the running averages."""
     mean, variance = quantizer.latent_mean, quantizer.latent_variance  # (m, d)
     if training:
         mean, variance = batch_statistics(quantizer, units)
@@ -81,11 +48,10 @@ def batch_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
 
 
 def running_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
-    """Normalise each channel by its running averages, in training as in evaluation.
+    """Normalise each channel by its running averages, in training too, without gradient to them.
 
-    The averages are constants to the gradient. `batch_norm` divides by the statistics of the batch
-    and so hides brightness and contrast of the batch from the decoder, which is noise if batches
-    are small and their images differ.
+    `batch_norm` hides brightness and contrast of the batch from the decoder, which is noise if
+    batches are small and their images differ.
     """
     if training:
         with torch.no_grad():
@@ -94,20 +60,34 @@ def running_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor
 
 
 def batch_statistics(quantizer: LatentNorm, units: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (m, d) over all processes; also updates the running averages."""
+    """Mean and variance (m, d) over all processes; if finite, they update the running averages.
+
+    The averages of "running" are plain means over its first 1/MOMENTUM calls. Its variance is taken
+    about the running mean, to include how the means of calls differ: a call may have few images.
+    """
     rows = units.flatten(0, 2)  # (B·H·W, m, d)
     count = sum_over_ranks(torch.full((), len(rows), device=rows.device))
     mean = SumOverRanks.apply(rows.sum(0)) / count.clamp_min(1)
-    variance = SumOverRanks.apply((rows - mean).square().sum(0)) / count.clamp_min(1)
-    quantizer._average_latents(mean.detach(), variance.detach(), count)
+    variance = spread = SumOverRanks.apply((rows - mean).square().sum(0)) / count.clamp_min(1)
+    with torch.no_grad():
+        seen = (count > 0) & mean.isfinite().all() & variance.isfinite().all()
+        rate: float | Tensor = MOMENTUM
+        if quantizer.latent_steps is not None:
+            quantizer.latent_steps += seen
+            rate = (1 / quantizer.latent_steps.to(mean.dtype)).clamp(MOMENTUM, 1)
+            spread = variance + (1 - rate) * (mean - quantizer.latent_mean).square()
+        for average, value in ((quantizer.latent_mean, mean), (quantizer.latent_variance, spread)):
+            average.lerp_(torch.where(seen, value, average), rate)
     return mean, variance
 
 
-# Units (B, H, W, m, d) → the same shape.
-LATENT_NORMS: dict[str, Callable[[LatentNorm, Tensor, bool], Tensor] | None] = {
-    "none": None,
-    "unit": rms_norm,
-    "layer": layer_norm,
+# Quantiser, units (B, H, W, m, d), in training? → units of the same shape.
+LATENT_NORMS: dict[str, Callable[[LatentNorm, Tensor, bool], Tensor]] = {
+    "none": lambda _, units, __: units,
+    # Each unit to mean square one, which is length √d.
+    "unit": lambda _, units, __: F.normalize(units, dim=-1) * math.sqrt(units.shape[-1]),
+    # All channels of a position together to mean zero and variance one.
+    "layer": lambda _, units, __: F.layer_norm(units, units.shape[-2:]),
     "batch": batch_norm,
     "running": running_norm,
 }

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_conditions, check_minima
-from .counting import count_indices
+from .checks import check_minima
 from .quantizer import LooCQuantizer
 from .units import num_units
-
-Info = tuple[Tensor, None, Tensor]
+from .usage import count_indices
 
 
 class LooCPlugin(nn.Module):
@@ -31,29 +29,24 @@ class LooCPlugin(nn.Module):
         beta: commitment weight λ, of mean((sg[z_q] − z)²).
         remap: the K' codevectors in use, in the order of their new indices: a tensor (K',) or an
             .npy file. Indices outside this module are then in [0, re_embed).
-        unknown_index: new index of a codevector that is not in remap: "random" (one of the K',
-            drawn in each call), "extra" (the additional index K'), or an index.
+        unknown_index: new index of a codevector not in remap: "random" (drawn in each call from
+            the K'), "extra" (the additional index K'), or an index.
         sane_index_shape: return indices as (B, H, W, m), or (B, H, W) if m is 1, instead of flat.
         legacy: put beta on mean((z_q − sg[z])²) instead, the default of VQGAN.
-        embedding_dim: dimension d of a codevector; divides c·β².
-        interpolation_scale: β; 0 or 1 is off.
-        distance: "cos" or "l2", for the match.
-        anchor: "closest", "random", "probrandom" or "none", the re-initialisation rule.
+        embedding_dim, interpolation_scale, distance, anchor: as in LooCQuantizer.
         settings: other keywords of LooCQuantizer: split, first_batch, contras_loss,
             codebook_update, ema_decay, codebook_start, latent_norm, gradient and rate_weight.
 
     Attributes:
-        n_e, e_dim, beta, remap, unknown_index, sane_index_shape, legacy: the arguments.
-        vq_embed_dim: e_dim.
+        n_e, e_dim (also as vq_embed_dim), beta, remap, sane_index_shape, legacy: the arguments.
         re_embed: number of indices outside this module.
+        unknown_index: "random" or an index.
         units: number m of indices per position.
         embedding: the codebook as an nn.Embedding.
         quantizer: the LooCQuantizer. `quantizer.codebook` is the only parameter.
 
-    A call in evaluation mode changes nothing.
-
-    Raises:
-        ValueError: for arguments out of range, or inputs of a wrong shape.
+    A call in evaluation mode changes nothing. Raises ValueError for arguments out of range, or
+    inputs of a wrong shape.
     """
 
     used: Tensor
@@ -75,27 +68,19 @@ class LooCPlugin(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.n_e = n_e
+        self.n_e = self.re_embed = n_e
         self.e_dim = self.vq_embed_dim = e_dim
         self.beta = beta
         self.remap = remap
-        self.re_embed = n_e
         self.unknown_index = unknown_index
         self.sane_index_shape = sane_index_shape
         self.legacy = legacy
         check_minima(self, n_e=1, e_dim=1, beta=0)
-        check_conditions(
-            (legacy and beta == 0, f"legacy {legacy} needs beta above 0, not {beta}"),
-            (
-                legacy and bool(settings.get("contras_loss")),
-                f"contras_loss True does not go with legacy {legacy}",
-            ),
-            (
-                legacy and settings.get("codebook_update") == "ema",
-                f"legacy {legacy} puts beta on the loss of the codebook, "
-                "which codebook_update 'ema' does not have",
-            ),
-        )
+        if legacy and beta == 0:
+            raise ValueError(f"legacy {legacy} needs beta above 0, not {beta}")
+        for name, value in (("contras_loss", True), ("codebook_update", "ema")):
+            if legacy and settings.get(name) == value:
+                raise ValueError(f"{name} {value} does not go with legacy {legacy}")
         self.quantizer = LooCQuantizer(
             n_e,
             embedding_dim,
@@ -110,10 +95,9 @@ class LooCPlugin(nn.Module):
         self.units = num_units(e_dim, interpolation_scale, embedding_dim)
         if remap is not None:
             self.register_buffer("used", read_remap(remap, n_e))
-            self.re_embed = len(self.used)
+            self.re_embed = len(self.used) + (unknown_index == "extra")
             if unknown_index == "extra":
-                self.unknown_index = self.re_embed
-                self.re_embed += 1
+                self.unknown_index = len(self.used)
             elif unknown_index != "random" and unknown_index not in range(self.re_embed):
                 raise ValueError(
                     f"unknown_index {unknown_index!r} is neither 'random' nor 'extra' "
@@ -136,24 +120,22 @@ class LooCPlugin(nn.Module):
         temp: float | None = None,
         rescale_logits: bool = False,
         return_logits: bool = False,
-    ) -> tuple[Tensor, Tensor, Info]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
         """Quantise z (B, c, H, W) → latents (B, c, H, W), scalar loss, (perplexity, None, indices).
 
-        The perplexity is that of the indices of this call, a scalar; indices are int64, (B·H·W·m,)
-        unless `sane_index_shape`. temp, rescale_logits and return_logits are those of a Gumbel
-        quantiser; they have to be None or 1, False and False.
+        The perplexity is that of this call, a scalar; indices are int64, (B·H·W·m,) unless
+        `sane_index_shape`. temp, rescale_logits and return_logits are for a Gumbel quantiser only.
         """
-        for name, value, allowed in (
-            ("temp", temp, (None, 1)),
-            ("rescale_logits", rescale_logits, (False,)),
-            ("return_logits", return_logits, (False,)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} {value} is not {' or '.join(map(str, allowed))}")
+        if temp not in (None, 1) or rescale_logits or return_logits:
+            raise ValueError(
+                f"temp {temp}, rescale_logits {rescale_logits}, return_logits {return_logits}: "
+                "they have to be None or 1, False and False"
+            )
         if z.dim() != 4 or z.shape[1] != self.e_dim:
             raise ValueError(f"z of shape {tuple(z.shape)} is not (B, e_dim {self.e_dim}, H, W)")
         latents, loss, indices = self.quantizer(z)
-        perplexity = self._perplexity(indices)
+        share = count_indices(indices.flatten(), self.n_e) / max(1, indices.numel())  # u_k, (K,)
+        perplexity = torch.special.entr(share).sum().exp()  # exp(−Σ u_k log u_k)
         if self.legacy:
             loss = self.beta * loss
         if self.remap is not None:
@@ -204,20 +186,14 @@ class LooCPlugin(nn.Module):
         """Map indices in [0, re_embed) to [0, K), any shape; the extra one to the first in use."""
         return self.used[torch.where(indices < len(self.used), indices, 0)]
 
-    def _perplexity(self, indices: Tensor) -> Tensor:
-        """exp(−Σ u_k log u_k), where u_k is the share of codevector k in the indices."""
-        counts = count_indices(indices.flatten(), self.n_e)
-        terms: Tensor = torch.special.entr(counts / counts.sum().clamp_min(1))  # (K,)
-        return terms.sum().exp()
-
     def _positions(self, indices: Tensor) -> tuple[int, ...]:
         """Shape of the positions: that of the indices without the units."""
         *positions, last = indices.shape
         if self.units == 1 and len(positions) == 2:
-            return (*positions, last)
+            return tuple(indices.shape)
         if len(positions) == 3 and last == self.units:
             return tuple(positions)
-        if len(positions) in (0, 1) and last % self.units == 0:
+        if len(positions) < 2 and last % self.units == 0:
             return (*positions, last // self.units)
         raise ValueError(
             f"indices of shape {tuple(indices.shape)} are not {self.units} per position: "
@@ -226,9 +202,7 @@ class LooCPlugin(nn.Module):
 
     def _decode(self, indices: Tensor) -> Tensor:
         """Decode indices (b, h, w, m) in [0, re_embed) to latents (b, c, h, w)."""
-        if self.remap is not None:
-            indices = self.unmap_to_all(indices)
-        return self.quantizer.decode(indices)
+        return self.quantizer.decode(indices if self.remap is None else self.unmap_to_all(indices))
 
 
 def read_remap(remap: str | os.PathLike[str] | Tensor, n_e: int) -> Tensor:
@@ -241,8 +215,7 @@ def read_remap(remap: str | os.PathLike[str] | Tensor, n_e: int) -> Tensor:
         name = f"remap {remap}"
         try:
             with Path(remap).open("rb") as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-            used = torch.from_numpy(array)
+                used = torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
     if used.dim() != 1 or not len(used) or used.is_floating_point() or used.is_complex():
@@ -252,7 +225,6 @@ def read_remap(remap: str | os.PathLike[str] | Tensor, n_e: int) -> Tensor:
     used = used.long()
     if used.min() < 0 or used.max() >= n_e:
         raise ValueError(f"{name} has indices {used.min()} … {used.max()}, not all below n_e {n_e}")
-    distinct = len(set(used.tolist()))
-    if distinct < len(used):
+    if (distinct := len(set(used.tolist()))) < len(used):
         raise ValueError(f"{name} has {len(used)} indices, only {distinct} of them distinct")
     return used

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .anchors import ANCHORS, Anchors, better_of, fill_pool
+from . import usage
+from .anchors import ANCHORS, STARTS, Anchors, better_of, fill_pool
 from .checks import check_arguments
-from .contrastive import contrastive_loss
-from .counting import count_indices, sums_by_index
-from .gradients import StraightThrough
+from .losses import StraightThrough, contrastive_loss
 from .norms import WITH_AVERAGES, LatentNorm
 from .ranks import best_over_ranks, sum_over_ranks
 from .search import search
-from .starts import STARTS
-from .tracing import untraced
 from .units import SPLITS, extrapolate, interpolate_back, num_units
-from .updates import PendingUpdate, average_features, mask_non_finite
-from .usage import (
-    NEGLIGIBLE_RATE,
-    USAGE_DECAY,
-    average_usage,
-    code_bits,
-    num_safe_steps,
-    reinit_rate,
-)
+
+Result = TypeVar("Result")
 
 
 class Quantized(NamedTuple):
@@ -38,14 +31,37 @@ class Quantized(NamedTuple):
     indices: Tensor  # (B, H, W, m), int64 in [0, K)
 
 
+@dataclass
+class PendingUpdate:
+    """Statistics of the training calls since the last update of the codebook."""
+
+    counts: Tensor  # (K,), int64, matches of each codevector
+    sums: Tensor  # (K, d), of the features that matched it; zeros unless the update is "ema"
+    candidates: Tensor  # (k,), int64, codevectors that the update may re-initialise
+    anchors: Anchors  # best anchors of the candidates so far
+
+
+def untraced(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorate a method that torch.compile calls as it is: it changes the state in each call.
+
+    torch.compiler.disable does the same, but imports the compiler at once, which takes seconds.
+    """
+    excluded: Callable[..., Result] = torch._disable_dynamo(method)
+
+    @wraps(method)
+    def call(module: nn.Module, z: Tensor) -> Result:
+        return (excluded if torch.compiler.is_compiling() else method)(module, z)
+
+    return call
+
+
 class LooCQuantizer(LatentNorm):
     """Compositional vector quantisation with one small shared codebook.
 
     Args:
         num_embedding: number of codevectors K.
-        embedding_dim: dimension d of a codevector; divides C·β². With d = C and without
-            interpolation this is the quantiser of CVQ-VAE; with anchor "none" and distance "l2" as
-            well it is a plain VQ.
+        embedding_dim: dimension d of a codevector; divides C·β². With d = C, without interpolation,
+            this is the quantiser of CVQ-VAE; also with anchor "none" and distance "l2", plain VQ.
         commitment_cost: commitment weight λ.
         distance: "cos" or "l2", for the match.
         anchor: "closest", "random", "probrandom" or "none", the re-initialisation rule.
@@ -53,21 +69,17 @@ class LooCQuantizer(LatentNorm):
         interpolation_scale: β; 0 or 1 is off.
         first_batch: re-initialise in the first training batch only.
         contras_loss: add the contrastive loss in training; needs codebook_update "gradient".
-        codebook_update: "gradient" (of the loss) or "ema": each codevector is the moving average of
-            the features that matched it.
+        codebook_update: "gradient" or "ema", a moving average of the features that matched.
         ema_decay: decay of that average, per step.
-        codebook_start: "uniform" in ±1/K, "features" of the first training batch, or "kmeans", the
-            centres of these features.
+        codebook_start: "uniform" in ±1/K; "features" or "kmeans", of the first training batch.
         latent_norm: normalisation of the latents to mean square one: "none", "unit" (each unit),
             "layer" (the channels of a position, mean removed), "batch" (each channel over the
-            batch, mean removed) or "running" (each channel by its running mean and variance, in
-            training too).
+            batch, mean removed) or "running" (each channel by its running mean and variance).
         latent_channels: channels C of the latents, required by "batch" and "running".
         gradient: "straight_through" or "rotation", the gradient from the latents to z.
-        rate_weight: cost of one bit in the match, in units of squared distance. The match then
-            minimises ‖z − e_k‖² + rate_weight·(−log₂ p_k); needs distance "l2". Codevectors too
-            expensive to be used stay unused; anchors do not revive them. Entropy-constrained vector
-            quantisation: Chou, Lookabaugh and Gray, IEEE Trans. ASSP 37 (1989).
+        rate_weight: the match minimises ‖z − e_k‖² + rate_weight·(−log₂ p_k); needs distance "l2".
+            Codevectors too expensive to be used stay unused; anchors do not revive them.
+            Entropy-constrained vector quantisation: Chou et al., IEEE Trans. ASSP 37 (1989).
 
     Attributes:
         search: a key of SEARCHES or "auto"; changes speed and memory, not results.
@@ -83,15 +95,11 @@ class LooCQuantizer(LatentNorm):
         started: whether the codebook was made from features; unless codebook_start is "uniform".
         latent_mean, latent_variance, latent_steps: see `LatentNorm`.
 
-    A call in training mode updates the state, ignoring features that are not finite. A call in
-    evaluation mode changes nothing.
-
-    Under torch.distributed all processes have to make the same training calls (with any number of
-    images each, also none). Usage and anchors are those of all features, and all processes write
-    the same codebook. The contrastive loss compares the features of its own process.
-
-    Raises:
-        ValueError: for arguments out of range, or an input that cannot be split into units.
+    A call in training mode updates the state, ignoring features that are not finite; in evaluation
+    mode it changes nothing. Raises ValueError for arguments out of range, or an input that cannot
+    be split into units. Under torch.distributed all processes have to make the same training calls
+    (with any number of images each, also none) and write the same codebook: usage and anchors are
+    those of all features. The contrastive loss compares the features of its own process.
     """
 
     codebook: nn.Parameter
@@ -141,70 +149,61 @@ class LooCQuantizer(LatentNorm):
         self.search = "auto"
         self.search_memory: int | None = None
         self.defer_update = False
-        check_arguments(self, latent_channels)
+        check_arguments(self)
 
-        bound = 1 / num_embedding
-        self.codebook = nn.Parameter(
-            torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound),
-            requires_grad=codebook_update == "gradient",
-        )
+        by_ema, bound = codebook_update == "ema", 1 / num_embedding
+        start = torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound)
+        self.codebook = nn.Parameter(start, requires_grad=not by_ema)
         self.register_buffer("usage", torch.zeros(num_embedding))
         self.register_buffer("reinitialised", torch.tensor(False))
         self.register_buffer("pool", torch.zeros(num_embedding, embedding_dim))
         self.register_buffer("pool_size", torch.tensor(0))
-        by_ema = codebook_update == "ema"
         self.register_buffer("ema_count", torch.zeros(num_embedding) if by_ema else None)
         from_data = STARTS[codebook_start] is not None
         self.register_buffer("started", torch.tensor(False) if from_data else None)
         if latent_norm in WITH_AVERAGES:
-            if latent_channels is None:
-                raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels")
+            if not latent_channels or latent_channels < 1:
+                raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels above 0")
             units = num_units(latent_channels, interpolation_scale, embedding_dim)
             self._keep_averages((units, embedding_dim))
         self._forget_cached_state()
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            LooCQuantizer._forget_cached_state
-        )
+        forget = LooCQuantizer._forget_cached_state
+        self.register_load_state_dict_post_hook(forget)  # type: ignore[no-untyped-call]
 
-    def _forget_cached_state(self, incompatible_keys: Any = None) -> None:
+    def _forget_cached_state(self, *_: Any) -> None:
         """Reset everything that is derived from the state, which another may have replaced."""
-        del incompatible_keys
         self._safe_steps = 0  # steps in which no codevector can need an anchor
         self._start_done = False
         self._pending: PendingUpdate | None = None
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_embedding}, {self.embedding_dim}, distance={self.distance!r}, "
-            f"anchor={self.anchor!r}, split={self.split!r}, "
-            f"interpolation_scale={self.interpolation_scale}"
-        )
+        names = ("distance", "anchor", "split", "interpolation_scale")
+        settings = "".join(f", {name}={getattr(self, name)!r}" for name in names)
+        return f"{self.num_embedding}, {self.embedding_dim}{settings}"
 
     @untraced
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, C, H, W), of any float type; in training mode also update the codebook.
 
-        The loss is λ·mean((sg[z_q] − z)²) + mean((z_q − sg[z])²) over the units, where z is already
-        normalised by `latent_norm`, plus the contrastive loss if it is on; the second term is
-        absent with codebook_update "ema". The latents equal `decode(indices)` with the codebook
-        before its update; their gradient reaches z according to `gradient`.
+        The loss is λ·mean((sg[z_q] − z)²) + mean((z_q − sg[z])²) over the normalised units, without
+        the second term if codebook_update is "ema", plus the contrastive loss if that is on. The
+        latents equal `decode(indices)` before the update.
         """
         with torch.autocast(z.device.type, enabled=False):
             units = self._cut(z, self.training)  # (B, H, W, m, d)
-            features = units.reshape(-1, self.embedding_dim)  # (N, d)
+            features = units.flatten(0, 3)  # (N, d)
             constant = features.detach()
             if self.training and not self._start_done:
                 self._start(constant)
             indices = self._match(constant)  # (N,)
+            costs = (self.commitment_cost, float(self.codebook_update == "gradient"))
             quantized, loss = StraightThrough.apply(
-                *(features, self.codebook, indices, self.commitment_cost),
-                *(float(self.codebook_update == "gradient"), self.gradient),
+                features, self.codebook, indices, *costs, self.gradient
             )  # (N, d), scalar
             if self.training:
                 if self.contras_loss and len(constant):
-                    loss = loss + contrastive_loss(
-                        self.codebook, constant, self.distance, self.search_memory
-                    )
+                    settings = (self.distance, self.search_memory)
+                    loss = loss + contrastive_loss(self.codebook, constant, *settings)
                 self._collect(constant, indices, loss.detach())
             latents = self._join(quantized.view(units.shape)).to(z.dtype)
         return Quantized(latents, loss, indices.view(units.shape[:-1]))
@@ -212,20 +211,13 @@ class LooCQuantizer(LatentNorm):
     @untraced
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """Compute the indices (B, H, W, m), int64, of z (B, C, H, W). Changes nothing.
-
-        Normalises by the running averages with latent_norm "batch", in training mode too.
-        """
+        """Compute the indices (B, H, W, m), int64, of z (B, C, H, W), as in evaluation mode."""
         with torch.autocast(z.device.type, enabled=False):
             units = self._cut(z)
-            features = units.reshape(-1, self.embedding_dim)
-            return self._match(features).view(units.shape[:-1])
+            return self._match(units.flatten(0, 3)).view(units.shape[:-1])
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Compute the latents (B, C, H, W) of indices (B, H, W, m).
-
-        Raises ValueError if m units cannot be folded back into channels.
-        """
+        """Compute the latents (B, C, H, W) of indices (B, H, W, m)."""
         area = max(self.interpolation_scale, 1) ** 2
         if indices.dim() != 4 or indices.shape[-1] * self.embedding_dim % area:
             raise ValueError(
@@ -259,7 +251,7 @@ class LooCQuantizer(LatentNorm):
         """Find the codevector of each feature: (N, d) → (N,)."""
         codebook, penalty = self.codebook.detach(), None
         if self.rate_weight:
-            bits = code_bits(self.usage)
+            bits = usage.code_bits(self.usage)
             # Only differences matter, and small numbers are more exact.
             penalty = (self.rate_weight * (bits - bits.amin())).to(codebook.dtype)
         return search(features, codebook, self.distance, self.search, self.search_memory, penalty)
@@ -281,11 +273,14 @@ class LooCQuantizer(LatentNorm):
     @torch.no_grad()
     def _collect(self, features: Tensor, indices: Tensor, loss: Tensor) -> None:
         """Collect the statistics of a training call, then update unless that is deferred."""
-        pending = self._pending or self._begin_update()
-        features, indices = mask_non_finite(features, indices, loss, self.num_embedding)
-        pending.counts += count_indices(indices, self.num_embedding + 1)[:-1]
+        pending, length = self._pending or self._begin_update(), self.num_embedding
+        if loss.is_cuda or not loss.isfinite():  # reading the loss on CUDA would synchronise
+            finite = features.square().sum(1).isfinite()
+            features = features.where(finite[:, None], torch.nan)
+            indices = indices.where(finite, length)
+        pending.counts += usage.count_indices(indices, length + 1)[:-1]
         if self.codebook_update == "ema":
-            pending.sums += sums_by_index(features, indices, self.num_embedding + 1)[:-1]
+            pending.sums += usage.sums_by_index(features, indices, length + 1)[:-1]
         propose = ANCHORS[self.anchor]
         if propose is not None and self._may_reinitialise():
             if self.anchor == "random":
@@ -304,36 +299,31 @@ class LooCQuantizer(LatentNorm):
         if self._safe_steps > 0:
             self._safe_steps -= 1
         elif self._may_reinitialise():
-            least = USAGE_DECAY * self.usage  # usage of a codevector that is not matched now
-            candidates = (reinit_rate(least) > NEGLIGIBLE_RATE).nonzero().squeeze(1)
+            candidates = usage.reinit_candidates(self.usage)
             if not len(candidates):
-                self._safe_steps = num_safe_steps(least)
+                self._safe_steps = usage.num_safe_steps(self.usage)
         codevectors = self.codebook[candidates]
-        scores = codevectors.new_full((len(candidates),), -torch.inf)
         return PendingUpdate(
-            torch.zeros(self.num_embedding, dtype=torch.int64, device=self.usage.device),
-            torch.zeros_like(self.codebook) if self.codebook_update == "ema" else codevectors[:0],
-            candidates,
-            Anchors(scores, codevectors),
+            counts=torch.zeros_like(self.usage, dtype=torch.int64),
+            sums=torch.zeros_like(self.codebook),
+            candidates=candidates,
+            anchors=Anchors(codevectors.new_full((len(candidates),), -torch.inf), codevectors),
         )
 
     def _may_reinitialise(self) -> bool:
         return self.anchor != "none" and not (self.first_batch and bool(self.reinitialised))
 
     def _update(self, pending: PendingUpdate) -> None:
-        """Update usage p_k and codebook: e_k ← (1 − a_k)·e_k + a_k·anchor_k.
-
-        This is the last write to the codebook in a step.
-        """
+        """Update usage p_k and codebook: e_k ← (1 − a_k)·e_k + a_k·anchor_k, its last write."""
         counts = sum_over_ranks(pending.counts)
         if self.ema_count is not None:
             sums = sum_over_ranks(pending.sums)
-            average_features(self.codebook, self.ema_count, counts, sums, self.ema_decay)
-        average_usage(self.usage, counts)
+            usage.average_features(self.codebook, self.ema_count, counts, sums, self.ema_decay)
+        usage.average_usage(self.usage, counts)
         if self._may_reinitialise():
             self.reinitialised.fill_(True)
         if len(pending.candidates):
             codevectors = self.codebook[pending.candidates]
             target = best_over_ranks(*pending.anchors)
-            rate = reinit_rate(self.usage)[pending.candidates, None].to(codevectors.dtype)
+            rate = usage.reinit_rate(self.usage)[pending.candidates, None].to(codevectors.dtype)
             self.codebook[pending.candidates] = codevectors.lerp(target, rate)

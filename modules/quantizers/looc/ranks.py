@@ -26,14 +26,12 @@ class SumOverRanks(torch.autograd.Function):
     """`sum_over_ranks` out of place; its gradient is also summed over all processes."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        del ctx
+    def forward(_: Any, values: Tensor) -> Tensor:
         return sum_over_ranks(values.clone())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        del ctx
+    def backward(_: Any, *grad_outputs: Tensor) -> Tensor:
         return sum_over_ranks(grad_outputs[0].clone())
 
 
@@ -45,25 +43,19 @@ def from_first_rank(values: Tensor) -> Tensor:
 
 
 def best_over_ranks(scores: Tensor, vectors: Tensor) -> Tensor:
-    """Take each row from the process with the highest score: (k,), (k, d) → (k, d).
-
-    The first of several processes with the same score wins; every process gets the same result.
-    """
+    """Take each row from the first process with the highest score: (k,), (k, d) → (k, d)."""
     if num_ranks() == 1:
         return vectors
-    best, ranks = scores.clone(), num_ranks()
+    best = scores.clone()
     dist.all_reduce(best, dist.ReduceOp.MAX)
-    rank = torch.where(scores == best, dist.get_rank(), ranks)
+    rank = torch.where(scores == best, dist.get_rank(), num_ranks())
     first = rank.clone()
     dist.all_reduce(first, dist.ReduceOp.MIN)
     return sum_over_ranks(torch.where((rank == first)[:, None], vectors, 0))
 
 
 class AllRanks:
-    """The features (N, d) of all processes as one list, in the order of ranks.
-
-    Attribute `total` is the length of the list.
-    """
+    """The features (N, d) of all processes as one list of length `total`, in the order of ranks."""
 
     def __init__(self, features: Tensor) -> None:
         self.features = features

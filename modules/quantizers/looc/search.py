@@ -1,4 +1,4 @@
-"""Search for the most similar codevector of each feature, without an N × K matrix."""
+"""Distances, and search for the most similar codevector of each feature, without N × K matrix."""
 
 from __future__ import annotations
 
@@ -8,15 +8,60 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distances import DISTANCES, blocks
-
 log = logging.getLogger("looc.search")
 failed_searches: set[str] = set()  # backends that raised an error in this process
+NUM_VERIFIED = 2**12  # features on which a newly compiled kernel is verified
+verified_kernels: set[tuple[object, ...]] = set()
+
+
+def unit_norm(vectors: Tensor) -> Tensor:
+    """Scale each vector to length one: (n, d) → (n, d)."""
+    return F.normalize(vectors, dim=1)
+
+
+def negative_squared_l2(features: Tensor, codevectors: Tensor) -> Tensor:
+    """−‖z − e‖² of all pairs: (n, d), (k, d) → (n, k)."""
+    squares = features.square().sum(1, keepdim=True) + codevectors.square().sum(1)
+    return 2 * features @ codevectors.T - squares
+
+
+class Distance(NamedTuple):
+    """Similarity of two sets of vectors; both are passed through `prepare` first."""
+
+    prepare: Callable[[Tensor], Tensor]
+    similarity: Callable[[Tensor, Tensor], Tensor]  # (n, d), (k, d) → (n, k)
+    similarity_of_rows: Callable[[Tensor, Tensor], Tensor]  # (n, d), (n, d) → (n,)
+
+
+DISTANCES = {
+    "cos": Distance(
+        prepare=unit_norm,
+        similarity=lambda features, codevectors: features @ codevectors.T,
+        similarity_of_rows=lambda one, other: (one * other).sum(1),
+    ),
+    "l2": Distance(
+        prepare=lambda vectors: vectors,
+        similarity=negative_squared_l2,
+        similarity_of_rows=lambda one, other: -(one - other).square().sum(1),
+    ),
+}
+
+
+def block_elements(device: torch.device, memory: int | None) -> int:
+    """Number of float32 values in `memory` MiB; the default of the CPU is one its cache holds."""
+    return (memory or (256 if device.type == "cuda" else 4)) * 2**18
+
+
+def blocks(rows: Tensor, columns: int, memory: int | None) -> tuple[Tensor, ...]:
+    """Split rows (n, …) so that the similarities of a block to all columns fit in the memory."""
+    size = max(1, block_elements(rows.device, memory) // max(1, columns))
+    return torch.split(rows, size) if len(rows) else ()
 
 
 def search(
@@ -29,15 +74,10 @@ def search(
 ) -> Tensor:
     """Find the most similar codevector of each feature, exactly: (N, d), (K, d) → (N,), int64.
 
-    Args:
-        features: float32, contiguous.
-        codebook: float32, on the same device.
-        distance: "cos" or "l2".
-        backend: one of SEARCHES, or "auto": faiss on the CPU if it is installed, else the compiled
-            kernel for low dimensions, else torch. A backend that fails is replaced by torch for
-            the rest of the process, with a warning in the log.
-        memory: MiB of similarities that torch holds at a time.
-        penalty: added to the squared distance of each codevector, (K,), at least 0; "l2" only.
+    Backend "auto" is faiss on the CPU if it is installed, else the compiled kernel for low
+    dimensions, else torch. A backend that fails is replaced by torch for the rest of the process,
+    with a warning in the log. `memory` is the MiB of similarities that torch holds at a time. The
+    penalty (K,), at least 0, is added to the squared distance of each codevector ("l2" only).
     """
     if not len(features):
         return torch.empty(0, dtype=torch.int64, device=features.device)
@@ -74,26 +114,20 @@ def choose_search(features: Tensor, keys: Tensor) -> str:
     return "compiled" if worth_compiling and features.shape[1] <= 4 else "torch"
 
 
-# ------------------------------------------------------------------------------------------ faiss
-
-
 def faiss_applies(features: Tensor) -> bool:
     """Return whether faiss is installed and accepts these features."""
-    on_cpu = features.device.type == "cpu" and features.dtype == torch.float32
-    return on_cpu and faiss_installed()
+    return features.is_cpu and features.dtype == torch.float32 and faiss_installed()
 
 
 @lru_cache(maxsize=1)
 def faiss_installed() -> bool:
-    """Return whether faiss can be imported."""
     return importlib.util.find_spec("faiss") is not None
 
 
-def search_faiss(features: Tensor, keys: Tensor, offset: Tensor, memory: int | None) -> Tensor:
+def search_faiss(features: Tensor, keys: Tensor, offset: Tensor, _: int | None) -> Tensor:
     """Search with a flat index of faiss, which has fused kernels for low dimensions."""
     import faiss
 
-    del memory  # faiss holds no similarities
     # Among keys of length one the most similar is also the nearest, and faiss finds the nearest
     # faster up to 16 dimensions. A codevector of zeros cannot be scaled to length one.
     nearest = bool(offset.any()) or (keys.shape[1] <= 16 and bool(keys.any(1).all()))
@@ -110,10 +144,7 @@ def search_faiss(features: Tensor, keys: Tensor, offset: Tensor, memory: int | N
 
 @lru_cache
 def faiss_threads(count: int) -> ThreadPoolExecutor:
-    """Make threads in each of which faiss uses one core.
-
-    faiss brings its own OpenMP, whose idle threads would compete with those of torch.
-    """
+    """Make threads with one core of faiss each: idle threads of its OpenMP would slow torch."""
     import faiss
 
     # By default faiss computes fewer than 128,000 distances one by one, ten times as slowly.
@@ -125,49 +156,41 @@ if hasattr(os, "register_at_fork"):  # a forked process does not inherit the thr
     os.register_at_fork(after_in_child=faiss_threads.cache_clear)
 
 
-# ------------------------------------------------------------------------------- compiled kernel
-
-NUM_VERIFIED = 2**12  # features on which a new kernel is verified
-verified_kernels: set[tuple[object, ...]] = set()
-
-
 def search_compiled(features: Tensor, keys: Tensor, offset: Tensor, memory: int | None) -> Tensor:
     """Search with one kernel that torch.compile makes of the unrolled dot product and its argmax.
 
     Features are searched in blocks of one of two lengths, the last block padded, so that shapes
     never change. Raises RuntimeError if a kernel returns wrong indices when it is first used.
     """
-    indices = torch.empty(len(features), dtype=torch.int64, device=features.device)
     size = 2**16 if len(features) > 2**13 else 2**13
-    for start in range(0, len(features), size):
-        part = features[start : start + size]
+    kernel = (size, keys.shape, keys.dtype, keys.device)
+    found = []
+    for part in torch.split(features, size):
         padded = F.pad(part, (0, 0, 0, size - len(part)))
-        indices[start : start + len(part)] = compiled_argmax()(padded.T, keys, offset)[: len(part)]
-        kernel = (size, keys.shape, keys.dtype, keys.device)
+        found.append(compiled_argmax()(padded.T, keys, offset)[: len(part)])
         if kernel not in verified_kernels:
-            found = indices[start : start + len(part)][:NUM_VERIFIED]
-            if verify_indices(part[:NUM_VERIFIED], keys, offset, found, memory):
+            few = slice(NUM_VERIFIED)
+            if verify_indices(part[few], keys, offset, found[-1][few], memory):
                 verified_kernels.add(kernel)
-    return indices
+    return torch.cat(found)
 
 
 def verify_indices(
     features: Tensor, keys: Tensor, offset: Tensor, indices: Tensor, memory: int | None
 ) -> bool:
-    """Return whether the indices are verified: no codevector scores higher, up to rounding.
+    """Return whether no codevector scores higher, up to rounding; False if scores are not finite.
 
-    False if a score is not finite, because such features verify nothing. Raises RuntimeError if an
-    index is wrong: on some processors PyTorch 2.11 compiles a wrong kernel for d = 3.
+    Raises RuntimeError if an index is wrong: on some processors PyTorch 2.11 compiles a wrong
+    kernel for d = 3.
     """
     wrong = RuntimeError(f"the compiled kernel is wrong for {tuple(keys.shape)} codevectors")
     if ((indices < 0) | (indices >= len(keys))).any():
         raise wrong
     lengths = keys.norm(dim=1)
-    for start, block in blocks(features, len(keys), memory):
+    for block, found in zip(*(blocks(x, len(keys), memory) for x in (features, indices))):
         scores = torch.addmm(offset, block, keys.T)  # (n, K)
         if not scores.isfinite().all():
             return False
-        found = indices[start : start + len(block)]
         best, place = scores.max(1)
         short = best - scores.gather(1, found[:, None])[:, 0]
         # The rounding error is relative to the summands, which may be much larger than the score.
@@ -179,7 +202,6 @@ def verify_indices(
 
 @lru_cache(maxsize=1)
 def compiled_argmax() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Compile `unrolled_argmax`."""
     # fullgraph: raise an error if compiling fails, instead of running the slow expression.
     return torch.compile(unrolled_argmax, fullgraph=True, dynamic=False)
 
@@ -192,16 +214,10 @@ def unrolled_argmax(columns: Tensor, keys: Tensor, offset: Tensor) -> Tensor:
     return scores.argmax(0)
 
 
-# ------------------------------------------------------------------------------------------ torch
-
-
 def search_blocks(features: Tensor, keys: Tensor, offset: Tensor, memory: int | None) -> Tensor:
     """Search with matrix products, a block of features at a time."""
-    indices = torch.empty(len(features), dtype=torch.int64, device=features.device)
-    for start, block in blocks(features, len(keys), memory):
-        scores = torch.addmm(offset, block, keys.T)  # (n, K)
-        indices[start : start + len(block)] = row_argmax(scores)
-    return indices
+    parts = blocks(features, len(keys), memory)
+    return torch.cat([row_argmax(torch.addmm(offset, part, keys.T)) for part in parts])
 
 
 def row_argmax(scores: Tensor, groups: int = 16) -> Tensor:
@@ -217,8 +233,7 @@ def row_argmax(scores: Tensor, groups: int = 16) -> Tensor:
     return candidates.argmax(1) * grouped.shape[2] + column
 
 
-Search = Callable[[Tensor, Tensor, Tensor, "int | None"], Tensor]
-SEARCHES: dict[str, Search] = {
+SEARCHES: dict[str, Callable[[Tensor, Tensor, Tensor, int | None], Tensor]] = {
     "faiss": search_faiss,
     "compiled": search_compiled,
     "torch": search_blocks,

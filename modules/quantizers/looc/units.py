@@ -10,10 +10,7 @@ from torch import Tensor
 
 
 def extrapolate(z: Tensor, scale: int) -> Tensor:
-    """Upsample by scale β, then move the new positions into channels c·β² + i·β + j.
-
-    (B, C, H, W) → (B, C·β², H, W)
-    """
+    """Upsample by β, move positions to channels c·β² + i·β + j: (B, C, H, W) → (B, C·β², H, W)."""
     if scale < 2:
         return z
     if not len(z):  # pixel_unshuffle does not change the channels of an empty batch
@@ -35,10 +32,8 @@ def num_units(channels: int, scale: int, dim: int) -> int:
     """m = C·max(β, 1)²/d. Raises ValueError if d does not divide the channels."""
     extrapolated = channels * max(scale, 1) ** 2
     if extrapolated % dim:
-        product = f", {channels} times {scale}² of interpolation_scale" if scale > 1 else ""
-        raise ValueError(
-            f"embedding_dim {dim} does not divide the {extrapolated} channels{product}"
-        )
+        why = f", {channels} times {scale}² of interpolation_scale" if scale > 1 else ""
+        raise ValueError(f"embedding_dim {dim} does not divide the {extrapolated} channels{why}")
     return extrapolated // dim
 
 
