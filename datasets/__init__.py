@@ -1,19 +1,8 @@
 """Data sets of uint8 images: a registry of openers, and the loader of batches."""
+# ruff: noqa: F401
 
 from datasets.image_sets import FileImages, ImageSet, TensorImages
 from datasets.loader import BatchLoader
 from datasets.registry import DATASETS, DatasetEntry, open_dataset
 from datasets.sampling import split_validation
 from datasets.variance import pixel_variance
-
-__all__ = [
-    "DATASETS",
-    "BatchLoader",
-    "DatasetEntry",
-    "FileImages",
-    "ImageSet",
-    "TensorImages",
-    "open_dataset",
-    "pixel_variance",
-    "split_validation",
-]

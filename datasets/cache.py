@@ -91,11 +91,7 @@ def keep_decoded(images: ImageSet, folder: Path, label: str) -> CachedImages:
 
 
 def prepare(path: Path, header: bytes, size: int) -> None:
-    """Create a file with this header and size, its space reserved, unless it is there already.
-
-    Processes that do so at once wait for each other. The header is written last: a file that has it
-    has its space.
-    """
+    """Create a file of this size; the header, written last, says that its space is reserved."""
     import fcntl  # which Windows lacks
 
     try:

@@ -81,10 +81,7 @@ def unpack_imagenet(folder: Path, part: Path) -> None:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the names of the images in folder and below, as `image_names` finds them.
-
-    Raises UserError where the folder is missing or holds no image.
-    """
+    """Return `image_names`. Raises UserError where the folder is missing or holds no image."""
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"--data_folder {folder} {problem}")

@@ -85,11 +85,7 @@ def find_idx(places: Sequence[Path], split: Split) -> Path | None:
 
 
 def parse_idx(content: bytes, path: Path) -> Tensor:
-    """Parse an idx file, gzip'd if its name ends in .gz → (n, 1, 28, 28), uint8.
-
-    torchvision's reader takes neither bytes nor gzip'd files. Raises UserError naming path where
-    the content is anything else.
-    """
+    """Parse an idx file, gzip'd if its name ends in .gz → (n, 1, 28, 28), uint8."""
     try:
         if path.suffix == ".gz":
             content = gzip.decompress(content)

@@ -173,19 +173,13 @@ class DecodedBatches:
 
 
 def ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach a whole group of processes, to the main process.
-
-    It ends the workers when it ends; they end by themselves if it dies.
-    """
+    """Leave Ctrl-C and SIGTERM to the main process: the workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """Kill the remaining workers when the process ends.
-
-    Otherwise multiprocessing would send them SIGTERM, which they ignore, and wait for them.
-    """
+    """Kill the remaining workers: multiprocessing would wait, as they ignore SIGTERM."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which a DataLoader would report it
@@ -197,11 +191,7 @@ atexit.register(end_workers)  # runs before multiprocessing's own handler
 
 
 class WholeBatches(Dataset[Decoded]):
-    """A set's batches, by the positions of their images.
-
-    Errors are returned as messages: an exception would reach the parent process with the worker's
-    traceback in it.
-    """
+    """A set's batches; errors come as messages, without the worker's traceback."""
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images

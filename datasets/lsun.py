@@ -41,11 +41,7 @@ def open_lsun(category: str, folder: Path, split: Split, image_size: int) -> Ima
 
 
 class LmdbImages(ImageSet):
-    """The images of an lmdb database, in the order of its keys.
-
-    No file stays open, so that worker processes and threads may share it. Raises UserError where
-    the lmdb package is missing or the database is damaged.
-    """
+    """The images of an lmdb database; no file stays open, so that workers may share it."""
 
     channels = 3
 

@@ -35,10 +35,7 @@ def hold_out(n: int, purpose: str) -> tuple[Tensor, Tensor]:
 
 
 def split_validation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Return (train, validation); validation is a tenth of the set.
-
-    Sets in memory give sets in memory. Raises UserError for fewer than two images.
-    """
+    """Return (train, validation), in memory if the set is; a tenth is for validation."""
     if len(images) < 2:
         raise UserError(
             f"--data_folder gives {len(images)} training image; a tenth is held out for "

@@ -37,10 +37,7 @@ def rank() -> int:
 
 
 def start_ranks(device_flag: str) -> torch.device:
-    """Join the processes that torchrun started, if any, and return this one's device.
-
-    Raises UserError where there is no such device for every process.
-    """
+    """Join the processes that torchrun started, if any, and return this one's device."""
     device = resolve_device(device_flag)
     if not launched():
         return device
@@ -135,10 +132,7 @@ def wait_for_all() -> None:
 
 @contextmanager
 def shared_folder(path: Path) -> Iterator[Path]:
-    """Yield a `whole_folder` to all processes; it appears when all have written to it.
-
-    All processes have to share the file system.
-    """
+    """Yield a `whole_folder` to all processes, which share the file system."""
     with whole_folder(path) if rank() == 0 else nullcontext(path) as folder:
         yield from_first(lambda: folder)
         wait_for_all()

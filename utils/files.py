@@ -38,10 +38,7 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new empty folder beside path; it replaces path when the block succeeds.
-
-    Until then path is not changed. Raises UserError where it cannot be written.
-    """
+    """Yield a new empty folder beside path; it replaces path when the block succeeds."""
     temporary, retired = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
         for left_over in (temporary, retired):  # of a killed run

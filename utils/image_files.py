@@ -107,10 +107,7 @@ def reason_of(error: Exception) -> str:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image not decoded yet, 1 … 8; 1 where EXIF is damaged.
-
-    A PNG's EXIF is used only where it precedes the pixels, as in browsers.
-    """
+    """Return the EXIF orientation, 1 … 8, of an image not decoded yet; 1 if EXIF is damaged."""
     if image.format == "TIFF" or not image.info:  # Pillow turns TIFF itself
         return 1
     try:
@@ -159,10 +156,7 @@ def viewed(image: ImageFile, mode: Literal["L", "RGB"]) -> Image.Image:
 
 
 def scale_transparency(image: ImageFile) -> None:
-    """Scale the transparent value of a PNG, if it has one, to 8 bits.
-
-    Pillow scales pixels of 2, 4 and 3 × 16 bits to 8 bits, but not this value.
-    """
+    """Scale a PNG's transparent value to 8 bits, as Pillow does with its pixels."""
     value, pixels = image.info.get("transparency"), layout(image)[0]
     if value is None or image.format != "PNG":
         return

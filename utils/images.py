@@ -58,10 +58,7 @@ def save_picture(path: Path, image: Tensor, jpeg_quality: int = 75) -> None:
 
 
 def fitted(picture: Image.Image, enlarged: int, largest: int) -> Image.Image:
-    """Shrink a picture to a longer side of at most largest; enlarge a small one.
-
-    The longer side becomes at most enlarged, by a whole factor and without smoothing.
-    """
+    """Shrink a picture to a longer side of at most largest, or enlarge it by a whole factor."""
     longest = max(picture.size)
     if longest > largest:
         share = largest / longest
@@ -73,10 +70,7 @@ def fitted(picture: Image.Image, enlarged: int, largest: int) -> Image.Image:
 
 
 def comparison(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> Tensor:
-    """Arrange rows of originals, each above its reconstructions, 2 pixels apart.
-
-    Byte tensors (n, C, H, W), n at most a few dozen → one byte tensor (C, height, width).
-    """
+    """Arrange originals (n, C, H, W) above reconstructions, in rows → (C, height, width)."""
     missing = -len(originals) % columns if len(originals) > columns else 0
     pairs = torch.stack([originals, reconstructions])
     tiles = pad(pairs, (2, 2, 2, 2, 0, 0, 0, missing), value=255)  # (2, n, C, H, W)

@@ -19,10 +19,7 @@ class BarHandler(logging.Handler):
 
 
 def start_logging(file: Path | None = None, *, quiet: bool = False) -> None:
-    """Send log lines to the screen and, if given, append them with their time to a file.
-
-    If quiet, only errors are logged.
-    """
+    """Log to the screen and, with the time, to a file; if quiet, only errors."""
     log.setLevel(logging.ERROR if quiet else logging.INFO)
     log.handlers.clear()
     log.addHandler(BarHandler())

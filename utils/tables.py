@@ -14,9 +14,7 @@ import torch
 
 from utils.files import whole_file
 
-PACKAGES = (
-    *("torch", "faiss-cpu", "vector-quantize-pytorch", "numpy", "scikit-image", "lpips", "pillow"),
-)
+PACKAGES = "torch faiss-cpu vector-quantize-pytorch numpy scikit-image lpips pillow"
 
 
 @dataclass
@@ -52,7 +50,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "python": platform.python_version(),
-        "versions": {name: installed(name) for name in PACKAGES},
+        "versions": {name: installed(name) for name in PACKAGES.split()},
     }
 
 
@@ -65,11 +63,9 @@ def machine_line(about: Mapping[str, Any], *details: str) -> str:
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def installed(package: str) -> str:

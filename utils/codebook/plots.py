@@ -72,10 +72,7 @@ def codebook_chart(codebook: Tensor, counts: np.ndarray) -> Chart:
 
 
 def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Project on the first two principal axes; also returns the share of variance of each.
-
-    (n, d) → (n, 2), (2,); missing axes are zero.
-    """
+    """Project (n, d) on two principal axes → (n, 2), and their shares of variance, (2,)."""
     centred = (points - points.mean(0)).double()
     left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
     left, singular = pad(left, (0, 2)), pad(singular, (0, 2))
@@ -84,11 +81,7 @@ def principal_components(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def slot_charts(slot_counts: np.ndarray, counts: np.ndarray) -> list[Chart]:
-    """Plot the use of codevectors by unit slot, by the counts of slots (m, K) and in all.
-
-    With several slots a second chart shows how many slots use a codevector, or the usage of each
-    slot's codebook where each has its own.
-    """
+    """Plot the use of codevectors by slot, from the counts of slots (m, K) and in all."""
     num_slots, size = slot_counts.shape
     share = slot_counts / slot_counts.sum(1, keepdims=True).clip(1)
     own = size < len(counts)  # each slot has a codebook of its own

@@ -80,10 +80,7 @@ def training_curves(found: Found) -> str:
 def draw_lines(
     axes: Any, series: Mapping[str, Sequence[Point]], log: bool, low: float | None
 ) -> None:
-    """Draw one or two lines; the second is dashed, with dots where it has few points.
-
-    The y axis starts at low, where given, or below.
-    """
+    """Draw one or two lines, the second dashed; the y axis starts at low, if given, or below."""
     for (key, points), colour, line in zip(series.items(), (FIRST, SECOND), ("-", "--")):
         dotted = len(points) <= 30 and (colour == SECOND or len(points) == 1)
         marker = "." if dotted else ""

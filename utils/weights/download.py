@@ -71,10 +71,7 @@ class Downloads:
     def get(
         self, url: str, path: Path, sha256_prefix: str, opener: OpenerDirector | None = None
     ) -> None:
-        """Download a URL to path.
-
-        Raises Unavailable where that fails or the hash differs; path then holds rubbish.
-        """
+        """Download a URL to path. Raises Unavailable; path then holds rubbish."""
         host, name = host_of(url), unquote(urlsplit(url).path.rsplit("/", 1)[1])
         if host in self.silent:
             raise Unavailable(self.silent[host])
@@ -103,10 +100,7 @@ class Downloads:
             )
 
     def package(self, package: Package) -> Path:
-        """Download the package's file from the first of pip's indexes that has it.
-
-        The file is not opened. Raises Unavailable.
-        """
+        """Download the package's file, unopened, from the first of pip's indexes that has it."""
         path = self.folder / package.file
         if path.is_file():  # complete: it is renamed last
             return path
@@ -152,10 +146,7 @@ def new_opener(*handlers: BaseHandler) -> OpenerDirector:
 
 
 def pip_settings() -> dict[str, str]:
-    """Return pip's settings by name, empty without pip.
-
-    The environment overrides files, and [download] overrides [global].
-    """
+    """Return pip's settings by name, environment and [download] first; empty without pip."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     try:
         listing = subprocess.run(
@@ -172,10 +163,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def open_index(index: str, settings: Mapping[str, str]) -> tuple[OpenerDirector, str]:
-    """Return an opener with pip's settings for an index, and the index's URL without a password.
-
-    Raises Unavailable where pip's certificate file cannot be read.
-    """
+    """Return an opener with pip's settings, and the index's URL without a password."""
     parts = urlsplit(index)
     try:
         context = ssl.create_default_context(cafile=settings.get("cert"))
@@ -197,10 +185,7 @@ def open_index(index: str, settings: Mapping[str, str]) -> tuple[OpenerDirector,
 
 
 def link(index: str, package: Package, opener: OpenerDirector) -> str:
-    """Return the URL of the package's file, found on the index's page of links (PEP 503).
-
-    Raises Unavailable.
-    """
+    """Return the URL of the package's file, from the index's page of links (PEP 503)."""
     address = f"{index.rstrip('/')}/{package.project}/"
     if urlsplit(index).scheme == "file":
         address += "index.html"

@@ -34,10 +34,7 @@ class Fetched:
 
 
 def download_usual(weights: Weights, folder: Path) -> Path:
-    """Download the usual file into the folder, checked by its hash alone.
-
-    Raises Unavailable, and UserError where the folder cannot be written.
-    """
+    """Download the usual file into the folder, checked by its hash alone."""
     path = folder / weights.usual
     with whole_file(path) as temporary:
         Downloads(folder).get(weights.url, temporary, weights.sha256_prefix)

