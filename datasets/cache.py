@@ -8,7 +8,6 @@ import shutil
 import zlib
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import IO
 
 import PIL
 import torch
@@ -105,7 +104,12 @@ def prepare(path: Path, header: bytes, size: int) -> None:
                 return
             if path.stat().st_size:
                 log.warning("%s is damaged or not an image cache; it is created again", path)
-            reserve(file, size)
+            os.ftruncate(file.fileno(), 0)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)  # a sparse file would fail hours later
+            except OSError:
+                os.ftruncate(file.fileno(), 0)
+                raise
             os.pwrite(file.fileno(), header, 0)
             log.info("%s takes %.2f GB for decoded images", path, size / 1e9)
     except OSError as error:
@@ -122,13 +126,3 @@ def is_prepared(path: Path, header: bytes, size: int) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(header)) == header and path.stat().st_size == size
-
-
-def reserve(file: IO[bytes], size: int) -> None:
-    """Reserve the space for size bytes of zeros; leave the file empty where that raises OSError."""
-    os.ftruncate(file.fileno(), 0)
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)  # a sparse file would fail hours later
-    except OSError:
-        os.ftruncate(file.fileno(), 0)
-        raise

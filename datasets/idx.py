@@ -62,20 +62,16 @@ def open_idx(
     places = [folder / torchvision_class / "raw", folder, *elsewhere]
     path = find_idx(places, split)
     if path is None:
+        import torchvision
+
         looked = ", ".join(map(str, places))
         missing = f"--dataset {name}: {FILES[split]} (or .gz) is in none of {looked}"
-        fetch(lambda root: download(torchvision_class, root), folder, missing)
+        build = getattr(torchvision.datasets, torchvision_class)
+        fetch(lambda root: build(root, download=True), folder, missing)
         path = find_idx(places, split)
         if path is None:
             raise UserError(f"{missing}, not even after the download")
     return TensorImages(parse_idx(path.read_bytes(), path))
-
-
-def download(torchvision_class: str, root: str) -> None:
-    """Let torchvision download and unpack all four files."""
-    from torchvision import datasets
-
-    getattr(datasets, torchvision_class)(root, download=True)
 
 
 def find_idx(places: Sequence[Path], split: Split) -> Path | None:

@@ -42,11 +42,6 @@ def split_validation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
             "validation, so that 2 are needed, or --validation test"
         )
     train, validation = hold_out(len(images), "validation")
-    return choose(images, train), choose(images, validation)
-
-
-def choose(images: ImageSet, indices: Tensor) -> ImageSet:
-    """Return the images with these indices (n,), int64."""
     if isinstance(images, TensorImages):
-        return TensorImages(images.images[indices])
-    return ChosenImages(images, indices)
+        return TensorImages(images.images[train]), TensorImages(images.images[validation])
+    return ChosenImages(images, train), ChosenImages(images, validation)

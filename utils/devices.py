@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -22,12 +23,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("not supported")
     except RuntimeError as error:
-        raise UserError(
-            f"--device {name} is not a device; choose auto, cpu, cuda or cuda:N"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; choose auto, cpu, cuda or cuda:N")
+        expected = "choose auto, cpu, cuda or cuda:N"
+        raise UserError(f"--device {name} is not a supported device; {expected}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         built = "" if torch.version.cuda else " (this PyTorch was built without CUDA)"
         raise UserError(f"--device {name}: there is no CUDA device here{built}; use --device cpu")
@@ -43,12 +43,10 @@ def resolve_device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks, which avoids page faults in every step."""
     trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
-    try:
+    with suppress(OSError, AttributeError):  # another C library, with other thresholds
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # another C library, with other thresholds
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
@@ -59,11 +57,9 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or the order of sums varies
         torch.backends.cudnn.benchmark = False
-        for enable in (  # attention with other orders of summation, of which PyTorch only warns
-            torch.backends.cuda.enable_mem_efficient_sdp,
-            torch.backends.cuda.enable_flash_sdp,
-            torch.backends.cuda.enable_cudnn_sdp,
-        ):
-            enable(False)
+        # Attention with other orders of summation, of which PyTorch only warns:
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -47,19 +47,16 @@ def image_names(folder: Path) -> list[str]:
     skipped; links are followed, but not in circles. Raises OSError where a folder cannot be read.
     """
     names: list[str] = []
-    above: frozenset[tuple[int, int]] = frozenset()  # its parent folders
-    pending = [(str(folder), "", above)]
+    pending = [(str(folder), "", frozenset[tuple[int, int]]())]
     while pending:
-        place, prefix, above = pending.pop()
+        place, prefix, above = pending.pop()  # above: its parent folders
         status = Path(place).stat()
         identity = (status.st_dev, status.st_ino)
         if identity in above:
             continue
         with os.scandir(place) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                kind = kind_of(entry)
+                kind = None if entry.name.startswith(".") else kind_of(entry)
                 if kind == "folder":
                     pending.append((entry.path, f"{prefix}{entry.name}/", above | {identity}))
                 elif kind == "file" and entry.name.lower().endswith(SUFFIXES):
