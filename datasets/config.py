@@ -35,15 +35,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.image_cache == "":
             raise ValueError("--image_cache is empty")
+        cache = f"--image_cache {self.image_cache}"
         if self.crop == "random" and self.image_cache is not None:
-            raise ValueError(
-                f"--crop random contradicts --image_cache {self.image_cache}, which keeps images "
-                "cropped in the centre"
-            )
-        if DATASETS[self.dataset].resizable:
-            return
+            raise ValueError(f"--crop random contradicts {cache}, whose images are cropped already")
         square = f"--dataset {self.dataset}, whose square images are in memory"
-        if self.crop == "random":
+        if self.crop == "random" and not DATASETS[self.dataset].resizable:
             raise ValueError(f"--crop random contradicts {square}")
-        if self.image_cache is not None:
-            raise ValueError(f"--image_cache {self.image_cache} contradicts {square}")
+        if self.image_cache is not None and not DATASETS[self.dataset].resizable:
+            raise ValueError(f"{cache} contradicts {square}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import field
@@ -13,9 +14,9 @@ def option(
     help: str,
     *,
     choices: Collection[str] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
     aliases: Sequence[str] = (),
     flag: bool = True,
 ) -> Any:

@@ -330,7 +330,7 @@ def test_flags_that_contradict_the_file(
     pretrained = read_pretrained(path)
     model = network({**pretrained.flags, **flags})
     said = refusal(lambda: fit(pretrained, model.state_dict()))
-    assert said.startswith(f"--pretrained {path} does not fit: ")
+    assert said.startswith(f"--pretrained {path} is of another architecture: ")
     assert message in said
 
 
@@ -500,11 +500,11 @@ def test_checkpoints_of_another_architecture(
         ),
         (
             lambda state: state.update({"encoder.conv_in.bias": torch.ones(1).expand(2**40)}),
-            "is damaged: encoder.conv_in.bias is (1099511627776,) torch.float32",
+            "is damaged: encoder.conv_in.bias is (1099511627776,)",
         ),
         (
             lambda state: state.update({"encoder.conv_in.bias": torch.ones(3, device="meta")}),
-            "is damaged: encoder.conv_in.bias is (3,) torch.float32",
+            "is damaged: encoder.conv_in.bias is (3,)",
         ),
         (
             lambda state: state.update({"format": "looc-1"}),

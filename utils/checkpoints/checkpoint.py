@@ -6,15 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from modules import Autoencoder, ModelConfig, make_model
 from modules.config import implied_flags
 from modules.vqgan import default_groups
-from utils.checkpoints.reference import flags_of_shapes, rename
+from utils.checkpoints.translate import StateDict, describe, from_reference
 from utils.checkpoints.unpickle import read_pickle
 from utils.errors import UserError, one_line
 from utils.files import inside, whole_file
@@ -22,7 +21,6 @@ from utils.flags.arguments import check_stored, value_problem
 
 FORMAT = "looc-1"
 LARGEST_COUNT = 10**12
-StateDict: TypeAlias = Mapping[str, Tensor]
 Group = TypeVar("Group")
 
 
@@ -34,8 +32,26 @@ class Stored:
     content: Mapping[str, Any]
 
     def group(self, name: str, group: type[Group]) -> Group:
-        """Return the dataclass of flags stored under this name."""
-        return stored_group(self.path, group, self.content.get(name))
+        """Return the dataclass of flags stored under this name, each value checked like a flag.
+
+        A flag that is newer than the checkpoint gets its default.
+        """
+        values = self.content.get(name)
+        if not isinstance(values, Mapping):
+            kind = group.__name__
+            raise UserError(f"checkpoint {self.path} does not hold the flags of its {kind}")
+        flags = {}
+        try:
+            for item in fields(group):  # type: ignore[arg-type]
+                flags[item.name] = values.get(item.name, item.default)
+                problem = value_problem(item, flags[item.name])
+                if problem:
+                    raise ValueError(f"{item.name}: {problem}")
+            if flags.get("model") == "vqgan" and "norm_groups" not in values:
+                flags["norm_groups"] = earlier_groups(flags["hidden_size"])
+            return group(**flags)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {self.path} is damaged: {one_line(error)}") from error
 
     def count(self, name: str) -> int:
         """Return the number of steps, epochs or images stored under this name."""
@@ -57,11 +73,6 @@ class Checkpoint(Stored):
         model = make_model(self.model_config)
         model.load_state_dict(self.state_dict)
         return model.eval()
-
-    def group(self, name: str, group: type[Group]) -> Group:
-        if group is ModelConfig:  # older forms are already translated
-            return cast(Group, self.model_config)
-        return super().group(name, group)
 
 
 def load_model(path: str | Path) -> Autoencoder:
@@ -115,13 +126,13 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
     flags = {name: value for name, value in (flags or {}).items() if name in names}
     content = open_file(path)
     if content.get("format") == FORMAT:
-        known = asdict(stored_group(path, ModelConfig, with_groups(content.get("model_config"))))
-        state_dict = content.get("model")
-        if not isinstance(state_dict, Mapping):
-            raise UserError(f"checkpoint {path} is damaged: it holds no model")
+        known = asdict(Stored(path, content).group("model_config", ModelConfig))
+        state_dict: Any = content.get("model")
     else:
-        state_dict = rename(path, content)
-        known = flags_of_shapes(path, state_dict)
+        try:
+            state_dict, known = from_reference(content)
+        except ValueError as error:
+            raise UserError(f"checkpoint {path} {error}") from error
         flags = {**implied_flags({**flags, **known}), **flags}
         content = {}
     check_stored(flags, known, path)
@@ -134,9 +145,13 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
         # The reference does not store every buffer; the others start anew.
         fresh = dict(make_model(config).quantizer.named_buffers(prefix="quantizer"))
         state_dict = {**fresh, **state_dict}
-    checkpoint = Checkpoint(path, content, config, state_dict)
-    check_shapes(checkpoint)
-    return checkpoint
+    try:
+        with torch.device("meta"):
+            check_tensors(make_model(config).state_dict(), state_dict)
+        check_averages(state_dict)
+    except ValueError as error:
+        raise UserError(f"checkpoint {path} is {error}") from error
+    return Checkpoint(path, content, config, state_dict)
 
 
 def read_named(output_folder: str, name: str | None, flags: Mapping[str, Any]) -> Checkpoint:
@@ -163,44 +178,10 @@ def open_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def stored_group(path: Path, group: type[Group], values: Any) -> Group:
-    """Build a dataclass of flags from a checkpoint, with every value checked like a flag.
-
-    A flag that is newer than the checkpoint gets its default.
-    """
-    if not isinstance(values, Mapping):
-        raise UserError(f"checkpoint {path} does not hold the flags of its {group.__name__}")
-    try:
-        checked = {}
-        for item in fields(group):  # type: ignore[arg-type]
-            checked[item.name] = values.get(item.name, item.default)
-            problem = value_problem(group, item, checked[item.name])
-            if problem:
-                raise ValueError(f"{item.name}: {problem}")
-        return group(**checked)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {one_line(error)}") from error
-
-
-def with_groups(values: Any) -> Any:
-    """Add --norm_groups to the flags of a VQGAN that was saved before this flag existed."""
-    if not isinstance(values, Mapping) or values.get("model") != "vqgan":
-        return values
-    width = values.get("hidden_size")
-    if type(width) is not int or width < 1 or math.gcd(32, width) == default_groups(width):
-        return values
-    return {"norm_groups": math.gcd(32, width), **values}
-
-
-def check_shapes(checkpoint: Checkpoint) -> None:
-    """Raise UserError naming the first parameter that does not fit the configuration."""
-    with torch.device("meta"):
-        expected = make_model(checkpoint.model_config).state_dict()
-    try:
-        check_tensors(expected, checkpoint.state_dict)
-        check_averages(checkpoint.state_dict)
-    except ValueError as error:
-        raise UserError(f"checkpoint {checkpoint.path} is {error}") from error
+def earlier_groups(width: int) -> int | None:
+    """Return --norm_groups of a VQGAN that was saved before this flag existed."""
+    groups = math.gcd(32, width)
+    return None if groups == default_groups(width) else groups
 
 
 def check_tensors(expected: StateDict, given: Any) -> None:
@@ -227,11 +208,3 @@ def check_averages(given: StateDict) -> None:
     pool = given.get("quantizer.pool")
     if pool is not None and given["quantizer.pool_size"] > len(pool):
         raise ValueError("damaged: quantizer.pool_size is more than quantizer.pool holds")
-
-
-def describe(value: Any) -> str:
-    """Describe shape and type of a tensor; anything else is "nothing"."""
-    if not isinstance(value, Tensor):
-        return "nothing"
-    sparse = "" if value.layout == torch.strided else " sparse"
-    return f"{tuple(value.shape)} {value.dtype}{sparse}"

@@ -9,19 +9,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from modules import Autoencoder
-from utils.checkpoints.checkpoint import FORMAT, StateDict, describe
+from utils.checkpoints.checkpoint import FORMAT, check_tensors
 from utils.checkpoints.translate import (
     DIFFUSERS,
     TAMING,
+    StateDict,
+    describe,
     flags_of_shapes,
     mirrored,
     renamed,
-    size,
     with_convs,
 )
 from utils.checkpoints.unpickle import read_pickle
@@ -42,12 +43,8 @@ INERT = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.")
 TAMING_GROUPS = 32  # normalisation groups, fixed in taming-transformers
 
 
-class Source(NamedTuple):
-    """Content of a file under our names, and the number of its normalisation groups."""
-
-    label: str
-    groups: Any
-    state_dict: dict[str, Tensor]
+# Description of a file, its number of normalisation groups, and its weights under our names.
+Source: TypeAlias = tuple[str, Any, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -70,15 +67,15 @@ def read_pretrained(path: str | Path) -> Pretrained:
     try:
         if not path.exists():
             raise ValueError("does not exist")
-        source = from_diffusers(path) if path.is_dir() else from_taming(path)
-        state_dict = with_convs(source.state_dict)
-        flags = flags_of_shapes(state_dict, source.groups)
+        label, groups, weights = from_diffusers(path) if path.is_dir() else from_taming(path)
+        state_dict = with_convs(weights)
+        flags = flags_of_shapes(state_dict, groups)
     except OSError as error:
         name, reason = error.filename or path, error.strerror or one_line(error)
         raise UserError(f"--pretrained {name} cannot be read: {reason}") from error
     except ValueError as error:
         raise UserError(f"--pretrained {path} {one_line(error)}") from error
-    return Pretrained(path, flags, state_dict, f"{source.label} in {path}")
+    return Pretrained(path, flags, state_dict, f"{label} in {path}")
 
 
 def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> None:
@@ -105,14 +102,15 @@ def fit(pretrained: Pretrained, expected: StateDict) -> dict[str, Tensor]:
     parts: tuple[str, ...] = ("encoder.", "decoder.")
     if given["pre_vq_conv.weight"].shape[0] == expected["pre_vq_conv.weight"].shape[0]:
         parts += ("pre_vq_conv.", "post_vq_conv.")
-    for name in [*expected, *given]:
-        theirs, ours = size(given.get(name)), size(expected.get(name))
-        if name.startswith(parts) and theirs != ours:
-            raise UserError(
-                f"--pretrained {pretrained.path} does not fit: "
-                f"{name} is {theirs} where the model has {ours}"
-            )
-    return {name: value for name, value in given.items() if name.startswith(parts)}
+    loaded, wanted = (
+        {name: value for name, value in weights.items() if name.startswith(parts)}
+        for weights in (given, expected)
+    )
+    try:
+        check_tensors(wanted, loaded)
+    except ValueError as error:
+        raise UserError(f"--pretrained {pretrained.path} is {error}") from error
+    return loaded
 
 
 def from_diffusers(folder: Path) -> Source:
@@ -136,7 +134,7 @@ def from_diffusers(folder: Path) -> Source:
             there = describe(state_dict.get(name))
             raise ValueError(f"is damaged: {flag} is {config.get(flag, True)}, {name} is {there}")
     label = f"{config['_class_name']} of diffusers"
-    return Source(label, config.get("norm_num_groups", 32), state_dict)
+    return label, config.get("norm_num_groups", 32), state_dict
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -160,7 +158,7 @@ def from_taming(path: Path) -> Source:
     state_dict = mirrored(renamed(content.get("state_dict", content), TAMING))
     if len({name in state_dict for name in CONVS.values()}) > 1:
         raise ValueError("is damaged: it has only one of quant_conv and post_quant_conv")
-    return Source("first stage in the format of taming-transformers", TAMING_GROUPS, state_dict)
+    return "first stage in the format of taming-transformers", TAMING_GROUPS, state_dict
 
 
 def read_tensors(path: Path) -> Mapping[Any, Any]:

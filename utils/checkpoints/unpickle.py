@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,14 @@ def read_pickle(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check_sums(path)
-            with safe_globals(stand_ins(path, inert)):
+            ignored: list[Any] = []
+            if zipfile.is_zipfile(path):  # files of old versions of PyTorch are not
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip() is not None:  # PyTorch does not verify checksums
+                        raise zipfile.BadZipFile
+                names = get_unsafe_globals_in_checkpoint(str(path)) if inert else []
+                ignored = [(Inert, name) for name in names if name.startswith(inert)]
+            with safe_globals(ignored):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -50,28 +55,3 @@ def read_pickle(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Any:
         else:
             reason = f"it is truncated or damaged ({type(error).__name__})"
         raise UserError(f"{subject} is refused: {reason}") from error
-
-
-def stand_ins(
-    path: Path, inert: tuple[str, ...]
-) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """Map every name in the file that begins with an entry of `inert` to Inert, for safe_globals.
-
-    Files of old versions of PyTorch are not zip files; no names are found in them.
-    """
-    if not inert or not zipfile.is_zipfile(path):
-        return []
-    names = get_unsafe_globals_in_checkpoint(str(path))
-    return [(Inert, name) for name in names if name.startswith(inert)]
-
-
-def check_sums(path: Path) -> None:
-    """Raise BadZipFile if an entry does not match its checksum, which PyTorch does not verify.
-
-    Files of old versions of PyTorch are not zip files and have no checksums.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(damaged)

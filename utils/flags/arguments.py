@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from modules.config import ModelConfig, implied_flags
 from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
@@ -52,16 +52,14 @@ def parse_flags(
     for group in groups:
         section = parser.add_argument_group(group.__name__.removesuffix("Config").lower())
         for item in flag_fields(group):
-            add_flag(section, item, get_type_hints(group)[item.name])
+            add_flag(section, item)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [name for group in groups for item in flag_fields(group) for name in names(item)]
         flag = unknown[0].split("=")[0]
-        parser.error(
-            unknown_name("argument", flag, known)
-            if flag.startswith("-")
-            else f"unexpected argument {flag}"
-        )
+        if not flag.startswith("-"):
+            parser.error(f"unexpected argument {flag}")
+        known = [name for group in groups for item in flag_fields(group) for name in names(item)]
+        parser.error(unknown_name("argument", flag, known))
     for name, value in vars(given).items():
         if value == []:  # argparse returns this for --name=--
             parser.error(f"argument --{name}: -- is not a value")
@@ -107,21 +105,20 @@ def names(item: Field[Any]) -> tuple[str, ...]:
     return (f"--{item.name}", *item.metadata["aliases"])
 
 
-def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
-    several, default = get_origin(kind) is tuple, item.default
+def add_flag(section: Any, item: Field[Any]) -> None:
+    kind, default = str(item.type), item.default
     words = " ".join(map(str, default)) if isinstance(default, tuple) else default
     shown = "" if words in (None, "") else f" (default: {words})"
     text = (item.metadata["help"] + shown).replace("%", "%%")
     common = {"dest": item.name, "default": argparse.SUPPRESS, "help": text}
-    if kind is bool:
+    if kind == "bool":
         section.add_argument(*names(item), action=argparse.BooleanOptionalAction, **common)
     else:
-        metavar = "|".join(item.metadata["choices"] or ()) or number_kind(kind).__name__.upper()
         section.add_argument(
             *names(item),
-            type=converter(item, kind),
-            metavar=metavar,
-            nargs="+" if several else None,
+            type=partial(convert, item),
+            metavar="|".join(item.metadata["choices"] or ()) or number_kind(kind).__name__.upper(),
+            nargs="+" if kind.startswith("tuple") else None,
             **common,
         )
 
@@ -131,21 +128,18 @@ def number_kind(kind: Any) -> type:
     return next(base for base in (int, float, Path, str) if base.__name__ in str(kind))
 
 
-def converter(item: Field[Any], kind: Any) -> Callable[[str], Any]:
-    """Return a function that converts and checks the text of a flag."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = number_kind(kind)(text)
-        except ValueError:
-            expected = {int: "a whole number", float: "a number"}[number_kind(kind)]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
-        problem = out_of_range(value, item.metadata)
-        if problem:
-            raise argparse.ArgumentTypeError(problem)
-        return value
-
-    return convert
+def convert(item: Field[Any], text: str) -> Any:
+    """Convert and check the text of a flag."""
+    kind = number_kind(item.type)
+    try:
+        value = kind(text)
+    except ValueError:
+        expected = {int: "a whole number", float: "a number"}[kind]
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+    problem = out_of_range(value, item.metadata)
+    if problem:
+        raise argparse.ArgumentTypeError(problem)
+    return value
 
 
 def out_of_range(value: Any, metadata: Mapping[str, Any]) -> str | None:
@@ -153,24 +147,22 @@ def out_of_range(value: Any, metadata: Mapping[str, Any]) -> str | None:
     if metadata["choices"] is not None and value not in metadata["choices"]:
         return unknown_name("choice", value, metadata["choices"])
     if isinstance(value, (int, float)):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return f"{value} is not a finite number"
-        if metadata["minimum"] is not None and value < metadata["minimum"]:
+        if value < metadata["minimum"]:
             return f"{value} is less than {metadata['minimum']}"
-        if metadata["above"] is not None and value <= metadata["above"]:
+        if value <= metadata["above"]:
             return f"{value} is not greater than {metadata['above']}"
-        if metadata["maximum"] is not None and value > metadata["maximum"]:
+        if value > metadata["maximum"]:
             return f"{value} is greater than {metadata['maximum']}"
     return None
 
 
-def value_problem(group: type, item: Field[Any], value: Any) -> str | None:
-    """Return the problem of a value of any type for a field of a dataclass, or None."""
-    hint = get_type_hints(group)[item.name]
-    kind = hint.__name__ if isinstance(hint, type) else str(hint)
+def value_problem(item: Field[Any], value: Any) -> str | None:
+    """Return the problem of a value of any type for a field, or None."""
+    kind, given = str(item.type), type(value).__name__
     if value is None and "None" in kind:
         return None
-    given = type(value).__name__
     if given not in kind and not (given == "int" and "float" in kind):
         return f"a {given} where {kind} is expected"
     return out_of_range(value, item.metadata)
@@ -215,8 +207,8 @@ def build_model_config(flags: Mapping[str, Any], in_channels: int) -> ModelConfi
 
     Raises UserError if flags contradict each other or a library that the model needs is missing.
     """
-    config = build(ModelConfig, {**flags, **implied_flags(flags), "in_channels": in_channels})
     try:
+        config = build(ModelConfig, {**flags, **implied_flags(flags), "in_channels": in_channels})
         config.need_libraries()
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -23,13 +23,11 @@ turned off by its `--no-` form: `--no-flip`, `--no-cache`.
 
 def page() -> str:
     """Return the text of docs/flags.md, one table per group of flags."""
-    users: dict[str, list[str]] = {}
-    found: dict[str, type] = {}
+    users: dict[type, list[str]] = {}
     for script in SCRIPTS:
         for group in groups(script):
-            users.setdefault(group.__name__, []).append(script)
-            found[group.__name__] = group
-    return "\n".join([HEAD, *(table(found[name], users[name]) for name in found)])
+            users.setdefault(group, []).append(script)
+    return "\n".join([HEAD, *(table(group, scripts) for group, scripts in users.items())])
 
 
 def groups(script: str) -> Iterator[type]:

@@ -164,7 +164,7 @@ def parse_header(text: bytes) -> CodesInfo:
         raise ValueError("its header is not an object")
     values["left_out"] = tuple(values.get("left_out", ()))
     for item in fields(CodesInfo):
-        problem = value_problem(CodesInfo, item, values.get(item.name))
+        problem = value_problem(item, values.get(item.name))
         if problem:
             raise ValueError(f"{item.name} of its header: {problem}")
     info = CodesInfo(**values)
