@@ -21,15 +21,15 @@ from modules import ModelConfig
 from modules.options import option
 from utils.checkpoints.checkpoint import Checkpoint, read_named
 from utils.codebook.codes.coder import need_coder
+from utils.codebook.codes.files import CodeFile
 from utils.codebook.codes.header import codes_info
-from utils.codebook.codes.reader import CodeFile
 from utils.codebook.reconstruct import Format, reconstruct, reconstruct_codes
-from utils.codebook.results import results_folder, show, show_codes, update_results, write_results
+from utils.codebook.results import results_folder, update_results, write_results
 from utils.devices import keep_freed_memory
 from utils.distributed import first_goes_ahead, num_ranks, rank, start_ranks, stop_ranks
 from utils.errors import UserError, memory_for, run
 from utils.evaluation.schema import Analysis, SkippedImages
-from utils.flags.arguments import build, parse_flags
+from utils.flags.arguments import build, check_stored, parse_flags
 from utils.flags.search import SearchConfig, apply_search
 from utils.logger import start_logging
 
@@ -52,10 +52,6 @@ class TestConfig:
             raise ValueError(f"--jpeg_quality {self.jpeg_quality} needs --image_format jpg")
         if self.save_codes and self.from_codes is not None:
             raise ValueError("--save_codes contradicts --from_codes, which reads codes")
-
-    @property
-    def form(self) -> Format:
-        return Format(self.image_format, self.jpeg_quality)
 
 
 def main() -> None:
@@ -88,6 +84,7 @@ def test(
     if config.save_codes:
         info = codes_info(model, data.dataset, images.image_size, len(images), config.batch_size)
     results = results_folder(config.output_folder, str(config.model_name))
+    form = Format(config.image_format, config.jpeg_quality)
     loader = BatchLoader(
         images,
         config.batch_size,
@@ -97,7 +94,7 @@ def test(
         num_ranks=num_ranks(),
         skip_bad=data.skip_bad_images,
     )
-    found = reconstruct(model, loader, config.form, results, info)
+    found = reconstruct(model, loader, form, results, info)
     if rank() == 0:
         skipped = [images.name(position) for position in found.bad_images]
         analysis = Analysis(
@@ -109,7 +106,6 @@ def test(
             skipped_images=SkippedImages(len(skipped), skipped),
         )
         write_results(results, model, found, analysis)
-        show(analysis, results)
 
 
 def test_from_codes(
@@ -118,25 +114,21 @@ def test_from_codes(
     """Make the pictures of rec/ from a code file, and report."""
     need_coder("--from_codes")
     codes = CodeFile(Path(str(config.from_codes)))
-    codes.check_flags(flags)
+    check_stored(flags, asdict(codes.info), codes.path)
     for item in (*fields(DataConfig), *fields(SearchConfig)):
         if item.name in flags and item.name not in ("dataset", "image_size"):
             raise UserError(f"--{item.name} has no effect with --from_codes")
     model = checkpoint.model().to(device)
     codes.check_model(model, checkpoint.path)
     results = results_folder(config.output_folder, str(config.model_name))
-    same = reconstruct_codes(model, codes, config.form, results)
+    form = Format(config.image_format, config.jpeg_quality)
+    same = reconstruct_codes(model, codes, form, results)
     if rank() == 0:
-        update_results(results, codes.path)
-        show_codes(codes, same, results)
+        update_results(results, codes, same)
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
-    """The data flags given, else those of training, except those for training images alone.
-
-    The cache of training is not used: test images are read once, so it would cost more than it
-    saves.
-    """
+    """The data flags given, else those of training, except those for training images alone."""
     untouched = {"flip": False, "crop": "centre"}
     for name, value in untouched.items():
         if flags.get(name, value) != value:
@@ -146,20 +138,20 @@ def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
     stored = asdict(checkpoint.group("data_config", DataConfig)) if checkpoint.content else {}
     if flags.get("dataset", stored.get("dataset")) != stored.get("dataset"):
         stored = {}
-    return build(DataConfig, {**stored, "image_cache": None, **flags, **untouched})
+    stored["image_cache"] = None  # test images are read once: it would cost more than it saves
+    return build(DataConfig, {**stored, **flags, **untouched})
 
 
 def open_images(checkpoint: Checkpoint, data: DataConfig) -> ImageSet:
     """The test images. Raises UserError if they do not fit the model."""
     images = open_dataset(data.dataset, data.data_folder, "test", data.image_size, data.image_cache)
-    if images.channels != checkpoint.model_config.in_channels:
+    model, own = checkpoint.model_config, f"--dataset {data.dataset} has {images.channels} channels"
+    if images.channels != model.in_channels:
+        raise UserError(f"{own}, {checkpoint.path} takes {model.in_channels}")
+    if images.image_size % model.downsampling:
         raise UserError(
-            f"--dataset {data.dataset} has {images.channels} channels, "
-            f"{checkpoint.path} takes {checkpoint.model_config.in_channels}"
+            f"--image_size {images.image_size} is not a multiple of {model.downsampling}"
         )
-    factor = checkpoint.model_config.downsampling
-    if images.image_size % factor:
-        raise UserError(f"--image_size {images.image_size} is not a multiple of {factor}")
     return images
 
 

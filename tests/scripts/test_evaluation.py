@@ -376,7 +376,7 @@ def test_kid_precision_and_recall_on_demand(results: Path, evaluate: Evaluate) -
     mean, spread = metrics.kernel_distance(x, y)
     found = content["metrics"]["kid"]
     assert (found["mean"], found["variance"]) == pytest.approx((mean, spread**2))
-    assert content["metrics"]["precision"]["mean"] == metrics.precision_recall(x, y).precision
+    assert content["metrics"]["precision"]["mean"] == metrics.precision_recall(x, y)[0]
     assert content["metrics"]["precision"]["variance"] is None
     assert content["weights"].keys() == {"kid", "precision_recall"}
     assert content["settings"]["kid"] == {"subsets": 100, "subset_size": 2, "seed": 2020}

@@ -22,11 +22,10 @@ from modules import VQGAN, VQVAE, ModelConfig
 from tests.conftest import Outcome
 from tests.processes import run_ranks
 from tests.scripts.test_cli import TINY, error_line, train
-from utils.codebook.codes import writer
+from utils.codebook.codes import files
 from utils.codebook.codes.coder import FREQUENCIES, Coder, nearest_frequencies
+from utils.codebook.codes.files import CodeFile, file_rate
 from utils.codebook.codes.header import DIGEST_SIZE, MAGIC, CodesInfo, fingerprint
-from utils.codebook.codes.reader import CodeFile
-from utils.codebook.codes.writer import file_rate
 from utils.codebook.statistics import CodebookStatistics, entropy_bits
 from utils.errors import UserError
 
@@ -57,7 +56,7 @@ def write(
 ) -> CodesInfo:
     """A code file of indices (n, H, W, m), whose batches went to several spools in turn."""
     info = info_of(indices, num_embedding, **known)
-    spools = [writer.spool_path(path, number) for number in range(num_ranks)]
+    spools = [files.spool_path(path, number) for number in range(num_ranks)]
     parts: list[list[bytes]] = [[] for _ in spools]
     for start in range(0, info.num_images, info.batch_size):
         batch = range(start, min(start + info.batch_size, info.num_images))
@@ -67,7 +66,7 @@ def write(
     for spool, part in zip(spools, parts):
         spool.write_bytes(b"".join(part))
     try:
-        return writer.write_codes(path, info, spools)
+        return files.write_codes(path, info, spools)
     finally:
         for spool in spools:
             spool.unlink()
@@ -378,7 +377,7 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(
     def full(*_: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "digest_of", full)
+    monkeypatch.setattr(files, "digest_of", full)
     with pytest.raises(UserError, match=r"small\.looc: No space left"):
         write(small, draw((7, 2, 3, 2), 5), 5)
     assert small.read_bytes() == before
@@ -404,13 +403,13 @@ def test_indices_come_back(
     shape: tuple[int, int, int, int], num_embedding: int, tmp_path: Path
 ) -> None:
     """From any number of processes' spools, in one chunk or many."""
-    indices, files = draw(shape, num_embedding), set()
+    indices, written = draw(shape, num_embedding), set()
     indices.view(-1)[0] = num_embedding - 1  # the last codevector, and a few others
     for num_ranks in (1, 2, 3):
         write(tmp_path / "c", indices, num_embedding, num_ranks)
         assert_holds(tmp_path / "c", indices)
-        files.add((tmp_path / "c").read_bytes())
-    assert len(files) == 1
+        written.add((tmp_path / "c").read_bytes())
+    assert len(written) == 1
 
 
 def test_chunks_are_dealt_out(small: Path) -> None:
@@ -434,7 +433,7 @@ def test_tables_of_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     indices[:, :, 1] = (indices[:, :, 1] + 2) % 4
     found = []
     for largest in (24, 23, 11):
-        monkeypatch.setattr(writer, "LARGEST_TABLES", largest)
+        monkeypatch.setattr(files, "LARGEST_TABLES", largest)
         found.append(write(tmp_path / "c", indices, 4).num_tables)
         assert_holds(tmp_path / "c", indices)
     assert found == [6, 3, 1]

@@ -95,9 +95,9 @@ def test_prepared_originals_are_the_references_files() -> None:
     protocol = PROTOCOLS["reference"]
     for image in photographs():
         expected = as_array(written(protocols.truncated(image)))
-        assert np.array_equal(protocol.prepare(image, "original", "PNG"), expected)
+        assert np.array_equal(protocol.prepare(image, "PNG", "original"), expected)
         expected = as_array(written(image))
-        assert np.array_equal(protocol.prepare(image, "reconstruction", "PNG"), expected)
+        assert np.array_equal(protocol.prepare(image, "PNG", "reconstruction"), expected)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -105,14 +105,14 @@ def test_jpeg_files_are_taken_as_they_are(name: str) -> None:
     image = photographs()[0]
     sides: tuple[Side, Side] = ("original", "reconstruction")
     for side in sides:
-        assert np.array_equal(PROTOCOLS[name].prepare(image, side, "JPEG"), image)
+        assert np.array_equal(PROTOCOLS[name].prepare(image, "JPEG", side), image)
 
 
 def test_clean_changes_nothing() -> None:
     protocol = PROTOCOLS["clean"]
     images = photographs()
     assert protocol.for_inception(images) is images
-    assert np.array_equal(protocol.prepare(images[0], "original", "PNG"), images[0])
+    assert np.array_equal(protocol.prepare(images[0], "PNG", "original"), images[0])
     for name, metric in METRICS.items():
         found = protocol.comparison(name)
         assert (found is None) == (metric.compare is None)

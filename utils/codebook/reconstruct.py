@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -14,9 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modules import Autoencoder
+from utils.codebook.codes.files import CodeFile, save_codes, spooled
 from utils.codebook.codes.header import CodesInfo, pixel_sum
-from utils.codebook.codes.reader import CodeFile
-from utils.codebook.codes.writer import save_codes, spooled
 from utils.codebook.statistics import CodebookStatistics
 from utils.distributed import gather, gather_items, num_ranks, rank, shared_folder
 from utils.errors import UserError
@@ -33,18 +32,15 @@ class Batches(Protocol):
     size: int  # images of the whole set
     bad_images: dict[int, str]  # position → why that image could not be decoded
 
-    def numbered(
-        self,
-    ) -> Iterable[tuple[Tensor, Tensor]]: ...  # positions, images
+    def numbered(self) -> Iterable[tuple[Tensor, Tensor]]: ...  # positions and images
     def shares(self, epoch: int, start: int) -> Sequence[Sized]: ...  # positions, by batch
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """Format of the picture files."""
 
-    suffix: str = "png"
-    jpeg_quality: int = 75
+    suffix: str
+    jpeg_quality: int
 
 
 class Findings(NamedTuple):
@@ -75,7 +71,13 @@ def reconstruct(
     ):
         with tqdm(total=total, unit="image", disable=rank() > 0) as bar:
             for positions, images in loader.numbered():
-                indices, output = encode_and_decode(model, images)
+                if model.config.num_slots:  # exactly as --from_codes decodes them
+                    indices = model.encode(to_signed(images))  # (B, H, W, m)
+                    decoded = model.decode(indices)
+                else:
+                    decoded, quantized = model(to_signed(images))
+                    indices = quantized.indices
+                output = to_bytes(decoded).cpu()
                 statistics.add(indices)
                 if spool is not None:
                     spool.add(indices, output)
@@ -99,36 +101,23 @@ def reconstruct(
     return Findings(statistics, rate, samples, bad_images)
 
 
-def encode_and_decode(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode bytes (B, C, h, w) to indices (B, H, W, m), and decode these to bytes on the CPU.
-
-    Exactly as --from_codes decodes them. Without a quantiser the latents are decoded.
-    """
-    if not model.config.num_slots:
-        reconstruction, quantized = model(to_signed(images))
-        return quantized.indices, to_bytes(reconstruction).cpu()
-    indices = model.encode(to_signed(images))
-    return indices, to_bytes(model.decode(indices)).cpu()
-
-
 @torch.no_grad()
 def reconstruct_codes(model: Autoencoder, codes: CodeFile, form: Format, results: Path) -> bool:
     """Write the reconstructions of a code file to rec/.
 
     Returns whether they equal, bit for bit, those of the run that saved the codes.
     """
-    device, info = next(model.parameters()).device, codes.info
-    pixels = 0
+    device, pixels = next(model.parameters()).device, 0
     with (
         pictures(results / "rec", form) as write_rec,
-        tqdm(total=info.num_coded, unit="image", disable=rank() > 0) as bar,
+        tqdm(total=codes.info.num_coded, unit="image", disable=rank() > 0) as bar,
     ):
         for positions, indices in codes.batches(rank(), num_ranks()):
             output = to_bytes(model.decode(indices.to(device))).cpu()  # (B, C, h, w)
             pixels += pixel_sum(output)
             write_rec(positions.tolist(), output)
             bar.update(len(output))
-    return sum(gather(pixels)) == info.pixel_sum
+    return sum(gather(pixels)) == codes.info.pixel_sum
 
 
 @contextmanager

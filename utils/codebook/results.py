@@ -7,8 +7,7 @@ from pathlib import Path
 
 from modules import Autoencoder
 from utils.charts import save_figure
-from utils.codebook.codes.reader import CodeFile
-from utils.codebook.codes.writer import file_rate
+from utils.codebook.codes.files import CodeFile, file_rate
 from utils.codebook.plots import draw_all
 from utils.codebook.reconstruct import CODES, Findings
 from utils.evaluation import schema
@@ -19,7 +18,6 @@ from utils.images import save_comparison
 from utils.logger import log
 from utils.report import write_report
 
-FOLDERS = ("original", "rec")
 PICTURES = ("reconstructions.png", "usage.png", "slots.png", "codebook.png")
 
 
@@ -30,17 +28,13 @@ def results_folder(output: str, model_name: str) -> Path:
 
 
 def write_results(results: Path, model: Autoencoder, found: Findings, analysis: Analysis) -> None:
-    """Replace everything in the folder but original/ and rec/."""
+    """Replace everything in the folder but original/ and rec/, and print what there is."""
     remove_results(results)
     save_comparison(results / "reconstructions.png", found.shown[:, 0], found.shown[:, 1])
     for name, figure in draw_all(found.statistics, model.quantizer.codebook).items():
         save_figure(results / f"{name}.png", figure)
     schema.write(results / "analysis.json", analysis)
     write_report(results)
-
-
-def show(analysis: Analysis, results: Path) -> None:
-    """Print usage, rate and the paths of the files."""
     rate, codebook, skipped = analysis.rate, analysis.codebook, analysis.skipped_images.count
     rows = {
         "images": f"{codebook.images}",
@@ -49,23 +43,37 @@ def show(analysis: Analysis, results: Path) -> None:
     }
     drawn = [name for name in PICTURES if (results / name).exists()]
     codes = [CODES] if rate.coded_bytes is not None else []
-    files = [*FOLDERS, *drawn, *codes, "analysis.json", "report.html"]
+    files = ["original", "rec", *drawn, *codes, "analysis.json", "report.html"]
     print_rows(rows, [results / name for name in files])
 
 
-def update_results(results: Path, codes: Path) -> None:
-    """Remove what does not belong to the pictures made from these codes; renew the report."""
+def update_results(results: Path, codes: CodeFile, same: bool) -> None:
+    """Remove what does not belong to the pictures made from these codes, and renew the report.
+
+    same: whether the pictures are those of the run that saved the codes.
+    """
     remove_results(results)
-    if not saved_by_last_test(results, codes):
+    if not saved_by_last_test(results, codes.path):
         names = ("original", "analysis.json", *PICTURES)
-        left = [name for name in names if (results / name).exists()]
+        left = [results / name for name in names if (results / name).exists()]
         if left:
-            log.warning("removed %s: their test did not save these codes", ", ".join(left))
-        for name in left:
-            path = results / name
+            removed = ", ".join(path.name for path in left)
+            log.warning("removed %s: their test did not save these codes", removed)
+        for path in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if (results / "report.html").exists():
         write_report(results)
+    if not same:
+        log.warning(
+            "some pixels differ from those of the run that saved the codes: "
+            "another device or version of PyTorch rounds differently"
+        )
+    rows = {
+        "images": f"{codes.info.num_coded}",
+        **Rate(**file_rate(codes.path, codes.info)).rows(),
+        "same as when saved": "bit for bit" if same else "no",
+    }
+    print_rows(rows, [results / "rec"])
 
 
 def saved_by_last_test(results: Path, codes: Path) -> bool:
@@ -74,18 +82,3 @@ def saved_by_last_test(results: Path, codes: Path) -> bool:
     if not own.is_file() or rate.coded_bits_per_pixel is None:
         return False
     return own.samefile(codes) or own.read_bytes() == codes.read_bytes()
-
-
-def show_codes(codes: CodeFile, same: bool, results: Path) -> None:
-    """Print the rate of the code file and the path of its pictures."""
-    rows = {
-        "images": f"{codes.info.num_coded}",
-        **Rate(**file_rate(codes.path, codes.info)).rows(),
-        "same as when saved": "bit for bit" if same else "no",
-    }
-    if not same:
-        log.warning(
-            "some pixels differ from those of the run that saved the codes: "
-            "another device or version of PyTorch rounds differently"
-        )
-    print_rows(rows, [results / "rec"])

@@ -50,8 +50,7 @@ def numbered(indices: Tensor, num_embedding: int, num_codebooks: int) -> Tensor:
 class CodebookStatistics:
     """Counts of every codevector in every unit slot; memory m × K, however many images.
 
-    num_codebooks: 1 if all slots share a codebook, m if each has its own, 0 without a
-    quantiser.
+    num_codebooks: 1 if all slots share a codebook, m if each has its own, 0 without a quantiser.
     """
 
     def __init__(self, num_embedding: int, num_codebooks: int = 1) -> None:
@@ -65,8 +64,8 @@ class CodebookStatistics:
         """Count indices (B, H, W, m)."""
         slots = indices.shape[-1]
         flat = numbered(indices, self.num_embedding, slots).flatten()
-        counts = torch.bincount(flat, minlength=slots * self.num_embedding)
-        counts = counts.view(slots, self.num_embedding).cpu()
+        counts = torch.bincount(flat, minlength=slots * self.num_embedding).cpu()
+        counts = counts.view(slots, self.num_embedding)
         self.slot_counts = counts if self.num_images == 0 else self.slot_counts + counts
         self.num_images += len(indices)
         self.codes_per_image = indices[0].numel()
@@ -86,11 +85,7 @@ class CodebookStatistics:
         return self.slot_counts.sum(0) if self.num_codebooks == 1 else self.slot_counts.flatten()
 
     def rate(self, num_pixels: int) -> Rate:
-        """Codes per image and bits per pixel, for images of num_pixels positions.
-
-        Nominal: log2 K bits per code. Entropy: what an ideal entropy coder needs with one frequency
-        table for all indices, and with one for each unit slot.
-        """
+        """Codes per image and bits per pixel, for images of num_pixels positions."""
         if not len(self.slot_counts):
             return Rate()
         by_slot = sum(entropy_bits(row) for row in self.slot_counts) / len(self.slot_counts)

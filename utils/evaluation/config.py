@@ -13,7 +13,7 @@ from utils.evaluation.metrics import (
     METRICS,
     NEED_VECTORS,
 )
-from utils.evaluation.protocols import PROTOCOLS, Protocol
+from utils.evaluation.protocols import PROTOCOLS
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,3 @@ class EvaluationConfig:
     def keep_vectors(self) -> bool:
         """Return whether a metric needs all feature vectors at once."""
         return any(choice in NEED_VECTORS for choice in self.metrics)
-
-    @property
-    def preparation(self) -> Protocol:
-        return PROTOCOLS[self.protocol]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.evaluation.metrics import METRICS, Pixels, Values
+from utils.evaluation.metrics import METRICS, Metric, Pixels, Values
 from utils.evaluation.protocols import from_picture, to_picture
 from utils.files import whole_file
 from utils.images import fitted
@@ -97,64 +98,49 @@ def write_extremes(
         log.warning("%s holds the images that are measured: no pictures are written there", output)
         return []
     written = []
-    for metric, column in values.items():
-        worst, best = (
-            [(column[i], shown[names[i]]) for i in positions]
-            for positions in extremes(column, lower_is_better=METRICS[metric].lower_is_better)
-        )
-        written.append(output / f"worst_{metric}.png")
-        save_extremes(written[-1], metric, worst, best)
+    for name, column in values.items():
+        blocks = {
+            title: [(column[i], shown[names[i]]) for i in positions]
+            for title, positions in zip(
+                ("worst", "best"),
+                extremes(column, lower_is_better=METRICS[name].lower_is_better),
+            )
+        }
+        written.append(output / f"worst_{name}.png")
+        save_extremes(written[-1], METRICS[name], blocks)
     return written
 
 
 def save_extremes(
-    path: Path,
-    metric: str,
-    worst: Sequence[tuple[float, Shown]],
-    best: Sequence[tuple[float, Shown]],
+    path: Path, metric: Metric, blocks: Mapping[str, Sequence[tuple[float, Shown]]]
 ) -> None:
-    """Write a PNG: the worst above the best, each as original, reconstruction and error map.
+    """Write a PNG of blocks of pairs with their values: original, reconstruction and error map.
 
     White in the error maps is the largest error shown. Raises UserError if the file cannot be
     written.
     """
-    peak = max(1.0, *(float(shown.error.max()) for _, shown in (*worst, *best)))
-    block = 2 * LINE + len(ROWS) * (TILE + GAP) + LINE
-    size = MARGIN + COUNT * (TILE + GAP) + GAP, LINE + GAP + 2 * block
+    peak = max(1.0, *(shown.error.max() for pairs in blocks.values() for _, shown in pairs))
+    height = 2 * LINE + len(ROWS) * (TILE + GAP) + LINE  # of a block
+    size = MARGIN + COUNT * (TILE + GAP) + GAP, LINE + GAP + len(blocks) * height
     picture = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(13)
-    draw.text(
-        (GAP, GAP),
-        f"{METRICS[metric].title}, {METRICS[metric].direction}; "
-        f"error: |original - reconstruction|, black 0, white {peak:.0f} of 255",
-        fill="black",
-        font=font,
-    )
-    for number, (title, columns) in enumerate((("worst", worst), ("best", best))):
-        top = LINE + GAP + number * block
-        draw.text((GAP, top + LINE), title, fill="black", font=font)
+    draw = partial(ImageDraw.Draw(picture).text, fill="black", font=ImageFont.load_default(13))
+    error = f"error: |original - reconstruction|, black 0, white {peak:.0f} of 255"
+    draw((GAP, GAP), f"{metric.title}, {metric.direction}; {error}")
+    for number, (title, pairs) in enumerate(blocks.items()):
+        top = LINE + GAP + number * height
+        draw((GAP, top + LINE), title)
         for row, label in enumerate(ROWS):
             centre = top + 2 * LINE + row * (TILE + GAP) + TILE // 2
-            draw.text((GAP, centre), label, fill="black", font=font, anchor="lm")
-        for column, (value, shown) in enumerate(columns):
+            draw((GAP, centre), label, anchor="lm")
+        for column, (value, shown) in enumerate(pairs):
             left = MARGIN + column * (TILE + GAP)
-            draw.text((left, top + LINE), f"{value:.4g}", fill="black", font=font)
-            for row, tile in enumerate(tiles(shown, peak)):
-                picture.paste(tile, (left, top + 2 * LINE + row * (TILE + GAP)))
-            draw.text((left, top + block - LINE), caption(shown.name), fill="black", font=font)
+            draw((left, top + LINE), f"{value:.4g}")
+            brightness = (255 * shown.error / peak).round().astype(np.uint8)[None]
+            for row, image in enumerate((shown.original, shown.reconstruction, brightness)):
+                place = left, top + 2 * LINE + row * (TILE + GAP)
+                picture.paste(fitted(to_picture(image), TILE, TILE), place)
+            name = shown.name.encode("ascii", "replace").decode()  # letters that the font has
+            caption = name if len(name) <= MAX_NAME else "..." + name[3 - MAX_NAME :]
+            draw((left, top + height - LINE), caption)
     with whole_file(path) as temporary:
         picture.save(temporary, format="PNG")
-
-
-def tiles(shown: Shown, peak: float) -> list[Image.Image]:
-    """Original, reconstruction and error map, each fitted into a square of TILE pixels."""
-    error = (255 * shown.error / peak).round().astype(np.uint8)[None]
-    images = (shown.original, shown.reconstruction, error)
-    return [fitted(to_picture(image), TILE, TILE) for image in images]
-
-
-def caption(name: str) -> str:
-    """The end of a name, in letters that the built-in font has."""
-    text = name.encode("ascii", "replace").decode()
-    return text if len(text) <= MAX_NAME else "..." + text[3 - MAX_NAME :]

@@ -28,35 +28,28 @@ def cache_file(
 ) -> Path | None:
     """Path of the statistics of these originals; None if they are not cached.
 
-    They are not with --skip_bad_images: a skipped reconstruction takes its original along.
+    Its name is the SHA-256 of the settings and of the name and bytes of each original. Nothing is
+    cached with --skip_bad_images: a skipped reconstruction takes its original along.
     """
     if not config.inception or not config.cache or config.skip_bad_images:
         return None
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = given if given.is_absolute() else Path("~/.cache").expanduser()
-    settings = {
-        "protocol": config.protocol,
-        "weights": networks["inception"].sha256,
-        "device": device.type,
-        **versions(),
-    }
-    return folder / "looc" / f"{content_key(pairs, settings)}.npz"
-
-
-def content_key(pairs: Sequence[Pair], settings: Mapping[str, str]) -> str:
-    """SHA-256 of the settings and of the name and bytes of each original."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    weights = networks["inception"].sha256
+    settings = {"protocol": config.protocol, "weights": weights, "device": device.type}
+    digest = hashlib.sha256(json.dumps({**settings, **versions()}, sort_keys=True).encode())
     for pair in pairs:
         try:
             content = hashlib.sha256(pair.original.read_bytes()).digest()
         except OSError as error:
             raise UserError(f"image {pair.original} cannot be read: {error.strerror}") from error
         digest.update(hashlib.sha256(os.fsencode(pair.name)).digest() + content)
-    return digest.hexdigest()
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = given if given.is_absolute() else Path("~/.cache").expanduser()
+    return folder / "looc" / f"{digest.hexdigest()}.npz"
 
 
 def read_statistics(path: Path, count: int, *, keep: bool) -> FeatureStatistics | None:
     """Statistics of count images, if keep with the vectors; None if there is no such file."""
+    statistics = FeatureStatistics(keep=keep)
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
@@ -74,9 +67,8 @@ def read_statistics(path: Path, count: int, *, keep: bool) -> FeatureStatistics 
     except Exception as error:  # as varied as the damage
         log.info("%s is damaged (%s) and computed again", path, one_line(error)[:100])
         return None
-    statistics = FeatureStatistics(keep=keep)
     statistics.count, statistics.mean, statistics.scatter = count, mean, scatter
-    if vectors is not None and keep:
+    if keep and vectors is not None:
         statistics.kept = [vectors]
     return statistics
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple, TypeAlias
+from itertools import groupby
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,13 +45,12 @@ def l1(x: Pixels, y: Pixels) -> Values:
 def ssim(x: Pixels, y: Pixels, settings: Mapping[str, Any] = SSIM_SETTINGS) -> Values:
     """Structural similarity, by default as first defined (Wang et al. 2004): Gaussian, sigma 1.5.
 
-    Settings are scikit-image's. The mean over channels; both sides of the images must be 11 pixels
-    or more.
+    Settings are scikit-image's. The mean over channels; needs sides of 11 pixels or more.
     """
     from skimage.metrics import structural_similarity
 
-    similarity: Any = structural_similarity  # scikit-image does not type it
-    return np.array([similarity(a, b, channel_axis=0, **settings) for a, b in zip(x, y)])
+    ssim_of: Any = structural_similarity  # scikit-image does not type it
+    return np.array([ssim_of(a, b, channel_axis=0, **settings) for a, b in zip(x, y)])
 
 
 def psnr(x: Pixels, y: Pixels) -> Values:
@@ -138,29 +138,18 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     return 0.0 if -ROUNDING * scale <= distance <= 0 else distance
 
 
-class Estimate(NamedTuple):
-    """Mean and standard deviation over subsets."""
-
-    mean: float
-    spread: float
-
-
-def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
+def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """Squared maximum mean discrepancy of feature vectors (N, d), kernel (x·y / d + 1)³.
 
     KID if features are Inception's (Bińkowski et al. 2018), by torch-fidelity with its defaults:
-    unbiased, over 100 seeded subsets of `kid_subset_size(N)`. Needs at least 4 vectors per
-    set. A value slightly below 0 is valid: the sets are indistinguishable.
+    unbiased, mean and standard deviation over 100 seeded subsets of `kid_subset_size(N)`. Needs at
+    least 4 vectors per set. A value slightly below 0 is valid: the sets are indistinguishable.
     """
-    from torch_fidelity.metric_kid import (
-        KEY_METRIC_KID_MEAN,
-        KEY_METRIC_KID_STD,
-        kid_features_to_metric,
-    )
+    from torch_fidelity import metric_kid
 
     size = kid_subset_size(min(len(a), len(b)))
-    found = kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)
-    return Estimate(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
+    found = metric_kid.kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)
+    return found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]
 
 
 def kid_subset_size(num_images: int) -> int:
@@ -168,27 +157,16 @@ def kid_subset_size(num_images: int) -> int:
     return min(KID_SUBSET_SIZE, num_images // 2)
 
 
-class PrecisionRecall(NamedTuple):
-    """Shares from 0 to 1."""
-
-    precision: float
-    recall: float
-
-
-def precision_recall(originals: Tensor, reconstructions: Tensor) -> PrecisionRecall:
+def precision_recall(originals: Tensor, reconstructions: Tensor) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) of feature vectors (N, d).
 
     Precision: the share of reconstructions inside some original's ball, which reaches its third
     neighbour; recall: the share of originals inside some reconstruction's. By torch-fidelity with
     its defaults, some of the distances at a time. Needs at least 4 vectors per set.
     """
-    from torch_fidelity.metric_prc import (
-        KEY_METRIC_PRECISION,
-        KEY_METRIC_RECALL,
-        prc_features_to_metric,
-    )
+    from torch_fidelity import metric_prc
 
-    found = prc_features_to_metric(
+    found = metric_prc.prc_features_to_metric(
         reconstructions,
         originals,
         prc_neighborhood=NEIGHBOUR,
@@ -196,7 +174,7 @@ def precision_recall(originals: Tensor, reconstructions: Tensor) -> PrecisionRec
         save_cpu_ram=True,
         verbose=False,
     )
-    return PrecisionRecall(found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL])
+    return found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
 
 
 @dataclass(frozen=True)
@@ -225,30 +203,20 @@ METRICS: dict[str, Metric] = {
     "precision": Metric("Precision", better="higher", choice="precision_recall", **INCEPTION),
     "recall": Metric("Recall", better="higher", choice="precision_recall", **INCEPTION),
 }
+CHOICES = {  # value of --metrics → the metrics that it gives
+    choice: tuple(names)
+    for choice, names in groupby(METRICS, lambda name: METRICS[name].choice or name)
+}
 DEFAULT_METRICS = ("l1", "ssim", "psnr", "lpips", "fid")
 LPIPS_BACKBONES = {"vgg": 16, "alex": 31}  # smallest side of images that each accepts
 NEED_VECTORS = ("kid", "precision_recall")  # choices that keep all feature vectors in memory
 
 
-def choices() -> dict[str, tuple[str, ...]]:
-    """The values of --metrics, and the metrics that each gives."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name, metric in METRICS.items():
-        choice = metric.choice or name
-        found[choice] = (*found.get(choice, ()), name)
-    return found
-
-
-CHOICES = choices()
-
-
 def summarise(values: Sequence[float]) -> Score:
     """The mean and population variance of per-image values."""
     finite = [value for value in values if not math.isinf(value)]
-    identical = len(values) - len(finite)
-    if not finite:
-        return Score(None, None, 0, identical)
-    return Score(float(np.mean(finite)), float(np.var(finite)), len(finite), identical)
+    mean, variance = (float(np.mean(finite)), float(np.var(finite))) if finite else (None, None)
+    return Score(mean, variance, len(finite), identical=len(values) - len(finite))
 
 
 def settings(num_images: int) -> dict[str, Any]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from utils.errors import UserError, printable
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.metrics import CHOICES, METRICS, Pixels, Values
-from utils.evaluation.protocols import Protocol
+from utils.evaluation.protocols import PROTOCOLS, Protocol
 from utils.image_files import (
     SUFFIXES,
     image_names,
@@ -71,7 +72,14 @@ def open_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
     if config.num_test is not None and config.num_test > len(names):
         raise UserError(f"--num_test {config.num_test}, but there are {len(names)} images")
     names = names[: config.num_test]
-    check_partners(names, files)
+    lacking = {flag: [name for name in names if name not in found] for flag, found in files.items()}
+    if any(lacking.values()):
+        problems = "; ".join(
+            f"{flag} lacks {len(missing)} of {len(names)} ({first_few(missing)})"
+            for flag, missing in lacking.items()
+            if missing
+        )
+        raise UserError(f"images are paired by name, and {problems}")
     if folders["--gt_path"].samefile(folders["--g_path"]):
         log.warning("--gt_path and --g_path are one folder: images are compared with themselves")
     pairs, skipped, different = [], {}, []
@@ -79,15 +87,14 @@ def open_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
         try:
             pairs.append(open_pair(name, originals[name], reconstructions[name]))
         except DifferentSizes as error:
-            different.append(error.line)
+            different.append(f"{name} ({error.sizes})")
         except UserError as error:
             if not config.skip_bad_images:
                 raise
             skipped[name] = str(error)
     if different:
-        raise UserError(
-            f"{len(different)} of {len(names)} pairs differ in size: {first_few(different)}"
-        )
+        number = f"{len(different)} of {len(names)}"
+        raise UserError(f"{number} pairs differ in size: {first_few(different)}")
     return pairs, skipped
 
 
@@ -95,17 +102,16 @@ def open_pair(name: str, original: Path, reconstruction: Path) -> Pair:
     """Read the headers of a pair. Raises UserError if it cannot be measured."""
     (size, mode), (other, other_mode) = read_header(original), read_header(reconstruction)
     if size != other:
-        raise DifferentSizes(name, size, other)
+        raise DifferentSizes(" and ".join(f"{width}×{height}" for width, height in (size, other)))
     return Pair(name, original, reconstruction, size, mode if mode == other_mode else "RGB")
 
 
 class DifferentSizes(UserError):
     """The images of a pair differ in size."""
 
-    def __init__(self, name: str, *sizes: tuple[int, int]) -> None:
-        both = " and ".join(f"{width}×{height}" for width, height in sizes)
-        super().__init__(f"original and reconstruction differ in size ({both})")
-        self.line = f"{name} ({both})"
+    def __init__(self, sizes: str) -> None:
+        super().__init__(f"original and reconstruction differ in size ({sizes})")
+        self.sizes = sizes
 
 
 def images_in(flag: str, folder: Path) -> dict[str, Path]:
@@ -123,18 +129,6 @@ def images_in(flag: str, folder: Path) -> dict[str, Path]:
     if not found:
         raise UserError(f"{flag} {folder} holds no images ({' '.join(SUFFIXES)})")
     return found
-
-
-def check_partners(names: list[str], files: dict[str, dict[str, Path]]) -> None:
-    """Raise UserError if a name is not in both folders."""
-    lacking = {flag: [name for name in names if name not in found] for flag, found in files.items()}
-    if any(lacking.values()):
-        problems = [
-            f"{flag} lacks {len(missing)} of {len(names)} ({first_few(missing)})"
-            for flag, missing in lacking.items()
-            if missing
-        ]
-        raise UserError(f"images are paired by name, and {'; '.join(problems)}")
 
 
 def first_few(names: Sequence[str]) -> str:
@@ -167,53 +161,33 @@ def read_image(path: Path, pair: Pair) -> tuple[Pixels, str | None]:
 
 def read_pair(pair: Pair, protocol: Protocol) -> tuple[Pixels, Pixels]:
     """Read original and reconstruction as they are measured, (C, H, W)."""
-    original, original_format = read_image(pair.original, pair)
-    reconstruction, format_ = read_image(pair.reconstruction, pair)
-    return (
-        protocol.prepare(original, "original", original_format),
-        protocol.prepare(reconstruction, "reconstruction", format_),
-    )
+    original = protocol.prepare(*read_image(pair.original, pair), "original")
+    return original, protocol.prepare(*read_image(pair.reconstruction, pair), "reconstruction")
 
 
-class ReadAndCompare(Dataset[Batch]):
-    """Batches of pairs, read and compared by the metrics without network, in worker processes."""
-
-    def __init__(
-        self, parts: list[list[Pair]], compared: Container[str], protocol: Protocol, inception: bool
-    ) -> None:
-        self.parts = parts
-        self.compared = compared
-        self.protocol = protocol
-        self.inception = inception
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, index: int) -> Batch:
-        read: dict[str, tuple[Pixels, Pixels]] = {}
-        skipped: dict[str, str] = {}
-        for pair in self.parts[index]:
-            try:
-                read[pair.name] = read_pair(pair, self.protocol)
-            except UserError as error:  # raised here, it would come with a traceback of the worker
-                skipped[pair.name] = str(error)
-        if not read:
-            nothing = np.empty(0, np.uint8), np.empty(0, np.uint8)
-            return Batch([], nothing, nothing, {}, skipped)
-        x, y = (np.stack(images) for images in zip(*read.values()))
-        values = {}
-        for name in METRICS:
-            compare = self.protocol.comparison(name) if name in self.compared else None
-            if compare is not None:
-                values[name] = compare(x, y)
-        resized = (x, y)
-        if self.inception:
-            resized = self.protocol.for_inception(x), self.protocol.for_inception(y)
-        return Batch(list(read), (x, y), resized, values, skipped)
+def read_and_compare(
+    pairs: list[Pair], compared: Container[str], protocol: Protocol, inception: bool
+) -> Batch:
+    """Read pairs, and compare them by the chosen metrics without network."""
+    read: dict[str, tuple[Pixels, Pixels]] = {}
+    skipped: dict[str, str] = {}
+    for pair in pairs:
+        try:
+            read[pair.name] = read_pair(pair, protocol)
+        except UserError as error:  # raised here, it would come with a traceback of the worker
+            skipped[pair.name] = str(error)
+    if not read:
+        nothing = np.empty(0, np.uint8), np.empty(0, np.uint8)
+        return Batch([], nothing, nothing, {}, skipped)
+    x, y = (np.stack(images) for images in zip(*read.values()))
+    compare = {name: protocol.comparison(name) for name in METRICS if name in compared}
+    values = {name: function(x, y) for name, function in compare.items() if function is not None}
+    resized = (protocol.for_inception(x), protocol.for_inception(y)) if inception else (x, y)
+    return Batch(list(read), (x, y), resized, values, skipped)
 
 
 def batches(config: EvaluationConfig, pairs: Sequence[Pair]) -> Iterator[Batch]:
-    """Yield batches of consecutive pairs of one size and mode.
+    """Yield batches of consecutive pairs of one size and mode, read by worker processes.
 
     Raises UserError naming a damaged image, unless such pairs are skipped.
     """
@@ -221,22 +195,21 @@ def batches(config: EvaluationConfig, pairs: Sequence[Pair]) -> Iterator[Batch]:
     groups = [list(group) for _, group in groupby(pairs, lambda pair: (pair.size, pair.mode))]
     parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
     compared = {name for choice in config.metrics for name in CHOICES[choice]}
+    protocol = PROTOCOLS[config.protocol]
+    read = partial(
+        read_and_compare, compared=compared, protocol=protocol, inception=config.inception
+    )
     workers = cores() if config.num_workers is None else config.num_workers
-    loader: DataLoader[Batch] = DataLoader(
-        ReadAndCompare(parts, compared, config.preparation, config.inception),
+    loader: Iterable[Batch] = DataLoader(
+        parts,  # type: ignore[arg-type]
         batch_size=None,
         num_workers=min(workers, len(parts)),
-        collate_fn=as_is,
+        collate_fn=read,
     )
     for batch in loader:
         if batch.skipped and not config.skip_bad_images:
             raise UserError(next(iter(batch.skipped.values())))
         yield batch
-
-
-def as_is(batch: Any) -> Any:
-    """Leave numpy arrays as they are: tensors would need shared memory, scarce in containers."""
-    return batch
 
 
 def cores() -> int:

@@ -35,7 +35,7 @@ class Protocol:
     jpeg_quality: int | None = None
     inception_side: int | None = None  # bilinear resize before Inception's own to 299
 
-    def prepare(self, image: Pixels, side: Side, file_format: str | None) -> Pixels:
+    def prepare(self, image: Pixels, file_format: str | None, side: Side) -> Pixels:
         """Prepare the pixels (C, H, W) of a file of that format.
 
         A JPEG file has already been through these steps and is not changed.
@@ -60,13 +60,9 @@ class Protocol:
 def truncated(image: Pixels) -> Pixels:
     """Truncate bytes as the reference does when it writes originals: to [−1, 1] and back.
 
-    Levels 1 … 63 become one less, the others stay.
+    By rounding in float32 levels 1 … 63 become one less; the others stay.
     """
-    signed = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(
-        0.5
-    )
-    levels = (((signed + np.float32(1)) / np.float32(2)) * np.float32(255)).astype(np.uint8)
-    return levels[image]
+    return image - ((image > 0) & (image < 64))
 
 
 def through_jpeg(image: Pixels, quality: int) -> Pixels:

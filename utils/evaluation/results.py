@@ -16,6 +16,7 @@ from utils.evaluation.extremes import write_extremes
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.networks import Network
 from utils.evaluation.pairs import first_few
+from utils.evaluation.protocols import PROTOCOLS
 from utils.evaluation.schema import Analysis, Metrics, Rate
 from utils.evaluation.scores import Scores, summarise
 from utils.files import whole_file
@@ -25,27 +26,23 @@ PREVIOUS = "previous_metrics"
 
 
 def set_aside(output: Path) -> None:
-    """Move the results of an earlier run to previous_metrics/.
+    """Move the results of an earlier run, and its report, to previous_metrics/.
 
     Incomplete results of a run that ended while writing, without metrics.json, are removed.
     """
-    whole = (output / "metrics.json").exists()
-    previous = output / PREVIOUS
-    if whole:
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
-    for path in own_files(output):
-        if whole:
-            path.rename(previous / path.name)
-        else:
+    if not (output / "metrics.json").exists():
+        for path in own_files(output):
             path.unlink()
-    report = output / "report.html"
-    if whole and report.exists():  # describes them
-        report.rename(previous / report.name)
+        return
+    previous, report = output / PREVIOUS, output / "report.html"
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir()
+    for path in [*own_files(output), *([report] if report.exists() else [])]:
+        path.rename(previous / path.name)
 
 
 def own_files(output: Path) -> list[Path]:
-    """Files that evaluation.py has written there."""
+    """Files that evaluation.py has written there, without the report."""
     names = ["metrics.json", "metrics.csv", *(f"worst_{metric}.png" for metric in METRICS)]
     return [output / name for name in names if (output / name).is_file()]
 
@@ -54,11 +51,6 @@ def remove_results(output: Path) -> None:
     """Remove the results of all earlier runs, which describe other pictures."""
     for path in own_files(output):
         path.unlink()
-    remove_previous(output)
-
-
-def remove_previous(output: Path) -> None:
-    """Remove the results that were set aside."""
     shutil.rmtree(output / PREVIOUS, ignore_errors=True)
 
 
@@ -71,24 +63,23 @@ def write_results(
     table, whole = output / "metrics.csv", output / "metrics.json"
     write_csv(table, scores)
     schema.write(whole, content)  # last: it marks the results as complete
-    remove_previous(output)
+    shutil.rmtree(output / PREVIOUS, ignore_errors=True)
     return [*pictures, whole, table]
 
 
 def record(config: EvaluationConfig, scores: Scores, networks: Mapping[str, Network]) -> Metrics:
     """The results, and everything needed to reproduce them."""
+    protocol = PROTOCOLS[config.protocol]
     return Metrics(
         metrics=summarise(config.metrics, scores),
         pairs=len(scores.names),
         skipped=scores.skipped,
         rate=rate_of(Path(config.g_path)),
-        protocol={"name": config.protocol, **asdict(config.preparation)},
+        protocol={"name": config.protocol, **asdict(protocol)},
         settings={
-            "gt_path": config.gt_path,
-            "g_path": config.g_path,
-            "num_test": config.num_test,
+            **{name: getattr(config, name) for name in ("gt_path", "g_path", "num_test")},
             **metrics.settings(len(scores.names)),
-            "ssim": {"window": metrics.SSIM_WINDOW, **config.preparation.ssim},
+            "ssim": {"window": metrics.SSIM_WINDOW, **protocol.ssim},
             "lpips_net": config.lpips_net,
         },
         weights={
@@ -101,15 +92,14 @@ def record(config: EvaluationConfig, scores: Scores, networks: Mapping[str, Netw
 
 def write_csv(path: Path, scores: Scores) -> None:
     """Write a header, then the name and the values of each pair."""
-    columns = [name for name in METRICS if name in scores.values]
+    columns = {name: scores.values[name] for name in METRICS if name in scores.values}
     with (
         whole_file(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file)
         writer.writerow(["name", *columns])
-        for index, pair in enumerate(scores.names):
-            writer.writerow([pair, *(scores.values[name][index] for name in columns)])
+        writer.writerows(zip(scores.names, *columns.values()))
 
 
 def rate_of(reconstructions: Path) -> Rate | None:
@@ -133,18 +123,16 @@ def show(content: Metrics, written: list[Path]) -> None:
             "skipped %d of %d pairs, which cannot be decoded: %s",
             *(len(skipped), len(skipped) + content.pairs, first_few(list(skipped))),
         )
-    sys.stdout.write(f"{'metric':10} {'mean':>12} {'variance':>12}\n")
+    lines, notes = [f"{'metric':10} {'mean':>12} {'variance':>12}"], []
     for name, score in content.metrics.items():
         metric = METRICS[name]
         variance = "–" if score.variance is None else f"{score.variance:.4g}"
         mean = metric.format(score.shown)
-        sys.stdout.write(f"{metric.title:10} {mean:>12} {variance:>12}  {metric.direction}\n")
-    for name, score in content.metrics.items():
+        lines.append(f"{metric.title:10} {mean:>12} {variance:>12}  {metric.direction}")
         if score.identical:
-            sys.stdout.write(
-                f"{score.identical} identical pairs, of infinite {METRICS[name].label}, "
-                "are excluded from its mean\n"
-            )
+            infinite = f"{score.identical} identical pairs, of infinite {metric.label}"
+            notes.append(f"{infinite}, are excluded from its mean")
+    sys.stdout.writelines(f"{line}\n" for line in [*lines, *notes])
     print_rows(content.rate.rows() if content.rate else {}, written)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -27,7 +26,6 @@ class Figure:
     unit: str = ""
     better: Literal["", "lower", "higher"] = ""
     note: str = ""  # its definition
-    detail: bool = False  # shown in the report alone
 
     @property
     def title(self) -> str:
@@ -51,15 +49,24 @@ class Figure:
         return f"{self.format(value)} {self.unit}".rstrip()
 
 
-def figure(label: str, decimals: int, unit: str = "", **more: Any) -> Any:
+def figure(label: str, decimals: int, note: str, unit: str = "") -> Any:
     """Declare a field whose value is a figure; None if it is not known."""
-    return field(default=None, metadata={"figure": Figure(label, decimals, unit, **more)})
+    return field(default=None, metadata={"figure": Figure(label, decimals, unit, note=note)})
 
 
 def figures(group: type) -> dict[str, Figure]:
     """The figures declared in the fields of a dataclass, by name."""
-    found = {item.name: item.metadata.get("figure") for item in fields(group)}
-    return {name: shown for name, shown in found.items() if shown is not None}
+    return {f.name: f.metadata["figure"] for f in fields(group) if "figure" in f.metadata}
+
+
+def rows(group: Rate | CodebookUse, **endings: str) -> dict[str, str]:
+    """Label → value, with its ending, of the figures that are known."""
+    found = {}
+    for name, shown in figures(type(group)).items():
+        value = getattr(group, name)
+        if value is not None:
+            found[shown.label] = shown.text(value) + endings.get(name, "")
+    return found
 
 
 # ------------------------------------------------------------------------------------------ schema
@@ -69,22 +76,19 @@ def figures(group: type) -> dict[str, Figure]:
 class Rate:
     """Size of the codes of an image; empty without a quantiser."""
 
-    codes_per_image: float | None = figure("codes per image", 0, note="positions × unit slots")
+    codes_per_image: float | None = figure("codes per image", 0, "positions × unit slots")
     nominal_bits_per_pixel: float | None = figure(
-        "bits per pixel, nominal", 3, note="log2 K bits per code"
+        "bits per pixel, nominal", 3, "log2 K bits per code"
     )
     entropy_bits_per_pixel: float | None = figure(
-        "bits per pixel, entropy", 3, note="ideal entropy coder with one frequency table"
+        "bits per pixel, entropy", 3, "ideal entropy coder with one frequency table"
     )
     entropy_bits_per_pixel_by_slot: float | None = figure(
-        "bits per pixel, entropy by slot",
-        3,
-        note="the same with one frequency table per unit slot",
-        detail=True,
+        "bits per pixel, entropy by slot", 3, "the same with one frequency table per unit slot"
     )
     coded_bytes: int | None = None  # with test.py --save_codes
     coded_bits_per_pixel: float | None = figure(
-        "bits per pixel, coded", 3, note="size of the file that --save_codes wrote"
+        "bits per pixel, coded", 3, "size of the file that --save_codes wrote"
     )
     coded_tables: int | None = None
 
@@ -92,17 +96,16 @@ class Rate:
         return self.codes_per_image is not None
 
     def rows(self) -> dict[str, str]:
-        """Label → value of the figures that are known."""
-        found, label = rows(self.headline()), RATES["coded_bits_per_pixel"].label
-        if label in found and self.coded_tables is not None:
-            plural = "s" if self.coded_tables > 1 else ""
-            found[label] += f" (with {self.coded_tables} frequency table{plural})"
-        return found
+        """Label → value of the headline's figures that are known."""
+        tables = self.coded_tables
+        plural = "" if tables == 1 else "s"
+        ending = "" if tables is None else f" (with {tables} frequency table{plural})"
+        return rows(self.headline(), coded_bits_per_pixel=ending)
 
     def headline(self) -> Rate:
         """The figures that accompany those of quality."""
-        kept = {name for name, shown in RATES.items() if not shown.detail}
-        return replace(self, **{f.name: None for f in fields(self) if f.name not in kept})
+        details = ("entropy_bits_per_pixel_by_slot", "coded_bytes", "coded_tables")
+        return replace(self, **dict.fromkeys(details))
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,10 @@ class CodebookUse:
     images: int | None = None
     codevectors: int | None = None
     usage_percent: float | None = figure(
-        "codebook usage", 1, "%", note="share of codevectors that are used at all"
+        "codebook usage", 1, "share of codevectors that are used at all", "%"
     )
     perplexity: float | None = figure(
-        "perplexity", 1, note="2 to the entropy of the usage, at most the codevectors"
+        "perplexity", 1, "2 to the entropy of the usage, at most the codevectors"
     )
     slots: int | None = None
     slot_usage_percent: list[float] | None = None  # (m)
@@ -126,10 +129,11 @@ class CodebookUse:
 
     def rows(self) -> dict[str, str]:
         """Label → value of the figures that are known."""
-        found, label = rows(self), CODEBOOK["perplexity"].label
-        if label in found and self.codevectors is not None:
-            found[label] += f" of {self.codevectors}"
-        return found
+        ending = "" if self.codevectors is None else f" of {self.codevectors}"
+        return rows(self, perplexity=ending)
+
+
+RATES, CODEBOOK = figures(Rate), figures(CodebookUse)
 
 
 @dataclass(frozen=True)
@@ -186,39 +190,20 @@ class Metrics:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-RATES = figures(Rate)
-CODEBOOK = figures(CodebookUse)
-
-
-def rows(group: Rate | CodebookUse) -> dict[str, str]:
-    values = [(shown, getattr(group, name)) for name, shown in figures(type(group)).items()]
-    return {shown.label: shown.text(value) for shown, value in values if value is not None}
-
-
-# -------------------------------------------------------------------------------------------- JSON
-
-
 def write(path: Path, content: Analysis | Metrics) -> None:
-    write_json(path, plain(content))
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses as dictionaries; unknown figures of rate and codebook are left out."""
-    if is_dataclass(value):
-        whole = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
-        if isinstance(value, Rate | CodebookUse):
-            return {name: own for name, own in whole.items() if own is not None}
-        return whole
-    if isinstance(value, Mapping):
-        return {name: plain(own) for name, own in value.items()}
-    return value
+    """Write a file, without the unknown figures of rate and codebook."""
+    whole = asdict(content)
+    for name in ("rate", "codebook"):
+        if whole.get(name) is not None:
+            whole[name] = {key: value for key, value in whole[name].items() if value is not None}
+    write_json(path, whole)
 
 
 def read(path: Path, schema: type[Content]) -> Content:
     """Read a file and check the type of every value; unknown keys are ignored.
 
-    A missing key has its default, so that older files can be read. Raises FileNotFoundError, and
-    UserError naming file and value if one is damaged.
+    A missing key has its default, so that older files can be read. Raises FileNotFoundError, or
+    UserError naming file and value if it is damaged.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")), schema)  # type: ignore[no-any-return]
@@ -239,12 +224,15 @@ def parse(value: Any, kind: Any, place: str = "") -> Any:
         return None if value is None else parse(value, get_args(kind)[0], place)
     if is_dataclass(kind):
         values, hints = parse(value, dict[str, Any], place), get_type_hints(kind)
+        known: dict[str, Any] = {}
         for item in fields(kind):
-            if item.default is item.default_factory is MISSING and item.name not in values:
+            if item.name in values:
+                own = values[item.name]
+                known[item.name] = parse(own, hints[item.name], f"{place}.{item.name}")
+            elif item.default is item.default_factory is MISSING:
                 raise ValueError(f"{place[1:] or 'it'} lacks {item.name}")
-        known = {name: own for name, own in values.items() if name in hints}
         make: Any = kind
-        return make(**{k: parse(own, hints[k], f"{place}.{k}") for k, own in known.items()})
+        return make(**known)
     base, inner = get_origin(kind) or kind, get_args(kind)
     right = isinstance(value, (int, float) if base is float else base)
     if not right or isinstance(value, bool) or (base is float and not math.isfinite(value)):

@@ -51,7 +51,6 @@ def measure(
     keep, cache = config.keep_vectors, cache_file(config, pairs, networks, device)
     known = read_statistics(cache, len(pairs), keep=keep) if cache is not None else None
     originals, reconstructions = known or FeatureStatistics(keep=keep), FeatureStatistics(keep=keep)
-    sets = (originals if known is None else None, reconstructions)
     names: list[str] = []
     values: dict[str, list[float]] = {}
     skipped, kept = dict(skipped), KeptPairs(named)
@@ -68,8 +67,8 @@ def measure(
                 columns["lpips"] = metrics.lpips(x, y, networks["lpips"].module)
                 check_finite(torch.from_numpy(columns["lpips"]), networks["lpips"])
             if "inception" in networks:
-                for statistics, images in zip(sets, batch.for_inception):
-                    if statistics is not None:
+                for statistics, images in zip((originals, reconstructions), batch.for_inception):
+                    if statistics is not known:
                         pictures = torch.from_numpy(images).to(device)
                         features = metrics.features(pictures, networks["inception"].module)
                         check_finite(features, networks["inception"])
@@ -86,9 +85,7 @@ def measure(
 
 def check_finite(values: Tensor, network: Network) -> None:
     if not values.isfinite().all():
-        raise UserError(
-            f"the weights {network.path} are damaged: they give values that are not finite"
-        )
+        raise UserError(f"the weights {network.path} are damaged: their values are not finite")
 
 
 def check_pairs(
@@ -125,41 +122,23 @@ def check_number(chosen: Sequence[str], num_pairs: int, skipped: Mapping[str, st
 def summarise(chosen: Sequence[str], scores: Scores) -> dict[str, Score]:
     """Mean and variance of the chosen metrics, in the order of METRICS."""
     found = {name: metrics.summarise(column) for name, column in scores.values.items()}
-    for choice in chosen:
-        if choice in DISTANCES:
-            found.update(DISTANCES[choice](scores))
+    sets, number = (scores.originals, scores.reconstructions), len(scores.names)
+    if "fid" in chosen:
+        if number < metrics.FID_ENOUGH:
+            log.warning(
+                "FID of %d images is biased: the covariance of its 2048 features needs as many "
+                "images; use KID instead (--metrics kid)",
+                number,
+            )
+        found["fid"] = Score(metrics.frechet_distance(*sets), None, number)
+    if "kid" in chosen:
+        size, usual = metrics.kid_subset_size(number), metrics.KID_SUBSET_SIZE
+        if size < usual:
+            log.info("KID takes subsets of %d images, half of all, instead of %d", size, usual)
+        mean, spread = metrics.kernel_distance(*(own.vectors() for own in sets))
+        found["kid"] = Score(mean, spread**2, number)
+    if "precision_recall" in chosen:
+        shares = metrics.precision_recall(*(own.vectors() for own in sets))
+        for name, share in zip(("precision", "recall"), shares):
+            found[name] = Score(share, None, number)
     return {name: found[name] for name in METRICS if name in found}
-
-
-def fid(scores: Scores) -> dict[str, Score]:
-    n = len(scores.names)
-    if n < metrics.FID_ENOUGH:
-        log.warning(
-            "FID of %d images is biased: the covariance of its 2048 features needs as many images; "
-            "use KID instead (--metrics kid)",
-            n,
-        )
-    distance = metrics.frechet_distance(scores.originals, scores.reconstructions)
-    return {"fid": Score(distance, None, n)}
-
-
-def kid(scores: Scores) -> dict[str, Score]:
-    n = len(scores.names)
-    size = metrics.kid_subset_size(n)
-    if size < metrics.KID_SUBSET_SIZE:
-        log.info(
-            "KID takes subsets of %d images, half of all, instead of %d",
-            *(size, metrics.KID_SUBSET_SIZE),
-        )
-    sets = scores.originals.vectors(), scores.reconstructions.vectors()
-    mean, spread = metrics.kernel_distance(*sets)
-    return {"kid": Score(mean, spread**2, n)}
-
-
-def precision_recall(scores: Scores) -> dict[str, Score]:
-    sets = scores.originals.vectors(), scores.reconstructions.vectors()
-    found = metrics.precision_recall(*sets)
-    return {name: Score(value, None, len(scores.names)) for name, value in found._asdict().items()}
-
-
-DISTANCES = {"fid": fid, "kid": kid, "precision_recall": precision_recall}  # of two sets

@@ -39,9 +39,8 @@ class Coder:
     def encode(self, codes: Array) -> Array:
         """Encode codes (n, c) to words, uint32."""
         encoder = self.queue.RangeEncoder()
-        num_tables = len(self.models)
-        by_table = codes.astype(np.int32).reshape(len(codes), -1, num_tables).transpose(2, 0, 1)
-        for symbols, model in zip(by_table, self.models):
+        by_table = codes.astype(np.int32).reshape(len(codes), -1, len(self.models))
+        for symbols, model in zip(by_table.transpose(2, 0, 1), self.models):
             encoder.encode(symbols.ravel(), model)
         words: Array = encoder.get_compressed()
         return words
@@ -52,13 +51,9 @@ class Coder:
         Raises ValueError or AssertionError for words that are detected as damaged.
         """
         decoder = self.queue.RangeDecoder(words.astype(np.uint32))
-        num_tables = len(self.models)
-        per_table = codes_per_image // num_tables
-        codes = np.empty((num_images, per_table, num_tables), dtype=np.int32)
-        for table, model in enumerate(self.models):
-            symbols = decoder.decode(model, num_images * per_table)
-            codes[:, :, table] = symbols.reshape(num_images, per_table)
-        return codes.reshape(num_images, codes_per_image)
+        number = num_images * codes_per_image // len(self.models)
+        by_table = np.stack([decoder.decode(model, number) for model in self.models], axis=-1)
+        return by_table.reshape(num_images, codes_per_image)
 
 
 def need_coder(flag: str) -> None:
@@ -66,9 +61,8 @@ def need_coder(flag: str) -> None:
     try:
         Coder(np.ones((1, 1), dtype=np.uint8))
     except ImportError as error:
-        raise UserError(
-            f"{flag}: constriction is not installed (pip install constriction)"
-        ) from error
+        reason = "constriction is not installed (pip install constriction)"
+        raise UserError(f"{flag}: {reason}") from error
 
 
 def cheapest_tables(counts: Array, slots: int) -> tuple[Array, bytes]:
@@ -97,7 +91,6 @@ def nearest_frequencies(counts: Array) -> Array:
 
 def coded_bits(counts: Array, tables: Array) -> float:
     """−Σ count·log2 p in bits, with p from the tables; both arguments are (T, K)."""
-    used = counts > 0
-    frequencies = FREQUENCIES[tables]
+    used, frequencies = counts > 0, FREQUENCIES[tables]
     share = frequencies / frequencies.sum(1, keepdims=True)
     return float(-(counts[used] * np.log2(share[used])).sum())

@@ -33,9 +33,7 @@ class CodesInfo:
     dataset: str = option("", "name of the image set")
     image_size: int = option(4, "side of an image in pixels", minimum=4, maximum=8192)
     channels: int = option(1, "channels of an image", minimum=1, maximum=1024)
-    num_images: int = option(
-        1, "images of the set, including those left out", minimum=1, maximum=2**40
-    )
+    num_images: int = option(1, "images, including those left out", minimum=1, maximum=2**40)
     left_out: tuple[int, ...] = option((), "positions of images that could not be decoded")
     batch_size: int = option(1, "images at a time; rounding depends on it", minimum=1)
     chunk_size: int = option(1, "images of the set from one chunk to the next", minimum=1)
@@ -47,15 +45,13 @@ class CodesInfo:
     pixel_sum: int = option(0, "checksum of the reconstructions", minimum=0)
 
     def __post_init__(self) -> None:
-        if self.chunk_size % self.batch_size:
-            raise ValueError(f"chunks of {self.chunk_size} images, batches of {self.batch_size}")
+        if self.chunk_size % self.batch_size or self.codes_per_image % self.num_tables:
+            raise ValueError("batches do not fill chunks, or tables do not divide the codes")
         if self.chunk_size * self.codes_per_image > LARGEST_CHUNK:
             raise ValueError(
                 f"batch_size {self.batch_size} times {self.codes_per_image} codes per image "
                 f"is more than {LARGEST_CHUNK}"
             )
-        if self.codes_per_image % self.num_tables:
-            raise ValueError(f"{self.num_tables} tables for {self.codes_per_image} codes per image")
         if self.num_tables > 1 and self.num_tables * self.num_embedding > LARGEST_TABLES:
             raise ValueError(f"{self.num_tables} tables of {self.num_embedding} frequencies")
 
@@ -74,17 +70,16 @@ class CodesInfo:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return index_dtype(self.num_embedding)
-
-    def positions(self, chunk: int) -> NDArray[np.int64]:
-        """Positions in the set of the images of a chunk, (b,)."""
-        start = chunk * self.chunk_size
-        whole = np.arange(start, min(start + self.chunk_size, self.num_images))
-        return np.setdiff1d(whole, np.array(self.left_out, dtype=np.int64), assume_unique=True)
+        """The smallest type that holds every index."""
+        bits = (self.num_embedding - 1).bit_length()
+        return np.dtype("u1" if bits <= 8 else "<u2" if bits <= 16 else "<i4")
 
     def batches(self, chunk: int) -> list[NDArray[np.int64]]:
-        """`positions`, batch by batch; a batch without images is absent."""
-        positions = self.positions(chunk)
+        """Positions in the set of the images of a chunk, by batch; batches without are absent."""
+        start = chunk * self.chunk_size
+        whole = np.arange(start, min(start + self.chunk_size, self.num_images))
+        left_out = np.array(self.left_out, dtype=np.int64)
+        positions = np.setdiff1d(whole, left_out, assume_unique=True)
         starts = np.flatnonzero(np.diff(positions // self.batch_size)) + 1
         return [batch for batch in np.split(positions, starts) if len(batch)]
 
@@ -94,14 +89,11 @@ def codes_info(
 ) -> CodesInfo:
     """The header of a code file of this model, before the images have been seen.
 
-    Raises UserError if no code file can be written: there are no codes, a batch has too many, or
-    the entropy coder is not installed.
+    Raises UserError if there are no codes, too many in a batch, or no entropy coder.
     """
     need_coder("--save_codes")
     if not model.config.num_slots:
-        raise UserError(
-            f"--save_codes: --quantizer {model.config.quantizer} leaves no codes to save"
-        )
+        raise UserError(f"--save_codes: --quantizer {model.config.quantizer} leaves no codes")
     height, width, slots = index_shape(model.config, image_size)
     batch_codes = batch_size * height * width * slots
     try:
@@ -126,11 +118,6 @@ def index_shape(config: ModelConfig, image_size: int) -> tuple[int, int, int]:
     """(H, W, m) of the indices of an image."""
     side = image_size // config.downsampling
     return side, side, config.num_slots
-
-
-def index_dtype(num_embedding: int) -> np.dtype[Any]:
-    """The smallest type that holds every index."""
-    return np.dtype("u1" if num_embedding <= 2**8 else "<u2" if num_embedding <= 2**16 else "<i4")
 
 
 def fingerprint(model: Autoencoder) -> str:
@@ -168,11 +155,13 @@ def parse_header(text: bytes) -> CodesInfo:
         if problem:
             raise ValueError(f"{item.name} of its header: {problem}")
     info = CodesInfo(**values)
-    ordered = sorted(set(info.left_out))
-    if list(info.left_out) != ordered or any(type(position) is not int for position in ordered):
-        raise ValueError("left_out of its header: positions are not ascending")
-    if ordered and not (ordered[0] >= 0 and ordered[-1] < info.num_images > len(ordered)):
-        raise ValueError("left_out of its header: beyond the images")
+    left = info.left_out
+    if (
+        any(type(position) is not int or position < 0 for position in left)
+        or list(left) != sorted(set(left))
+        or (left and not left[-1] < info.num_images > len(left))
+    ):
+        raise ValueError("left_out of its header: not some of the positions, ascending")
     return info
 
 
@@ -180,10 +169,7 @@ def digest_of(file: IO[bytes], length: int) -> bytes:
     """SHA-256 of the first bytes of a file; the file's position is then after them."""
     digest = hashlib.sha256()
     file.seek(0)
-    while length > 0:
-        block = file.read(min(length, 2**20))
-        if not block:
-            break
+    while length > 0 and (block := file.read(min(length, 2**20))):
         digest.update(block)
         length -= len(block)
     return digest.digest()

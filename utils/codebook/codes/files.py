@@ -1,0 +1,244 @@
+"""Writing a code file from the indices of all processes, and reading it.
+
+Layout, numbers little-endian: MAGIC; length (u32) and text of a JSON header; length (u32) and bytes
+of the frequency tables (LZMA); the chunks, each with the number of its words (u32), the CRC-32 of
+its indices (u32) and the words (u32 each) of a range coder; the SHA-256 of everything before.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modules import Autoencoder
+from utils.codebook.codes.coder import (
+    FREQUENCIES,
+    LARGEST_TABLES,
+    LZMA_FILTERS,
+    Array,
+    Coder,
+    cheapest_tables,
+)
+from utils.codebook.codes.header import (
+    DIGEST_SIZE,
+    MAGIC,
+    CodesInfo,
+    digest_of,
+    fingerprint,
+    index_shape,
+    parse_header,
+    pixel_sum,
+)
+from utils.distributed import from_first, gather, num_ranks, rank
+from utils.errors import UserError, one_line
+from utils.files import whole_file
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+class Spool:
+    """A file of this process's indices, batch by batch: all of them may not fit in memory."""
+
+    def __init__(self, path: Path, info: CodesInfo) -> None:
+        self.path = path
+        self.info = info
+        self.pixel_sum = 0
+        self.file = path.open("wb")
+
+    def add(self, indices: Tensor, images: Tensor) -> None:
+        """Append a batch of indices (B, H, W, m) and its reconstructions (B, C, h, w), uint8."""
+        self.pixel_sum += pixel_sum(images)
+        try:
+            self.file.write(indices.cpu().numpy().astype(self.info.dtype).tobytes())
+            self.file.flush()  # the first process reads it
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+def spool_path(path: Path, number: int) -> Path:
+    """Spool of process `number` for the code file at path."""
+    return path.with_name(f".{path.name}.{number}.tmp")
+
+
+@contextmanager
+def spooled(path: Path, info: CodesInfo) -> Iterator[Spool]:
+    """Yield a spool for the code file at path; it is removed when the block ends."""
+    spool = Spool(spool_path(path, rank()), info)
+    try:
+        yield spool
+    finally:
+        spool.file.close()
+        spool.path.unlink(missing_ok=True)
+
+
+def save_codes(path: Path, spool: Spool, left_out: Sequence[int]) -> dict[str, Any]:
+    """Write the code file from the spools of all processes, which call this together.
+
+    Process r holds the batches r, r + num_ranks, …, without the images left out; the file does not
+    depend on the number of processes. Returns `file_rate`.
+    """
+    spools = [spool_path(path, number) for number in range(num_ranks())]
+    pixels = sum(gather(spool.pixel_sum))  # also waits until all spools are written
+    info = replace(spool.info, left_out=tuple(left_out), pixel_sum=pixels)
+    return from_first(lambda: file_rate(path, write_codes(path, info, spools)))
+
+
+def write_codes(path: Path, info: CodesInfo, spools: Sequence[Path]) -> CodesInfo:
+    """Write the code file; returns its header, which now includes the tables."""
+    tables, packed = cheapest_tables(count_codes(info, spools), info.slots)
+    info = replace(info, num_tables=len(tables))
+    coder = Coder(tables)
+    with whole_file(path) as temporary, temporary.open("w+b") as file:
+        file.write(MAGIC)
+        for part in (json.dumps(asdict(info), separators=(",", ":")).encode(), packed):
+            file.write(struct.pack("<I", len(part)) + part)
+        for codes in spooled_chunks(info, spools):
+            words = coder.encode(codes)
+            file.write(struct.pack("<II", len(words), zlib.crc32(codes.tobytes())))
+            file.write(words.astype("<u4").tobytes())
+        file.write(digest_of(file, file.tell()))
+    return info
+
+
+def spooled_chunks(info: CodesInfo, spools: Sequence[Path]) -> Iterator[Array]:
+    """Yield the codes (b, H·W·m) of each chunk; batches were dealt out to the spools in turn."""
+    with ExitStack() as opened:
+        files = [opened.enter_context(path.open("rb")) for path in spools]
+        for chunk in range(info.num_chunks):
+            parts = [np.empty(0, dtype=info.dtype)]
+            for positions in info.batches(chunk):
+                file = files[int(positions[0]) // info.batch_size % len(files)]
+                parts.append(np.fromfile(file, info.dtype, len(positions) * info.codes_per_image))
+            yield np.concatenate(parts).reshape(-1, info.codes_per_image)
+
+
+def count_codes(info: CodesInfo, spools: Sequence[Path]) -> Array:
+    """Count the uses of each codevector, for as many tables as are allowed: (T, K), int64."""
+    size = info.num_embedding
+    allowed = [n for n in (info.codes_per_image, info.slots) if n * size <= LARGEST_TABLES]
+    num_tables = [*allowed, 1][0]
+    counts = np.zeros(num_tables * size, dtype=np.int64)
+    offset = np.arange(num_tables) * size
+    for codes in spooled_chunks(info, spools):
+        flat = (codes.reshape(-1, num_tables) + offset).ravel()
+        counts += np.bincount(flat, minlength=len(counts))
+    return counts.reshape(num_tables, size)
+
+
+def file_rate(path: Path, info: CodesInfo) -> dict[str, Any]:
+    """Size of the whole code file in bytes and bits per pixel, and its tables, as in `Rate`."""
+    size = path.stat().st_size
+    return {
+        "coded_bytes": size,
+        "coded_bits_per_pixel": 8 * size / (info.num_coded * info.image_size**2),
+        "coded_tables": info.num_tables,
+    }
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+class CodeFile:
+    """A complete code file; its chunks are decoded one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError naming the file if it is missing, damaged or something else."""
+        self.path = path
+        if not path.is_file():
+            reason = "is not a file" if path.exists() else "does not exist"
+            raise UserError(f"code file {path} {reason}")
+        try:
+            with path.open("rb") as file:
+                self._read(file)
+        except (ValueError, TypeError, RecursionError, lzma.LZMAError) as error:
+            raise UserError(f"code file {path} is refused: {one_line(error)}") from error
+
+    def _read(self, file: IO[bytes]) -> None:
+        end = os.fstat(file.fileno()).st_size - DIGEST_SIZE
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ValueError("it is not a code file of this version, or damaged at its beginning")
+        if digest_of(file, end) != file.read(DIGEST_SIZE):
+            raise ValueError("it is truncated or damaged (checksum)")
+        file.seek(len(MAGIC))
+        self.info = info = parse_header(read_part(file, end))
+        size = info.num_tables * info.num_embedding
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        tables = np.frombuffer(unpacker.decompress(read_part(file, end), size), np.uint8)
+        if len(tables) != size or tables.max() >= len(FREQUENCIES):
+            raise ValueError("its frequency tables are damaged")
+        if info.num_chunks > (end - file.tell()) // 8:
+            raise ValueError(f"it is too short for {info.num_coded} images")
+        self.starts = []
+        for _ in range(info.num_chunks):
+            self.starts.append(file.tell())
+            (num_words,) = struct.unpack("<I4x", file.read(8))
+            file.seek(4 * num_words, os.SEEK_CUR)
+            if file.tell() > end:
+                raise ValueError("a chunk reaches beyond its end")
+        if file.tell() != end:
+            raise ValueError("it holds more than its images")
+        self.coder = Coder(tables.reshape(info.num_tables, info.num_embedding))
+
+    def check_model(self, model: Autoencoder, checkpoint: Path) -> None:
+        """Raise UserError naming both files if the codes are of another model."""
+        info, config, found = self.info, model.config, fingerprint(model)
+        if info.fingerprint != found:
+            raise UserError(
+                f"code file {self.path} is of another model than {checkpoint}: "
+                f"fingerprint {info.fingerprint[:16]}, that of the checkpoint is {found[:16]}"
+            )
+        stored = (info.height, info.width, info.slots, info.channels, info.num_embedding)
+        shape = index_shape(config, info.image_size)
+        if stored != (*shape, config.in_channels, config.num_embedding):
+            raise UserError(f"code file {self.path} is refused: its shapes do not fit the model")
+
+    def batches(self, rank: int = 0, num_ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of the set: positions (b,) and indices (b, H, W, m), both int64.
+
+        Chunks are dealt out to the ranks in turn. Raises UserError if one cannot be decoded.
+        """
+        info = self.info
+        for chunk in range(rank, info.num_chunks, num_ranks):
+            indices = torch.from_numpy(self._decode(chunk)).long()
+            batches = [torch.from_numpy(positions) for positions in info.batches(chunk)]
+            shaped = indices.view(-1, info.height, info.width, info.slots)
+            yield from zip(batches, torch.split(shaped, [len(batch) for batch in batches]))
+
+    def _decode(self, chunk: int) -> Array:
+        """Decode the codes (b, H·W·m) of a chunk."""
+        info = self.info
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.starts[chunk])
+                num_words, checksum = struct.unpack("<II", file.read(8))
+                words = np.fromfile(file, "<u4", num_words)
+            num_images = sum(map(len, info.batches(chunk)))
+            codes = self.coder.decode(words, num_images, info.codes_per_image)
+            if zlib.crc32(codes.astype(info.dtype).tobytes()) != checksum:
+                raise ValueError("its indices are not those that were saved")
+        except (ValueError, AssertionError, struct.error) as error:
+            raise UserError(
+                f"code file {self.path}: chunk {chunk} cannot be decoded "
+                f"(another version of constriction wrote it?): {one_line(error)}"
+            ) from error
+        return codes
+
+
+def read_part(file: IO[bytes], end: int) -> bytes:
+    """Read a part of the file, which begins with its length. Raises ValueError if it is cut off."""
+    length = int.from_bytes(file.read(4), "little")
+    if length > end - file.tell():
+        raise ValueError("a part reaches beyond its end")
+    return file.read(length)
