@@ -14,7 +14,7 @@ from modules import Autoencoder, ModelConfig, make_model
 from modules.config import implied_flags
 from modules.vqgan import default_groups
 from utils.checkpoints.translate import StateDict, describe, from_reference
-from utils.checkpoints.unpickle import read_pickle
+from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
 from utils.files import inside, whole_file
 from utils.flags.arguments import check_stored, value_problem
@@ -109,7 +109,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | No
 
 def read_stored(path: Path) -> Stored:
     """Open a checkpoint of any task. Raises UserError if it is not one or is damaged."""
-    content = open_file(path)
+    content = read_weights(f"checkpoint {path}", path)
     if content.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} is not of this repository")
     return Stored(path, content)
@@ -124,7 +124,7 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
     path = Path(path)
     names = {item.name for item in fields(ModelConfig)}
     flags = {name: value for name, value in (flags or {}).items() if name in names}
-    content = open_file(path)
+    content = read_weights(f"checkpoint {path}", path)
     if content.get("format") == FORMAT:
         known = asdict(Stored(path, content).group("model_config", ModelConfig))
         state_dict: Any = content.get("model")
@@ -166,16 +166,6 @@ def read_named(output_folder: str, name: str | None, flags: Mapping[str, Any]) -
     if (path / "best.pt").is_file():
         raise UserError(f"--model_name {name} is a folder: give {Path(name) / 'best.pt'}")
     return read_checkpoint(path, flags)
-
-
-def open_file(path: Path) -> dict[str, Any]:
-    """Open the dictionary in the file without executing anything."""
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
-    content = read_pickle(f"checkpoint {path}", path)
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict")
-    return content
 
 
 def earlier_groups(width: int) -> int | None:

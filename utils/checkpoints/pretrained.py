@@ -6,7 +6,6 @@ Their quantiser is dropped; a new one takes its place, and the whole model is fi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,7 +24,7 @@ from utils.checkpoints.translate import (
     renamed,
     with_convs,
 )
-from utils.checkpoints.unpickle import read_pickle
+from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
 from utils.logger import log
 
@@ -41,7 +40,6 @@ CONVS = {"use_quant_conv": "pre_vq_conv.weight", "use_post_quant_conv": "post_vq
 # Objects in checkpoints that are ignored: callbacks of Lightning, NumPy numbers in schedules.
 INERT = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.")
 TAMING_GROUPS = 32  # normalisation groups, fixed in taming-transformers
-
 
 # Description of a file, its number of normalisation groups, and its weights under our names.
 Source: TypeAlias = tuple[str, Any, dict[str, Tensor]]
@@ -65,8 +63,6 @@ def read_pretrained(path: str | Path) -> Pretrained:
     """
     path = Path(path)
     try:
-        if not path.exists():
-            raise ValueError("does not exist")
         label, groups, weights = from_diffusers(path) if path.is_dir() else from_taming(path)
         state_dict = with_convs(weights)
         flags = flags_of_shapes(state_dict, groups)
@@ -124,11 +120,17 @@ def from_diffusers(folder: Path) -> Source:
     if not isinstance(config, dict) or config.get("_class_name") not in CLASSES:
         name = config.get("_class_name") if isinstance(config, dict) else None
         raise ValueError(f"is of class {name}, not {' or '.join(CLASSES)}")
-    check_config(config)
+    for flag, only in ONLY.items():
+        if config.get(flag, only) != only:
+            raise ValueError(f"has {flag} {config[flag]}, where --model vqgan has {only}")
+    for flag, known in BLOCKS.items():
+        names = config.get(flag, [])
+        if not isinstance(names, list) or any(name not in known for name in names):
+            raise ValueError(f"has {flag} {names}, where --model vqgan has {' or '.join(known)}")
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"has no weights: neither {' nor '.join(WEIGHTS)}")
-    state_dict = renamed(read_tensors(path), DIFFUSERS)
+    state_dict = renamed(read_weights(f"--pretrained {path}", path, INERT), DIFFUSERS)
     for flag, name in CONVS.items():
         if config.get(flag, True) != (name in state_dict):
             there = describe(state_dict.get(name))
@@ -137,20 +139,9 @@ def from_diffusers(folder: Path) -> Source:
     return label, config.get("norm_num_groups", 32), state_dict
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for settings that --model vqgan does not have and shapes do not show."""
-    for flag, only in ONLY.items():
-        if config.get(flag, only) != only:
-            raise ValueError(f"has {flag} {config[flag]}, where --model vqgan has {only}")
-    for flag, known in BLOCKS.items():
-        names = config.get(flag, [])
-        if not isinstance(names, list) or any(name not in known for name in names):
-            raise ValueError(f"has {flag} {names}, where --model vqgan has {' or '.join(known)}")
-
-
 def from_taming(path: Path) -> Source:
     """Read a checkpoint of PyTorch Lightning, or its bare state dict."""
-    content = read_tensors(path)
+    content = read_weights(f"--pretrained {path}", path, INERT)
     if any(str(name).startswith("encoder.down_blocks.") for name in content):
         raise ValueError(f"holds the weights of diffusers alone: give its folder, {path.parent}")
     if content.get("format") == FORMAT:
@@ -159,32 +150,3 @@ def from_taming(path: Path) -> Source:
     if len({name in state_dict for name in CONVS.values()}) > 1:
         raise ValueError("is damaged: it has only one of quant_conv and post_quant_conv")
     return "first stage in the format of taming-transformers", TAMING_GROUPS, state_dict
-
-
-def read_tensors(path: Path) -> Mapping[Any, Any]:
-    """Open the dictionary in a file without executing anything."""
-    if not path.is_file():
-        raise ValueError("is neither a file nor a folder")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    content = read_pickle(f"--pretrained {path}", path, INERT)
-    if not isinstance(content, Mapping):
-        raise ValueError("holds no state dict")
-    return content
-
-
-def read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    """Read the tensors in a file of the safetensors library."""
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ValueError("needs safetensors: pip install safetensors") from error
-    with path.open("rb"):
-        pass  # later errors of the system may be due to damaged content
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except MemoryError:
-        raise
-    except Exception as error:  # own errors of the library, and those caused by a wrong header
-        raise ValueError(f"is refused: {path.name} is truncated or damaged") from error
-    return tensors

@@ -1,10 +1,11 @@
-"""Safe opening of files written by torch.save."""
+"""Safe opening of files of weights."""
 
 from __future__ import annotations
 
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +23,26 @@ class Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
-def read_pickle(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Any:
-    """Read a file; objects whose name begins with an entry of `inert` become Inert.
+def read_weights(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Mapping[Any, Any]:
+    """Read the dictionary in a file of torch.save or safetensors, without executing anything.
 
-    Raises UserError, beginning with the subject, if the file cannot be read, is damaged, or
-    contains any other object that PyTorch does not consider safe.
+    Objects whose name begins with an entry of `inert` become Inert. Raises UserError, beginning
+    with the subject, if the file cannot be read, is damaged, or contains any other object that
+    PyTorch does not consider safe.
     """
+    if not path.is_file():
+        raise UserError(f"{subject} {'is no file' if path.exists() else 'does not exist'}")
     try:
         with path.open("rb"):
             pass  # later errors of the system may be due to damaged content
     except OSError as error:
         raise UserError(f"{subject} cannot be read: {error.strerror or one_line(error)}") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ignored: list[Any] = []
-            if zipfile.is_zipfile(path):  # files of old versions of PyTorch are not
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip() is not None:  # PyTorch does not verify checksums
-                        raise zipfile.BadZipFile
-                names = get_unsafe_globals_in_checkpoint(str(path)) if inert else []
-                ignored = [(Inert, name) for name in names if name.startswith(inert)]
-            with safe_globals(ignored):
-                return torch.load(path, map_location="cpu", weights_only=True)
+        content = read(path, inert)
     except MemoryError:
         raise
+    except ImportError as error:
+        raise UserError(f"{subject} needs safetensors: pip install safetensors") from error
     except Exception as error:  # damaged files raise errors of many types
         if "weights_only" in str(error) or "Unsupported" in str(error):
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -55,3 +51,24 @@ def read_pickle(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Any:
         else:
             reason = f"it is truncated or damaged ({type(error).__name__})"
         raise UserError(f"{subject} is refused: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{subject} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def read(path: Path, inert: tuple[str, ...]) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    ignored: list[Any] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if zipfile.is_zipfile(path):  # files of old versions of PyTorch are not
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:  # PyTorch does not verify checksums
+                    raise zipfile.BadZipFile
+            names = get_unsafe_globals_in_checkpoint(str(path)) if inert else []
+            ignored = [(Inert, name) for name in names if name.startswith(inert)]
+        with safe_globals(ignored):
+            return torch.load(path, map_location="cpu", weights_only=True)

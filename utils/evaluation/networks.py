@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints.unpickle import read_pickle
+from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.metrics import FeatureStatistics, features, frechet_distance
@@ -59,7 +59,7 @@ def lpips_network(
     import lpips
 
     path = find_weights("--lpips_weights", given, net, folder, without)
-    state = read_weights("--lpips_weights", path)
+    state = read_state_dict("--lpips_weights", path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
@@ -90,7 +90,7 @@ def inception_network(
     # The extractor unpickles without restriction, so it gets a copy of safely read tensors
     # instead of the file.
     copy = io.BytesIO()
-    torch.save(read_weights("--inception_weights", path), copy)
+    torch.save(read_state_dict("--inception_weights", path), copy)
     copy.seek(0)
     try:
         model = FeatureExtractorInceptionV3(
@@ -175,9 +175,9 @@ KNOWN_VALUES: dict[str, Callable[[Path], float]] = {
 }
 
 
-def read_weights(flag: str, path: Path) -> Mapping[str, Tensor]:
+def read_state_dict(flag: str, path: Path) -> Mapping[str, Tensor]:
     """Read a state dict without executing code from the file."""
-    state = read_pickle(f"{flag} {path}", path)
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+    state = read_weights(f"{flag} {path}", path)
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{flag} {path} is refused: it holds no state dict")
     return state
