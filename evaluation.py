@@ -21,7 +21,8 @@ from utils.files import writable_folder
 from utils.flags.arguments import build, parse_flags
 from utils.logger import start_logging
 from utils.report import write_report
-from utils.report.pictures import evenly_spaced
+from utils.report.markup import spread
+from utils.report.pictures import NUM_SHOWN
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def evaluate(config: EvaluationConfig) -> None:
     output = writable_folder(config.output_folder, "--output")
 
     set_aside(output)
-    named = evenly_spaced([pair.name for pair in pairs])
+    named = spread([pair.name for pair in pairs], NUM_SHOWN)
     with memory_for(f"--batch_size {config.batch_size}"):
         scores = measure(config, pairs, skipped, networks, device, named)
     metrics = record(config, scores, networks)

@@ -19,7 +19,7 @@ def open_celeba(folder: Path, split: Split, image_size: int) -> ImageSet:
     Read from <folder>/celeba or folder: img_align_celeba, a folder or .zip, and the list of
     partitions.
     """
-    base = find_base(folder)
+    base = next((place for place in (folder / "celeba", folder) if is_base(place)), None)
     if base is None:
         from torchvision.datasets import CelebA
 
@@ -32,13 +32,10 @@ def open_celeba(folder: Path, split: Split, image_size: int) -> ImageSet:
     return FileImages(base / IMAGES, partition(base / PARTITION, NUMBERS[split]), image_size)
 
 
-def find_base(folder: Path) -> Path | None:
-    """Return the folder that holds the images, packed or not, and the list of partitions."""
-    for base in (folder / "celeba", folder):
-        images = (base / IMAGES).is_dir() or (base / f"{IMAGES}.zip").is_file()
-        if images and (base / PARTITION).is_file():
-            return base
-    return None
+def is_base(folder: Path) -> bool:
+    """Return whether the folder holds the images, packed or not, and the list of partitions."""
+    images = (folder / IMAGES).is_dir() or (folder / f"{IMAGES}.zip").is_file()
+    return images and (folder / PARTITION).is_file()
 
 
 def unpack(base: Path) -> None:

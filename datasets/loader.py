@@ -111,11 +111,9 @@ class BatchLoader:
         """Return the positions (b,) of this rank's images, batch by batch."""
         if self.shuffle:
             order = permutation(self.size, self.seed, epoch)
-        else:
-            order = torch.arange(self.size)
-        batches = torch.split(order, self.batch_size)
-        if self.shuffle:
-            return [batch[self.rank :: self.num_ranks] for batch in batches[start:]]
+            batches = torch.split(order, self.batch_size)[start:]
+            return [batch[self.rank :: self.num_ranks] for batch in batches]
+        batches = torch.split(torch.arange(self.size), self.batch_size)
         mine = range(self.rank, len(batches), self.num_ranks)
         return [batches[number] for number in mine if number >= start]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -42,9 +43,9 @@ def signed_psnr(mean_squared_error: Tensor) -> Tensor:
     return psnr(mean_squared_error.clamp_min(1e-12), peak=2.0)
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """Convert a byte tensor (C, H, W), C = 1 or 3, to a Pillow image."""
-    array = image.cpu().numpy()
+def to_picture(image: Tensor | np.ndarray) -> Image.Image:
+    """Convert bytes (C, H, W), C = 1 or 3, to a Pillow image."""
+    array = image.cpu().numpy() if isinstance(image, Tensor) else image
     return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
 
 

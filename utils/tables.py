@@ -27,13 +27,10 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table in Markdown, under a heading; floats have three digits."""
-        rows = (self.columns, ["---"] * len(self.columns), *self.rows)
-        lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
+        rows = [self.columns, ["---"] * len(self.columns), *self.rows]
+        cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+        lines = [f"| {' | '.join(row)} |" for row in cells]
         return "\n".join([f"### {self.title}", "", *lines])
-
-
-def cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def write_page(path: Path, title: str, *parts: str | Table) -> None:

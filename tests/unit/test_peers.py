@@ -433,7 +433,7 @@ def test_pictures_of_code_files_are_the_same(name: str, script: Script, mnist: P
     assert saved.code == 0, saved.err
     analysis = json.loads((results / "analysis.json").read_text())["codebook"]
     assert len(analysis["counts"]) == analysis["codevectors"]
-    own = "each slot has its own" in unit_slots(find(results, None))
+    own = "each slot has its own" in unit_slots(find(results))
     assert own == (name != "fsq")
     decoded = script(*tested, "--from_codes", str(results / "codes.looc"))
     assert "bit for bit" in decoded.out

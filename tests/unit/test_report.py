@@ -261,7 +261,7 @@ def test_a_damaged_file_is_no_traceback(results: Path, name: str, content: str) 
 
 def test_values_of_another_kind_are_refused_or_shown(results: Path) -> None:
     """Each value in turn is replaced by an unexpected one."""
-    found = find(results, None)
+    found = find(results)
     refused = 0
     for name, group in (("analysis", Analysis), ("metrics", Metrics)):
         whole = json.loads((results / f"{name}.json").read_text())

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.evaluation.metrics import METRICS, Metric, Pixels, Values
-from utils.evaluation.protocols import from_picture, to_picture
+from utils.evaluation.protocols import from_picture
 from utils.files import whole_file
-from utils.images import fitted
+from utils.images import fitted, to_picture
 from utils.logger import log
 
 COUNT = 10  # pairs in a row

@@ -21,6 +21,7 @@ from utils.evaluation.metrics import (
     Values,
     ssim,
 )
+from utils.images import to_picture
 
 Side = Literal["original", "reconstruction"]
 
@@ -82,11 +83,6 @@ def through_jpeg(image: Pixels, quality: int) -> Pixels:
 def resized(image: Pixels, side: int) -> Pixels:
     """Resize an image (C, H, W) to (C, side, side) with Pillow's bilinear filter."""
     return from_picture(to_picture(image).resize((side, side), Image.Resampling.BILINEAR))
-
-
-def to_picture(image: Pixels) -> Image.Image:
-    """Convert (C, H, W), C 1 or 3, to a Pillow image."""
-    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
 def from_picture(picture: Image.Image) -> Pixels:

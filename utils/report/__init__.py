@@ -33,18 +33,15 @@ LARGEST_SIDE, SMALLEST_SIDE = 256, 48  # images are shrunk until the page is bel
 OF_CODEBOOKS = ("usage", "codebook", "slots")  # sections of quantised models only
 
 
-def write_report(
-    results: Path, logs: Path | None = None, kept: Mapping[str, Shown] | None = None
-) -> Path:
+def write_report(results: Path, kept: Mapping[str, Shown] | None = None) -> Path:
     """Write report.html into the results folder and return its path.
 
-    logs: TensorBoard's folder; by default <output>/logs/<experiment>, where results are
-    <output>/results/<experiment>/<checkpoint>. kept: pairs by name that need not be read again.
-    Raises UserError where the page cannot be written.
+    kept: pairs by name that need not be read again. Raises UserError where the page cannot be
+    written.
     """
     if not results.is_dir():
         raise UserError(f"{results} is not a results folder")
-    found = find(results, logs, kept)
+    found = find(results, kept)
     side = LARGEST_SIDE
     while len(content := page(found, side)) > LARGEST and side > SMALLEST_SIDE:
         side = max(SMALLEST_SIDE, int(0.95 * side * math.sqrt(LARGEST / len(content))))

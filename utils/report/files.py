@@ -42,7 +42,7 @@ class Found:
             raise Missing(f"{text(name)} {text(self.problems[name])}. {command}")
 
 
-def find(results: Path, logs: Path | None, kept: Mapping[str, Shown] | None = None) -> Found:
+def find(results: Path, kept: Mapping[str, Shown] | None = None) -> Found:
     """Read everything; problems say what cannot be read, and why."""
     problems: dict[str, str] = {}
 
@@ -57,10 +57,10 @@ def find(results: Path, logs: Path | None, kept: Mapping[str, Shown] | None = No
             problems[name] = f"cannot be read: {one_line(error)[:200]}"
         return otherwise
 
-    model, empty = None, Analysis(rate=Rate())
+    model, logs, empty = None, None, Analysis(rate=Rate())
     if place := layout(results):
         output, name = place
-        model, logs = output / "models" / name, logs or output / "logs" / Path(name).parent
+        model, logs = output / "models" / name, output / "logs" / Path(name).parent
     metrics = attempt("metrics.json", lambda: read(results / "metrics.json", Metrics), Metrics())
     values = attempt("metrics.csv", lambda: read_values(results / "metrics.csv"), {})
     return Found(

@@ -14,12 +14,12 @@ from utils.errors import UserError
 from utils.evaluation.extremes import Shown, extremes, to_show
 from utils.evaluation.metrics import METRICS, Metric
 from utils.evaluation.pairs import open_pair, read_pair
-from utils.evaluation.protocols import PROTOCOLS, to_picture
-from utils.images import fitted
+from utils.evaluation.protocols import PROTOCOLS
+from utils.images import fitted, to_picture
 from utils.report.files import Found, evaluation_command, test_command
 from utils.report.markup import Missing, command, figure, spread, table, text
 
-NUM_SHOWN = 16
+NUM_SHOWN = 16  # reconstructions, evenly spaced by name
 NUM_WORST = 8
 ENLARGED = 96  # pixels: the longest side to which small images are enlarged
 ERROR_RANGE = 64  # of 255, drawn in the brightest colour
@@ -98,11 +98,6 @@ def error_key() -> str:
     )
 
 
-def evenly_spaced(names: Sequence[str]) -> list[str]:
-    """The names whose reconstructions are shown."""
-    return spread(names, NUM_SHOWN)
-
-
 def need_pairs(found: Found) -> None:
     found.need(
         "the pair of original/ and rec/", "test.py writes them:" + command(test_command(found))
@@ -113,7 +108,7 @@ def reconstructions(found: Found, side: int) -> str:
     need_pairs(found)
     if not found.pairs:
         raise Missing("original/ and rec/ hold no two pictures with the same name.")
-    chosen = evenly_spaced(list(found.pairs))
+    chosen = spread(list(found.pairs), NUM_SHOWN)
     return figure(
         tiles(found, chosen, side) + error_key(),
         f"From left to right: original, reconstruction, mean absolute error over channels. "

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 State = dict[str, Tensor]
@@ -36,16 +35,10 @@ class Unpickler(pickle.Unpickler):
 # LPIPS
 
 
-def new_array(*_: Any) -> NDArray[Any]:
-    """Stand in for numpy's _reconstruct: an empty array, which the pickle then fills."""
-    return np.empty(0)
-
-
+RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 NUMPY_NAMES = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": new_array,
-    "numpy._core.multiarray._reconstruct": new_array,
+    **{"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype},
+    **dict.fromkeys(RECONSTRUCT, lambda *_: np.empty(0)),  # which the pickle then fills
 }
 
 
