@@ -59,7 +59,7 @@ def most_similar_anchor(
 
 
 def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tensor) -> Anchors:
-    """The same without noise, faster: `search` with features and codevectors swapped."""
+    """Most similar feature of the batch, fast: `search` with features and codevectors swapped."""
     distance, memory = quantizer.distance, quantizer.search_memory
     prepare, _, similarity_of_rows = DISTANCES[distance]
     by_faiss = quantizer.search in ("auto", "faiss") and faiss_applies(features)
