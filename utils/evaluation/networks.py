@@ -18,7 +18,7 @@ from utils.errors import UserError, one_line
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.metrics import FeatureStatistics, features, frechet_distance
 from utils.weights.download import Unavailable, sha256
-from utils.weights.fetch import Fetched, download_usual, fetch
+from utils.weights.fetch import download_usual, fetch
 from utils.weights.registry import WEIGHTS, find, weights_folder
 
 
@@ -127,7 +127,7 @@ def find_weights(
         ) from error
 
 
-def fetch_weights(folder: str | None = None) -> Iterator[Fetched]:
+def fetch_weights(folder: str | None = None) -> Iterator[str]:
     """Download the weights of every network into the folder (torch hub's), one after the other.
 
     Raises UserError if that fails; no partial file remains.

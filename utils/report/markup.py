@@ -47,11 +47,8 @@ def table(
     parts += [f'<th scope="col">{text(cell)}</th>' for cell in header]
     parts.append("</tr></thead>")
     for group, rows in groups.items():
-        parts.append("<tbody>")
-        if group:
-            parts.append(
-                f'<tr><th colspan="{len(header)}" scope="rowgroup">{text(group)}</th></tr>'
-            )
+        title = f'<tr><th colspan="{len(header)}" scope="rowgroup">{text(group)}</th></tr>'
+        parts += ["<tbody>", title if group else ""]
         for first, *others in rows:
             cells = "".join(f"<td>{text(cell)}</td>" for cell in others)
             parts.append(f'<tr><th scope="row">{text(first)}</th>{cells}</tr>')

@@ -121,15 +121,10 @@ def key_figures(found: Found) -> str:
         ],
         "Training": trained(found),
     }
-
     if "analysis.json" in found.problems:
         groups = {group: groups[group] for group in ("Quality", "Training")}
-    content = table(
-        "Quality and what it costs",
-        ("figure", "value", "note"),
-        {group: rows for group, rows in groups.items() if rows},
-        "figures",
-    )
+    header, groups = ("figure", "value", "note"), {k: rows for k, rows in groups.items() if rows}
+    content = table("Quality and what it costs", header, groups, "figures")
     return (
         "<p>Compare quality only at equal rate. <b>Bad:</b> a rate above that of the raw image "
         "(which needs no model), or a nominal rate far above the entropy: codevectors are used "

