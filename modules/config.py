@@ -15,7 +15,7 @@ from .quantizers.looc.search import DISTANCES
 from .quantizers.looc.units import SPLITS
 from .quantizers.looc.usage import CODEBOOK_UPDATES
 from .quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
-from .quantizers.spec import LARGEST_CODEBOOK, QuantizerSpec, import_library
+from .quantizers.spec import LARGEST_CODEBOOK, QuantizerSpec, require
 from .registry import MODELS, NETWORK_FLAGS
 
 CHANNELS: dict[str, Any] = {"minimum": 1, "maximum": 2**14}
@@ -88,14 +88,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            default = self.spec.implies.get(item.name, item.default)
-            if item.name in QUANTIZER_FLAGS - self.spec.reads and value != default:
-                raise ValueError(
-                    f"--{item.name} {value} has no effect with --quantizer {self.quantizer}"
-                )
-            if item.name in NETWORK_FLAGS - self.network.reads and value != item.default:
-                raise ValueError(f"--{item.name} {value} has no effect with --model {self.model}")
+            name, value = item.name, getattr(self, item.name)
+            given = f"--{name} {value} has no effect with"
+            default = self.spec.implies.get(name, item.default)
+            if name in QUANTIZER_FLAGS - self.spec.reads and value != default:
+                raise ValueError(f"{given} --quantizer {self.quantizer}")
+            if name in NETWORK_FLAGS - self.network.reads and value != item.default:
+                raise ValueError(f"{given} --model {self.model}")
         if self.latent_norm == "unit" and self.embedding_dim == 1:
             raise ValueError("--latent_norm unit turns all units of --embedding_dim 1 into ±1")
         for check in (*self.network.checks, *self.spec.checks):
@@ -138,7 +137,7 @@ class ModelConfig:
         """Raise ValueError if a library that the model needs is not installed."""
         for name, spec in (("model", self.network), ("quantizer", self.spec)):
             if spec.library:
-                import_library(spec.library, f"--{name} {getattr(self, name)}")
+                require(spec.library, f"--{name} {getattr(self, name)}")
 
 
 def implied_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

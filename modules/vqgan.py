@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .autoencoder import Autoencoder, NetworkSpec, apply
 from .options import parse_numbers
-from .quantizers.spec import Problems, import_library
+from .quantizers.spec import Problems, require
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -26,7 +26,7 @@ class VQGAN(Autoencoder):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        import_library("diffusers", "--model vqgan")
+        require("diffusers", "--model vqgan")
         from diffusers.models.autoencoders.vae import Decoder, Encoder
 
         widths = [config.hidden_size * k for k in parse_numbers(config.channel_multipliers)]

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from .looc import Quantized
 from .looc.norms import WITH_AVERAGES, LatentNorm
 from .spec import QuantizerSpec
-
-if TYPE_CHECKING:
-    from ..config import ModelConfig
 
 
 class NoQuantizer(LatentNorm):
@@ -45,18 +40,12 @@ class NoQuantizer(LatentNorm):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Raise ValueError: without a quantiser there are no indices to decode."""
-        raise ValueError(
-            f"indices of shape {tuple(indices.shape)}: without a quantiser none decode"
-        )
-
-
-def make(config: ModelConfig) -> NoQuantizer:
-    return NoQuantizer(config.channels, latent_norm=config.latent_norm)
+        raise ValueError(f"indices of shape {tuple(indices.shape)} without a quantiser")
 
 
 NONE = QuantizerSpec(
     "an autoencoder without quantiser",
-    make,
+    lambda config: NoQuantizer(config.channels, latent_norm=config.latent_norm),
     frozenset({"latent_norm"}),
     {"anchor": "none"},
     any_channels=True,

@@ -16,15 +16,7 @@ from torch.func import functional_call
 
 from .looc import Quantized
 from .looc.norms import WITH_AVERAGES, LatentNorm
-from .spec import (
-    COMMON_FLAGS,
-    Problems,
-    QuantizerSpec,
-    check_position,
-    check_units,
-    import_library,
-    units,
-)
+from .spec import COMMON_FLAGS, Problems, QuantizerSpec, check_position, check_units, require, units
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -71,9 +63,6 @@ class LibraryQuantizer(LatentNorm):
         if latent_norm in WITH_AVERAGES:
             self._keep_averages((channels // embedding_dim, embedding_dim))
         self.defer_update = False
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embedding}, {self.embedding_dim}"
 
     @property
     def codebook(self) -> Tensor:
@@ -148,7 +137,7 @@ def make(
     **settings: Any,
 ) -> LibraryQuantizer:
     """Make an object of this class of the library, and wrap it."""
-    package = import_library(PACKAGE, f"--quantizer {config.quantizer}")
+    package = require(PACKAGE, f"--quantizer {config.quantizer}")
     return LibraryQuantizer(
         getattr(package, name)(**settings),
         config.num_embedding,

@@ -62,7 +62,7 @@ class QuantizerSpec:
     library: str | None = None  # the optional package that it needs
 
 
-def import_library(package: str, flag: str) -> ModuleType:
+def require(package: str, flag: str) -> ModuleType:
     """Import an optional package. Raises ValueError naming the flag if it is not installed."""
     try:
         return importlib.import_module(package.replace("-", "_"))

@@ -13,17 +13,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from modules import Autoencoder
+from utils.checkpoints import translate
 from utils.checkpoints.checkpoint import FORMAT, check_tensors
-from utils.checkpoints.translate import (
-    DIFFUSERS,
-    TAMING,
-    StateDict,
-    describe,
-    flags_of_shapes,
-    mirrored,
-    renamed,
-    with_convs,
-)
 from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
 from utils.logger import log
@@ -64,8 +55,8 @@ def read_pretrained(path: str | Path) -> Pretrained:
     path = Path(path)
     try:
         label, groups, weights = from_diffusers(path) if path.is_dir() else from_taming(path)
-        state_dict = with_convs(weights)
-        flags = flags_of_shapes(state_dict, groups)
+        state_dict = translate.with_convs(weights)
+        flags = translate.flags_of_shapes(state_dict, groups)
     except OSError as error:
         name, reason = error.filename or path, error.strerror or one_line(error)
         raise UserError(f"--pretrained {name} cannot be read: {reason}") from error
@@ -88,7 +79,7 @@ def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> None:
     log.info("starting from %s; new: %s", pretrained.origin, ", ".join(new))
 
 
-def fit(pretrained: Pretrained, expected: StateDict) -> dict[str, Tensor]:
+def fit(pretrained: Pretrained, expected: translate.StateDict) -> dict[str, Tensor]:
     """Select the weights to load into the model that has this state dict.
 
     The convolutions around the quantiser stay new if the numbers of latent channels differ. Raises
@@ -117,9 +108,9 @@ def from_diffusers(folder: Path) -> Source:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"has a config.json that is damaged ({type(error).__name__})") from error
-    if not isinstance(config, dict) or config.get("_class_name") not in CLASSES:
-        name = config.get("_class_name") if isinstance(config, dict) else None
-        raise ValueError(f"is of class {name}, not {' or '.join(CLASSES)}")
+    label = config.get("_class_name") if isinstance(config, dict) else None
+    if label not in CLASSES:
+        raise ValueError(f"is of class {label}, not {' or '.join(CLASSES)}")
     for flag, only in ONLY.items():
         if config.get(flag, only) != only:
             raise ValueError(f"has {flag} {config[flag]}, where --model vqgan has {only}")
@@ -130,13 +121,13 @@ def from_diffusers(folder: Path) -> Source:
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"has no weights: neither {' nor '.join(WEIGHTS)}")
-    state_dict = renamed(read_weights(f"--pretrained {path}", path, INERT), DIFFUSERS)
+    content = read_weights(f"--pretrained {path}", path, INERT)
+    state_dict = translate.renamed(content, translate.DIFFUSERS)
     for flag, name in CONVS.items():
         if config.get(flag, True) != (name in state_dict):
-            there = describe(state_dict.get(name))
+            there = translate.describe(state_dict.get(name))
             raise ValueError(f"is damaged: {flag} is {config.get(flag, True)}, {name} is {there}")
-    label = f"{config['_class_name']} of diffusers"
-    return label, config.get("norm_num_groups", 32), state_dict
+    return f"{label} of diffusers", config.get("norm_num_groups", 32), state_dict
 
 
 def from_taming(path: Path) -> Source:
@@ -146,7 +137,8 @@ def from_taming(path: Path) -> Source:
         raise ValueError(f"holds the weights of diffusers alone: give its folder, {path.parent}")
     if content.get("format") == FORMAT:
         raise ValueError("is a checkpoint of this repository, which --resume continues")
-    state_dict = mirrored(renamed(content.get("state_dict", content), TAMING))
+    state_dict = translate.renamed(content.get("state_dict", content), translate.TAMING)
+    state_dict = translate.mirrored(state_dict)
     if len({name in state_dict for name in CONVS.values()}) > 1:
         raise ValueError("is damaged: it has only one of quant_conv and post_quant_conv")
     return "first stage in the format of taming-transformers", TAMING_GROUPS, state_dict

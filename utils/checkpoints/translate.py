@@ -140,10 +140,8 @@ def with_convs(state_dict: StateDict) -> dict[str, Tensor]:
     rows = take(state_dict, "encoder.conv_out.weight", ANY, ANY, 3, 3).shape[0]
     channels = take(state_dict, "decoder.conv_in.weight", ANY, ANY, 3, 3).shape[1]
     if rows not in (channels, 2 * channels):
-        raise ValueError(
-            f"is of another architecture: its encoder gives {rows} channels, "
-            f"its decoder takes {channels}"
-        )
+        found = f"its encoder gives {rows} channels, its decoder takes {channels}"
+        raise ValueError(f"is of another architecture: {found}")
     state_dict = dict(state_dict)
     for name, width in (("pre_vq_conv", rows), ("post_vq_conv", channels)):
         if f"{name}.weight" not in state_dict:
@@ -181,14 +179,10 @@ def flags_of_shapes(state_dict: StateDict, groups: Any) -> dict[str, Any]:
     out_channels = take(state_dict, "decoder.conv_out.weight", ANY, ANY, 3, 3).shape[0]
     channels, latent_channels = take(state_dict, "post_vq_conv.weight", ANY, ANY, 1, 1).shape[:2]
     take(state_dict, "pre_vq_conv.weight", latent_channels, channels, 1, 1)
-    levels = [
-        f"encoder.down_blocks.{level}."
-        for level in range(count(state_dict, "encoder.down_blocks."))
-    ]
-    widths = [
-        take(state_dict, f"{level}resnets.0.conv1.weight", ANY, ANY, 3, 3).shape[0]
-        for level in levels
-    ]
+    blocks = "encoder.down_blocks."
+    levels = [f"{blocks}{level}." for level in range(count(state_dict, blocks))]
+    convs = [take(state_dict, f"{at}resnets.0.conv1.weight", ANY, ANY, 3, 3) for at in levels]
+    widths = [conv.shape[0] for conv in convs]
     attentive = [at for at, level in enumerate(levels) if count(state_dict, f"{level}attentions.")]
     if not base or widths[:1] != [base] or any(width % base for width in widths):
         raise ValueError(
@@ -207,7 +201,7 @@ def flags_of_shapes(state_dict: StateDict, groups: Any) -> dict[str, Any]:
     return {
         "hidden_size": base,
         "channel_multipliers": ",".join(str(width // base) for width in widths),
-        "num_residual_layers": count(state_dict, "encoder.down_blocks.0.resnets."),
+        "num_residual_layers": count(state_dict, f"{blocks}0.resnets."),
         "attention_levels": len(attentive),
         "norm_groups": groups,
         "z_channels": channels,

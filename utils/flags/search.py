@@ -17,26 +17,20 @@ class SearchConfig:
     """Backend of the codevector search: affects speed and memory, not results."""
 
     search: str = option(
-        "auto",
-        "backend of the codevector search (auto: the fastest one installed)",
-        choices=("auto", *SEARCHES),
+        "auto", "backend of the search (auto: the fastest installed)", choices=("auto", *SEARCHES)
     )
     search_memory: int | None = option(
-        None,
-        "MiB of similarities held at a time by --search torch (default: 4, on CUDA 256)",
-        minimum=1,
-        maximum=2**20,
+        None, "MiB of similarities in torch (default: 4, on CUDA 256)", minimum=1, maximum=2**20
     )
 
 
 def apply_search(config: SearchConfig, model: Autoencoder, device: torch.device) -> None:
     """Set the model's search. Raises UserError if it cannot run here or the model has no search."""
     if not isinstance(model.quantizer, LooCQuantizer):
+        quantizer = f"--quantizer {model.config.quantizer}"
         for name, value in asdict(config).items():
             if value != getattr(SearchConfig, name):
-                raise UserError(
-                    f"--{name} {value} has no effect with --quantizer {model.config.quantizer}"
-                )
+                raise UserError(f"--{name} {value} has no effect with {quantizer}")
         return
     if config.search == "faiss":
         if not faiss_installed():
