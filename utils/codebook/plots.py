@@ -87,10 +87,8 @@ def slot_charts(slot_counts: np.ndarray, counts: np.ndarray) -> list[Chart]:
     own = size < len(counts)  # each slot has a codebook of its own
     order = np.argsort(-(share if own else counts[None]), axis=1, kind="stable")
     ordered = np.sqrt(np.take_along_axis(share, np.broadcast_to(order, share.shape), axis=1))
-    for axis in (0, 1):
-        if ordered.shape[axis] > MAX_COLUMNS:
-            groups = np.array_split(ordered, MAX_COLUMNS, axis=axis)
-            ordered = np.stack([group.max(axis=axis) for group in groups], axis=axis)
+    columns = min(size, MAX_COLUMNS)
+    ordered = np.maximum.reduceat(ordered, np.arange(columns) * size // columns, axis=1)
     used = slot_counts > 0  # (m, K)
     reach = used.sum(0)  # (K,)
     described = "each slot has its own" if own else f"used in {np.median(reach):.0f} slots (median)"

@@ -41,6 +41,11 @@ class Found:
         if name in self.problems:
             raise Missing(f"{text(name)} {text(self.problems[name])}. {command}")
 
+    def stored(self, key: str) -> Mapping[str, Any]:
+        """Return what the checkpoint holds under a key; empty if that is no mapping."""
+        value = self.checkpoint.content.get(key) if self.checkpoint else None
+        return value if isinstance(value, Mapping) else {}
+
 
 def find(results: Path, kept: Mapping[str, Shown] | None = None) -> Found:
     """Read everything; problems say what cannot be read, and why."""
@@ -128,12 +133,6 @@ def find_pairs(
     names = originals.keys() & others
     names = names & values.keys() or names
     return {name: (originals[name], others[name]) for name in sorted(names)}
-
-
-def part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The mapping under a key; empty if there is none."""
-    value = mapping.get(key)
-    return value if isinstance(value, Mapping) else {}
 
 
 def finite(value: object) -> TypeGuard[float]:

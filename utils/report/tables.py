@@ -12,7 +12,7 @@ from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 from modules.quantizers.spec import QuantizerSpec
 from utils.evaluation.metrics import FID_ENOUGH, METRICS, Metric
 from utils.evaluation.schema import CODEBOOK, RATES
-from utils.report.files import Found, evaluation_command, finite, joined, part, stale, test_command
+from utils.report.files import Found, evaluation_command, finite, joined, stale, test_command
 from utils.report.markup import Missing, Rows, command, shown, table, text
 
 
@@ -136,9 +136,9 @@ def trained(found: Found) -> list[tuple[str, str, str]]:
     """Steps, epochs, seed and best score of the checkpoint."""
     if found.checkpoint is None:
         return [("steps", "–", f"the checkpoint {found.problems.get('the checkpoint', '')}")]
-    content = found.checkpoint.content
-    config = part(content, "train_config")
-    best, chosen = content.get("best"), config.get("validation", "split")
+    content, config = found.checkpoint.content, found.stored("train_config")
+    best, on_test = content.get("best"), config.get("validation") == "test"
+    images = "the test images, which is too optimistic" if on_test else "a tenth held out"
     score, value = METRICS["psnr"], float(best) if finite(best) else None
     if found.checkpoint.model_config.model == "vqgan":  # its score is minus this sum
         score, value = Metric("L1 + LPIPS"), None if value is None else -value
@@ -146,13 +146,7 @@ def trained(found: Found) -> list[tuple[str, str, str]]:
         ("steps", shown(content.get("step")), f"{shown(content.get('epoch'))} whole epochs"),
         ("seed", f"{config.get('seed', '–')}", ""),
         ("training images", shown(content.get("num_images")), ""),
-        (
-            f"best validation {score.label}",
-            score.text(value),
-            "on the test images, which is too optimistic"
-            if chosen == "test"
-            else "on a tenth held out",
-        ),
+        (f"best validation {score.label}", score.text(value), f"on {images}"),
     ]
 
 
@@ -168,15 +162,14 @@ def flattened(mapping: Mapping[str, Any], before: str = "") -> list[tuple[str, s
 
 
 def configuration(found: Found) -> str:
-    content = found.checkpoint.content if found.checkpoint else {}
     spec = spec_of(found)
     unread = QUANTIZER_FLAGS - spec.reads if spec else set()
     groups = {
         "Model": {k: value for k, value in found.analysis.model.items() if k not in unread},
         "Test images": found.analysis.data,
-        "Training": part(content, "train_config"),
-        "Objective": part(content, "objective_config"),
-        "Training images": part(content, "data_config"),
+        "Training": found.stored("train_config"),
+        "Objective": found.stored("objective_config"),
+        "Training images": found.stored("data_config"),
         "Evaluation": found.metrics.settings,
         "Protocol": found.metrics.protocol,
         "Network weights": found.metrics.weights,
@@ -188,7 +181,7 @@ def configuration(found: Found) -> str:
     ]
     if not tables:
         raise Missing("Neither analysis.json nor metrics.json can be read.")
-    without = "" if content else " The settings of training are not known."
+    without = "" if found.checkpoint else " The settings of training are not known."
     return (
         f"{stale(found)}<p>Everything that was set.{without} <b>Bad:</b> test images of another "
         f"data set or size than the training images, unless that is the question.</p>"
@@ -209,17 +202,16 @@ def train_command(found: Found) -> str:
     from utils.training.config import TrainConfig
     from utils.training.losses import loss_configs
 
-    content = found.checkpoint.content if found.checkpoint else {}
-    train, data = part(content, "train_config"), part(content, "data_config")
+    train = found.stored("train_config")
     if found.checkpoint is None or not train:
         return ""
     model = found.analysis.model or vars(found.checkpoint.model_config)
     spec = QUANTIZERS.get(str(model.get("quantizer")))
     words = ["python", "main.py"]
     for group, base in (
-        (data, {}),
+        (found.stored("data_config"), {}),
         (model, {**defaults(ModelConfig), **(spec.implies if spec else {})}),
-        (part(content, "objective_config"), defaults(*loss_configs())),
+        (found.stored("objective_config"), defaults(*loss_configs())),
         (train, defaults(TrainConfig)),
     ):
         for name, value in group.items():

@@ -19,17 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from urllib import request
 from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
-from urllib.request import (
-    BaseHandler,
-    HTTPBasicAuthHandler,
-    HTTPPasswordMgrWithPriorAuth,
-    HTTPSHandler,
-    OpenerDirector,
-    ProxyHandler,
-    build_opener,
-)
 
 from tqdm import tqdm
 
@@ -69,7 +61,7 @@ class Downloads:
         self.silent: dict[str, str] = {}  # host → why
 
     def get(
-        self, url: str, path: Path, sha256_prefix: str, opener: OpenerDirector | None = None
+        self, url: str, path: Path, sha256_prefix: str, opener: request.OpenerDirector | None = None
     ) -> None:
         """Download a URL to path. Raises Unavailable; path then holds rubbish."""
         host, name = host_of(url), unquote(urlsplit(url).path.rsplit("/", 1)[1])
@@ -106,10 +98,8 @@ class Downloads:
             return path
         part, reasons = path.with_name(f"{path.name}.part"), []
         settings = pip_settings()
-        for index in [
-            settings.get("index-url", PYPI),
-            *settings.get("extra-index-url", "").split(),
-        ]:
+        others = settings.get("extra-index-url", "").split()
+        for index in (settings.get("index-url", PYPI), *others):
             try:
                 opener, address = open_index(index, settings)
                 self.get(link(address, package, opener), part, package.sha256, opener)
@@ -138,9 +128,9 @@ def reason(error: Exception) -> str:
     return printable(str(getattr(error, "reason", "") or error)) or type(error).__name__
 
 
-def new_opener(*handlers: BaseHandler) -> OpenerDirector:
+def new_opener(*handlers: request.BaseHandler) -> request.OpenerDirector:
     """Return an opener of URLs."""
-    opener = build_opener(*handlers)
+    opener = request.build_opener(*handlers)
     opener.addheaders = [("User-Agent", "looc")]  # some servers refuse Python's own
     return opener
 
@@ -162,14 +152,14 @@ def pip_settings() -> dict[str, str]:
     return settings
 
 
-def open_index(index: str, settings: Mapping[str, str]) -> tuple[OpenerDirector, str]:
+def open_index(index: str, settings: Mapping[str, str]) -> tuple[request.OpenerDirector, str]:
     """Return an opener with pip's settings, and the index's URL without a password."""
     parts = urlsplit(index)
     try:
         context = ssl.create_default_context(cafile=settings.get("cert"))
     except OSError as error:
         raise Unavailable(f"pip's cert {settings['cert']}: {one_line(error)}") from error
-    passwords = HTTPPasswordMgrWithPriorAuth()
+    passwords = request.HTTPPasswordMgrWithPriorAuth()
     netloc = parts.netloc.rpartition("@")[2]
     if parts.username is not None:
         user, password = unquote(parts.username), unquote(parts.password or "")
@@ -177,14 +167,14 @@ def open_index(index: str, settings: Mapping[str, str]) -> tuple[OpenerDirector,
         passwords.add_password(None, root, user, password, is_authenticated=True)
     proxy = settings.get("proxy")
     opener = new_opener(
-        HTTPSHandler(context=context),
-        HTTPBasicAuthHandler(passwords),
-        ProxyHandler({"http": proxy, "https": proxy} if proxy else None),
+        request.HTTPSHandler(context=context),
+        request.HTTPBasicAuthHandler(passwords),
+        request.ProxyHandler({"http": proxy, "https": proxy} if proxy else None),
     )
     return opener, parts._replace(netloc=netloc).geturl()
 
 
-def link(index: str, package: Package, opener: OpenerDirector) -> str:
+def link(index: str, package: Package, opener: request.OpenerDirector) -> str:
     """Return the URL of the package's file, from the index's page of links (PEP 503)."""
     address = f"{index.rstrip('/')}/{package.project}/"
     if urlsplit(index).scheme == "file":
