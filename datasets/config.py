@@ -18,12 +18,8 @@ class DataConfig:
     image_size: int | None = option(
         None, "side of the square images in pixels, for sets on disk", minimum=4, maximum=8192
     )
-    num_workers: int = option(
-        4, "processes that decode images, for sets on disk", minimum=0, maximum=1024
-    )
-    skip_bad_images: bool = option(
-        False, "skip images that cannot be decoded; they are counted and listed"
-    )
+    num_workers: int = option(4, "processes that read images on disk", minimum=0, maximum=1024)
+    skip_bad_images: bool = option(False, "skip images that cannot be decoded, and list them")
     flip: bool = option(False, "mirror half of the training images, chosen anew in every epoch")
     crop: str = option(
         "centre", "position of the training images' square crop, for sets on disk", choices=CROPS

@@ -70,17 +70,13 @@ class Autoencoder(nn.Module, ABC):
 
     def _latents(self, images: Tensor) -> Tensor:
         """Images → latents before quantisation, (B, C, H, W)."""
-        if images.dim() != 4 or images.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"images of shape {tuple(images.shape)} are not "
-                f"(B, {self.config.in_channels}, height, width)"
-            )
+        shape, channels = tuple(images.shape), self.config.in_channels
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(f"images of shape {shape} are not (B, {channels}, height, width)")
         factor = self.config.downsampling
-        if images.shape[2] % factor or images.shape[3] % factor:
-            raise ValueError(
-                f"images of {images.shape[2]}×{images.shape[3]}: height and width must be "
-                f"multiples of {factor}"
-            )
+        if shape[2] % factor or shape[3] % factor:
+            sides = f"images of {shape[2]}×{shape[3]}: height and width"
+            raise ValueError(f"{sides} must be multiples of {factor}")
         latents: Tensor = self.pre_vq_conv(apply(self.encoder, images))
         return latents
 

@@ -20,12 +20,10 @@ class ResidualBlock(nn.Module):
     The shortcut carries the rectified input, since the reference's first ReLU works in place.
     """
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            nn.Conv2d(channels, hidden, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(hidden, channels, 1),
+            nn.Conv2d(channels, inner, 3, padding=1), nn.ReLU(), nn.Conv2d(inner, channels, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,9 +35,9 @@ class ResidualBlock(nn.Module):
 class ResidualStack(nn.Module):
     """Residual blocks, then a ReLU."""
 
-    def __init__(self, channels: int, hidden: int, num_layers: int) -> None:
+    def __init__(self, channels: int, inner: int, num_layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ResidualBlock(channels, hidden) for _ in range(num_layers))
+        self.layers = nn.ModuleList(ResidualBlock(channels, inner) for _ in range(num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -50,14 +48,12 @@ class ResidualStack(nn.Module):
 class Encoder(nn.Module):
     """Images (B, in_channels, 4H, 4W) → features (B, hidden, H, W)."""
 
-    def __init__(
-        self, in_channels: int, hidden: int, num_residual_layers: int, num_residual_hidden: int
-    ) -> None:
+    def __init__(self, in_channels: int, hidden: int, inner: int, num_layers: int) -> None:
         super().__init__()
         self.conv_1 = nn.Conv2d(in_channels, hidden // 2, 4, stride=2, padding=1)
         self.conv_2 = nn.Conv2d(hidden // 2, hidden, 4, stride=2, padding=1)
         self.conv_3 = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.residual_stack = ResidualStack(hidden, num_residual_hidden, num_residual_layers)
+        self.residual_stack = ResidualStack(hidden, inner, num_layers)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.conv_1(images))
@@ -70,16 +66,11 @@ class Decoder(nn.Module):
     """Latents (B, C, H, W) → images (B, out_channels, 4H, 4W)."""
 
     def __init__(
-        self,
-        latent_channels: int,
-        out_channels: int,
-        hidden: int,
-        num_residual_layers: int,
-        num_residual_hidden: int,
+        self, latent_channels: int, out_channels: int, hidden: int, inner: int, num_layers: int
     ) -> None:
         super().__init__()
         self.conv_1 = nn.Conv2d(latent_channels, hidden, 3, padding=1)
-        self.residual_stack = ResidualStack(hidden, num_residual_hidden, num_residual_layers)
+        self.residual_stack = ResidualStack(hidden, inner, num_layers)
         self.conv_trans_1 = nn.ConvTranspose2d(hidden, hidden // 2, 4, stride=2, padding=1)
         self.conv_trans_2 = nn.ConvTranspose2d(hidden // 2, out_channels, 4, stride=2, padding=1)
 
@@ -95,7 +86,7 @@ class VQVAE(Autoencoder):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        residual = (config.num_residual_layers, config.num_residual_hidden)
+        residual = (config.num_residual_hidden, config.num_residual_layers)
         self.encoder = Encoder(config.in_channels, config.hidden_size, *residual)
         self.pre_vq_conv = nn.Conv2d(config.hidden_size, config.channels, 1)
         self.quantizer = config.spec.make(config)

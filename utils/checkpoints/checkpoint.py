@@ -143,8 +143,8 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
         raise UserError(f"{path}: {error}") from error
     if not content:
         # The reference does not store every buffer; the others start anew.
-        fresh = dict(make_model(config).quantizer.named_buffers(prefix="quantizer"))
-        state_dict = {**fresh, **state_dict}
+        fresh = config.spec.make(config).named_buffers(prefix="quantizer")
+        state_dict = {**dict(fresh), **state_dict}
     try:
         with torch.device("meta"):
             check_tensors(make_model(config).state_dict(), state_dict)
