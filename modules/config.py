@@ -73,7 +73,7 @@ class ModelConfig:
         2, "residual blocks (VQGAN: per resolution; decoder one more)", minimum=0, maximum=1024
     )
     channel_multipliers: str = option(
-        "1,1,2,2,4", "VQGAN's channels per halved resolution, as multiples of --hidden_size"
+        "1,1,2,2,4", "VQGAN's channels at full, half, … resolution, as multiples of --hidden_size"
     )
     attention_levels: int = option(
         1, "number of VQGAN's lowest resolutions with attention", minimum=0, maximum=8

@@ -22,6 +22,7 @@ def option(
 ) -> Any:
     """Return a dataclass field that is also a command-line flag.
 
+    Its annotation has to be text, as `from __future__ import annotations` makes it.
     `choices` may be a registry, to which names can still be added. `minimum` and `maximum` are
     inclusive bounds, `above` is an exclusive lower bound. A field with flag=False is stored in
     checkpoints but is not a flag.

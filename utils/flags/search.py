@@ -20,7 +20,7 @@ class SearchConfig:
         "auto", "backend of the search (auto: the fastest installed)", choices=("auto", *SEARCHES)
     )
     search_memory: int | None = option(
-        None, "MiB of similarities in torch (default: 4, on CUDA 256)", minimum=1, maximum=2**20
+        None, "MiB of similarities at a time (default: 4, on CUDA 256)", minimum=1, maximum=2**20
     )
 
 
