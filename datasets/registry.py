@@ -69,10 +69,7 @@ def open_dataset(
         raise UserError("--data_folder is empty")
     folder = Path("data") / name if data_folder is None else Path(data_folder)
     try:
-        nearest = next((place for place in (folder, *folder.parents) if place.exists()), None)
-        if nearest and not nearest.is_dir():
-            inside = "" if nearest == folder else f": {nearest}"
-            raise UserError(f"--data_folder {folder}{inside} is not a folder")
+        refuse_files(folder)
         images = entry.open(folder, split, size)
     except OSError as error:
         place, reason = error.filename or folder, error.strerror or one_line(error)
@@ -82,3 +79,11 @@ def open_dataset(
     if image_cache is None or not entry.resizable:
         return images
     return keep_decoded(images, Path(image_cache), f"{name}-{split}-{size}")
+
+
+def refuse_files(folder: Path) -> None:
+    """Raise UserError where the folder, or one of its parents, is a file."""
+    nearest = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    if nearest and not nearest.is_dir():
+        inside = "" if nearest == folder else f": {nearest}"
+        raise UserError(f"--data_folder {folder}{inside} is not a folder")
