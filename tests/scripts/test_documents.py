@@ -223,7 +223,7 @@ def test_every_flag_named_exists(script: Script) -> None:
     known = set(re.findall(r"--\w[\w-]*", " ".join(texts)))
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
     known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--requeue", "--signal"}
-    known |= {"--help", "--no-"}
+    known |= {"--help", "--no-", "--logdir"}
     for page in PAGES:
         text = (ROOT / page).read_text()
         declared = {f"--{name}" for name in re.findall(r"^    (\w+): .*= option\(", text, re.M)}
