@@ -24,7 +24,6 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets.registry
 from datasets import DATASETS, ImageSet, TensorImages
 from modules import LooCQuantizer
 from tests.conftest import ROOT, Outcome
@@ -131,7 +130,8 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> None:
             return known
         raise SystemExit(REACHED)
 
-    monkeypatch.setattr(datasets.registry, "refuse_files", reached)
+    for name, entry in DATASETS.items():
+        monkeypatch.setitem(DATASETS, name, replace(entry, open=reached))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
 
 
