@@ -8,15 +8,14 @@ from pathlib import Path
 from utils.errors import UserError, run
 from utils.report import write_report
 
-MADE_OF = ("analysis.json", "metrics.json")
-
 
 def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("usage: python -m utils.report <results folder>")
     results = Path(sys.argv[1])
-    if results.is_dir() and not any((results / name).exists() for name in MADE_OF):
-        raise UserError(f"{results} holds neither {' nor '.join(MADE_OF)}")
+    made_of = (results / "analysis.json", results / "metrics.json")
+    if results.is_dir() and not any(path.exists() for path in made_of):
+        raise UserError(f"{results} holds neither analysis.json nor metrics.json")
     sys.stdout.write(f"{write_report(results)}\n")
 
 

@@ -15,14 +15,12 @@ from utils.evaluation.metrics import METRICS
 from utils.evaluation.results import print_rows
 from utils.evaluation.schema import Analysis, Metrics
 
-LABELS = {
-    "checkpoint": "models/{name}",
-    "originals": "results/{name}/original",
-    "reconstructions": "results/{name}/rec",
-    "side by side": "results/{name}/reconstructions.png",
-    "report": "results/{name}/report.html",
-    "codebook plots": "results/{name}/{{usage,slots,codebook}}.png",
-    "TensorBoard": "logs/{experiment}",
+FILES = {
+    "originals": "original",
+    "reconstructions": "rec",
+    "side by side": "reconstructions.png",
+    "report": "report.html",
+    "codebook plots": "{usage,slots,codebook}.png",
 }
 
 
@@ -37,8 +35,9 @@ def main() -> None:
     except FileNotFoundError as error:
         raise UserError(f"{results} has no complete results: {one_line(error)}") from error
     places = {
-        label: str(output / place.format(name=name, experiment=Path(name).parent))
-        for label, place in LABELS.items()
+        "checkpoint": f"{output / 'models' / name}",
+        **{label: f"{results / file}" for label, file in FILES.items()},
+        "TensorBoard": f"{output / 'logs' / Path(name).parent}",
     }
     for rows in (table(analysis, metrics), places):
         sys.stdout.write("\n")
