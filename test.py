@@ -145,13 +145,12 @@ def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
 def open_images(checkpoint: Checkpoint, data: DataConfig) -> ImageSet:
     """The test images. Raises UserError if they do not fit the model."""
     images = open_dataset(data.dataset, data.data_folder, "test", data.image_size, data.image_cache)
-    model, own = checkpoint.model_config, f"--dataset {data.dataset} has {images.channels} channels"
-    if images.channels != model.in_channels:
-        raise UserError(f"{own}, {checkpoint.path} takes {model.in_channels}")
-    if images.image_size % model.downsampling:
-        raise UserError(
-            f"--image_size {images.image_size} is not a multiple of {model.downsampling}"
-        )
+    model, side, given = checkpoint.model_config, images.image_size, images.channels
+    if given != model.in_channels:
+        need = f"{checkpoint.path} takes {model.in_channels}"
+        raise UserError(f"--dataset {data.dataset} has {given} channels, {need}")
+    if side % model.downsampling:
+        raise UserError(f"--image_size {side} is not a multiple of {model.downsampling}")
     return images
 
 

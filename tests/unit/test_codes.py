@@ -24,8 +24,8 @@ from tests.processes import run_ranks
 from tests.scripts.test_cli import TINY, error_line, train
 from utils.codebook.codes import files
 from utils.codebook.codes.coder import FREQUENCIES, Coder, nearest_frequencies
-from utils.codebook.codes.files import CodeFile, file_rate
-from utils.codebook.codes.header import DIGEST_SIZE, MAGIC, CodesInfo, fingerprint
+from utils.codebook.codes.files import DIGEST_SIZE, MAGIC, CodeFile, file_rate
+from utils.codebook.codes.header import CodesInfo, fingerprint
 from utils.codebook.statistics import CodebookStatistics, entropy_bits
 from utils.errors import UserError
 

@@ -58,8 +58,7 @@ def reconstruct(
 ) -> Findings:
     """Write every image to original/ and its reconstruction to rec/, named by its position.
 
-    With info all indices are written to codes.looc too. Takes the memory of one batch. Raises
-    UserError if no image can be decoded.
+    With info all indices go to codes.looc too. Raises UserError if no image can be decoded.
     """
     statistics = CodebookStatistics(model.config.num_embedding, model.config.num_codebooks)
     first: list[tuple[int, Tensor]] = []

@@ -6,13 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.options import option
-from utils.evaluation.metrics import (
-    CHOICES,
-    DEFAULT_METRICS,
-    LPIPS_BACKBONES,
-    METRICS,
-    NEED_VECTORS,
-)
+from utils.evaluation.metrics import CHOICES, DEFAULT_METRICS, LPIPS_BACKBONES, METRICS
 from utils.evaluation.protocols import PROTOCOLS
 
 
@@ -23,36 +17,18 @@ class EvaluationConfig:
     gt_path: str = option(None, "folder of the originals")
     g_path: str = option(None, "folder of the reconstructions", aliases=("-g_path",))
     metrics: tuple[str, ...] = option(DEFAULT_METRICS, "what to measure", choices=CHOICES)
-    protocol: str = option(
-        "clean",
-        "how images are prepared and compared: as they are, or as for the published tables",
-        choices=PROTOCOLS,
-    )
+    protocol: str = option("clean", "preparation of the images", choices=PROTOCOLS)
     num_test: int | None = option(None, "measure the first N pairs by name", minimum=1)
     batch_size: int = option(32, "images at a time", minimum=1, maximum=2**20)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    num_workers: int | None = option(
-        None, "processes that read and compare (default: one a core; 0: none)", minimum=0
-    )
-    skip_bad_images: bool = option(
-        False, "leave out pairs of images that cannot be decoded; they are counted and listed"
-    )
+    num_workers: int | None = option(None, "worker processes (default: one a core)", minimum=0)
+    skip_bad_images: bool = option(False, "skip, count and list pairs that cannot be decoded")
     lpips_net: str = option("vgg", "backbone of LPIPS", choices=LPIPS_BACKBONES)
-    weights_dir: str | None = option(
-        None, "folder of the weights of LPIPS's and FID's networks (default: torch hub's)"
-    )
-    fetch_weights: bool = option(
-        False, "bring these weights into that folder, each checked, and measure nothing"
-    )
-    lpips_weights: str | None = option(
-        None, "torchvision state dict of that backbone (default: the one in --weights_dir)"
-    )
-    inception_weights: str | None = option(
-        None, "torch-fidelity's Inception weights (default: those in --weights_dir)"
-    )
-    cache: bool = option(
-        True, "keep Inception's statistics of --gt_path in ~/.cache/looc, found again by content"
-    )
+    weights_dir: str | None = option(None, "folder of network weights (default: torch hub's)")
+    fetch_weights: bool = option(False, "download weights to --weights_dir, measure nothing")
+    lpips_weights: str | None = option(None, "torchvision weights (default: in --weights_dir)")
+    inception_weights: str | None = option(None, "Inception weights (default: in --weights_dir)")
+    cache: bool = option(True, "keep Inception's statistics of --gt_path in ~/.cache/looc")
     output: str | None = option(None, "folder of what is written (default: the parent of --g_path)")
 
     def __post_init__(self) -> None:
@@ -83,10 +59,9 @@ class EvaluationConfig:
 
     @property
     def inception(self) -> bool:
-        """Return whether a metric needs Inception."""
         return "inception" in self.networks.values()
 
     @property
     def keep_vectors(self) -> bool:
-        """Return whether a metric needs all feature vectors at once."""
-        return any(choice in NEED_VECTORS for choice in self.metrics)
+        """True if a metric needs all feature vectors at once."""
+        return not {"kid", "precision_recall"}.isdisjoint(self.metrics)

@@ -46,10 +46,7 @@ def to_show(name: str, original: Pixels, reconstruction: Pixels) -> Shown:
 
 
 def extremes(values: Sequence[float], *, lower_is_better: bool) -> tuple[list[int], list[int]]:
-    """Positions of the 10 worst values, worst first, and of the 10 best, best first.
-
-    With fewer values each list holds all.
-    """
+    """Positions of the 10 worst values, worst first, and of the 10 best, best first."""
     sign = 1 if lower_is_better else -1
     order = sorted(range(len(values)), key=lambda position: sign * values[position])
     return order[::-1][:COUNT], order[:COUNT]
@@ -116,8 +113,7 @@ def save_extremes(
 ) -> None:
     """Write a PNG of blocks of pairs with their values: original, reconstruction and error map.
 
-    White in the error maps is the largest error shown. Raises UserError if the file cannot be
-    written.
+    White in the error maps is the largest error shown.
     """
     peak = max(1.0, *(shown.error.max() for pairs in blocks.values() for _, shown in pairs))
     height = 2 * LINE + len(ROWS) * (TILE + GAP) + LINE  # of a block

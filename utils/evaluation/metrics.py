@@ -87,8 +87,8 @@ def features(x: Tensor, network: nn.Module) -> Tensor:
 class FeatureStatistics:
     """Mean and covariance of feature vectors that arrive batch by batch.
 
-    Memory does not grow with their number, except with keep, which keeps the vectors too: 8 KB per
-    image of 2048 features. Sums are merged in float64 (Chan et al. 1979) to avoid cancellation.
+    With keep the vectors are kept too: 8 KB per image of 2048 features. Sums are merged in float64
+    (Chan et al. 1979) to avoid cancellation.
     """
 
     def __init__(self, *, keep: bool = False) -> None:
@@ -127,13 +127,13 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½); FID if features are Inception's.
 
-    Source: Heusel et al. 2017. Both sets need at least two feature vectors. A distance that
-    is negative only by rounding becomes 0.
+    Source: Heusel et al. 2017. Needs two vectors per set. Negative by rounding becomes 0.
     """
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+    from torch_fidelity import metric_fid
 
     x, y = a.as_arrays(), b.as_arrays()
-    distance = float(fid_statistics_to_metric(x, y, False)[KEY_METRIC_FID])
+    found = metric_fid.fid_statistics_to_metric(x, y, False)
+    distance = float(found[metric_fid.KEY_METRIC_FID])
     scale = float(np.trace(x["sigma"]) + np.trace(y["sigma"]))
     return 0.0 if -ROUNDING * scale <= distance <= 0 else distance
 
@@ -209,7 +209,6 @@ CHOICES = {  # value of --metrics → the metrics that it gives
 }
 DEFAULT_METRICS = ("l1", "ssim", "psnr", "lpips", "fid")
 LPIPS_BACKBONES = {"vgg": 16, "alex": 31}  # smallest side of images that each accepts
-NEED_VECTORS = ("kid", "precision_recall")  # choices that keep all feature vectors in memory
 
 
 def summarise(values: Sequence[float]) -> Score:

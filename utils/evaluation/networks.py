@@ -33,13 +33,11 @@ class Network:
 
 def load_networks(config: EvaluationConfig, device: torch.device) -> dict[str, Network]:
     """The networks of the chosen metrics, on the device."""
-    networks = {}
+    networks, folder = {}, config.weights_dir
     if "lpips" in config.networks:
-        networks["lpips"] = lpips_network(
-            config.lpips_net, config.lpips_weights, config.weights_dir
-        )
+        networks["lpips"] = lpips_network(config.lpips_net, config.lpips_weights, folder)
     if config.inception:
-        networks["inception"] = inception_network(config.inception_weights, config.weights_dir)
+        networks["inception"] = inception_network(config.inception_weights, folder)
     for network in networks.values():
         network.module.to(device)
     return networks
@@ -51,10 +49,9 @@ WITHOUT = "name the file with {}, or go without: --metrics l1 ssim psnr"
 def lpips_network(
     net: str, given: str | None = None, folder: str | None = None, without: str = WITHOUT
 ) -> Network:
-    """lpips.LPIPS with the backbone `net`, its weights from the given file or folder (torch hub's).
+    """lpips.LPIPS with the backbone `net`; weights as in `find_weights`.
 
-    without: advice for the error if there are no weights. Raises UserError if they are missing,
-    damaged or of another network.
+    Raises UserError if they are missing, damaged or of another network.
     """
     import lpips
 
@@ -82,14 +79,12 @@ def inception_network(
 ) -> Network:
     """torch-fidelity's Inception, which returns the 2048 features of FID or those of another layer.
 
-    Raises UserError if the weights are missing, damaged or of another network.
+    Raises UserError as `lpips_network` does.
     """
     from torch_fidelity import FeatureExtractorInceptionV3
 
     path = find_weights("--inception_weights", given, "inception", folder)
-    # The extractor unpickles without restriction, so it gets a copy of safely read tensors
-    # instead of the file.
-    copy = io.BytesIO()
+    copy = io.BytesIO()  # of safely read tensors: the extractor unpickles without restriction
     torch.save(read_state_dict("--inception_weights", path), copy)
     copy.seek(0)
     try:
@@ -97,10 +92,10 @@ def inception_network(
             "inception-v3-compat", [layer], feature_extractor_weights_path=copy
         )
     except RuntimeError as error:
-        reason = one_line(error).partition("FeatureExtractorInceptionV3: ")[2] or one_line(error)
+        reason = one_line(error).rpartition("FeatureExtractorInceptionV3: ")[2]
+        reason = textwrap.shorten(reason, 160, placeholder=" …")
         raise UserError(
-            f"--inception_weights {path} does not fit torch-fidelity's Inception: "
-            f"{textwrap.shorten(reason, 160, placeholder=' …')}"
+            f"--inception_weights {path} does not fit torch-fidelity's Inception: {reason}"
         ) from error
     return Network(model, path, sha256(path))
 
@@ -108,9 +103,9 @@ def inception_network(
 def find_weights(
     flag: str, given: str | None, name: str, folder: str | None, without: str = WITHOUT
 ) -> Path:
-    """The given file, or the one in the folder, which is downloaded if it is missing.
+    """The given file, or that of WEIGHTS[name] in the folder (torch hub's), downloaded if missing.
 
-    name: entry of WEIGHTS. folder: torch hub's by default.
+    without: advice if it can neither be found nor downloaded.
     """
     if given is not None:
         return Path(given)
@@ -128,18 +123,12 @@ def find_weights(
 
 
 def fetch_weights(folder: str | None = None) -> Iterator[str]:
-    """Download the weights of every network into the folder (torch hub's), one after the other.
-
-    Raises UserError if that fails; no partial file remains.
-    """
+    """Download the weights of every network into the folder (torch hub's)."""
     return fetch(WEIGHTS, KNOWN_VALUES, weights_folder(folder))
 
 
 def known_lpips(net: str, path: Path) -> float:
-    """The mean LPIPS of torchmetrics' documented example.
-
-    Its images are drawn from the generator after an LPIPS-VGG has been initialised from it.
-    """
+    """The mean LPIPS of torchmetrics' documented example, drawn after an LPIPS-VGG."""
     from torchvision.models import vgg16
 
     network = lpips_network(net, str(path)).module
@@ -153,10 +142,7 @@ def known_lpips(net: str, path: Path) -> float:
 
 
 def known_fid(path: Path) -> float:
-    """The FID, of the first 64 features, of torchmetrics' documented example.
-
-    Its images are drawn from the generator after the network has been initialised from it.
-    """
+    """The FID, of 64 features, of torchmetrics' documented example, drawn after its network."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(123)
         network = inception_network(str(path), layer="64").module

@@ -199,7 +199,9 @@ def batches(config: EvaluationConfig, pairs: Sequence[Pair]) -> Iterator[Batch]:
     read = partial(
         read_and_compare, compared=compared, protocol=protocol, inception=config.inception
     )
-    workers = cores() if config.num_workers is None else config.num_workers
+    affine = hasattr(os, "sched_getaffinity")  # cores this process may use, where that is known
+    cores = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    workers = cores if config.num_workers is None else config.num_workers
     loader: Iterable[Batch] = DataLoader(
         parts,  # type: ignore[arg-type]
         batch_size=None,
@@ -210,10 +212,3 @@ def batches(config: EvaluationConfig, pairs: Sequence[Pair]) -> Iterator[Batch]:
         if batch.skipped and not config.skip_bad_images:
             raise UserError(next(iter(batch.skipped.values())))
         yield batch
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

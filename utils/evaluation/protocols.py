@@ -12,15 +12,8 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError, one_line
-from utils.evaluation.metrics import (
-    DATA_RANGE,
-    METRICS,
-    SSIM_SETTINGS,
-    SSIM_WINDOW,
-    Pixels,
-    Values,
-    ssim,
-)
+from utils.evaluation import metrics
+from utils.evaluation.metrics import Pixels, Values
 from utils.images import to_picture
 
 Side = Literal["original", "reconstruction"]
@@ -54,8 +47,8 @@ class Protocol:
 
     def comparison(self, name: str) -> Callable[[Pixels, Pixels], Values] | None:
         """The function of a metric; None if it needs a network."""
-        compare = METRICS[name].compare
-        return partial(ssim, settings=self.ssim) if compare is ssim else compare
+        compare = metrics.METRICS[name].compare
+        return partial(metrics.ssim, settings=self.ssim) if compare is metrics.ssim else compare
 
 
 def truncated(image: Pixels) -> Pixels:
@@ -67,10 +60,7 @@ def truncated(image: Pixels) -> Pixels:
 
 
 def through_jpeg(image: Pixels, quality: int) -> Pixels:
-    """Write an image (C, H, W) as JPEG by Pillow (4:2:0) and read it again.
-
-    A grey image gives the same result as three equal channels.
-    """
+    """Write an image (C, H, W) as JPEG by Pillow (4:2:0) and read it again."""
     file = io.BytesIO()
     try:
         to_picture(image).save(file, "JPEG", quality=quality)
@@ -94,13 +84,13 @@ def from_picture(picture: Image.Image) -> Pixels:
 PROTOCOLS: dict[str, Protocol] = {
     "clean": Protocol(
         about="pixels as the files hold them, SSIM with a Gaussian window, FID by torch-fidelity",
-        ssim=SSIM_SETTINGS,
+        ssim=metrics.SSIM_SETTINGS,
     ),
     # As for the published tables of LooC and CVQ-VAE. Their reconstructions were truncated too,
     # before they were rounded to bytes; files hold only rounded values.
     "reference": Protocol(
         about="JPEG of quality 75, SSIM with a uniform window, FID of images resized to 229×229",
-        ssim={"data_range": DATA_RANGE, "win_size": SSIM_WINDOW},
+        ssim={"data_range": metrics.DATA_RANGE, "win_size": metrics.SSIM_WINDOW},
         truncate_originals=True,
         jpeg_quality=75,
         inception_side=229,

@@ -14,8 +14,6 @@ from utils.files import write_json
 
 Content = TypeVar("Content")
 
-# ----------------------------------------------------------------------------------------- figures
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -49,7 +47,7 @@ class Figure:
         return f"{self.format(value)} {self.unit}".rstrip()
 
 
-def figure(label: str, decimals: int, note: str, unit: str = "") -> Any:
+def figure(label: str, note: str, decimals: int = 3, unit: str = "") -> Any:
     """Declare a field whose value is a figure; None if it is not known."""
     return field(default=None, metadata={"figure": Figure(label, decimals, unit, note=note)})
 
@@ -69,26 +67,21 @@ def rows(group: Rate | CodebookUse, **endings: str) -> dict[str, str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------ schema
-
-
 @dataclass(frozen=True)
 class Rate:
     """Size of the codes of an image; empty without a quantiser."""
 
-    codes_per_image: float | None = figure("codes per image", 0, "positions × unit slots")
-    nominal_bits_per_pixel: float | None = figure(
-        "bits per pixel, nominal", 3, "log2 K bits per code"
-    )
+    codes_per_image: float | None = figure("codes per image", "positions × unit slots", 0)
+    nominal_bits_per_pixel: float | None = figure("bits per pixel, nominal", "log2 K bits per code")
     entropy_bits_per_pixel: float | None = figure(
-        "bits per pixel, entropy", 3, "ideal entropy coder with one frequency table"
+        "bits per pixel, entropy", "ideal entropy coder with one frequency table"
     )
     entropy_bits_per_pixel_by_slot: float | None = figure(
-        "bits per pixel, entropy by slot", 3, "the same with one frequency table per unit slot"
+        "bits per pixel, entropy by slot", "the same with one frequency table per unit slot"
     )
     coded_bytes: int | None = None  # with test.py --save_codes
     coded_bits_per_pixel: float | None = figure(
-        "bits per pixel, coded", 3, "size of the file that --save_codes wrote"
+        "bits per pixel, coded", "size of the file that --save_codes wrote"
     )
     coded_tables: int | None = None
 
@@ -115,10 +108,10 @@ class CodebookUse:
     images: int | None = None
     codevectors: int | None = None
     usage_percent: float | None = figure(
-        "codebook usage", 1, "share of codevectors that are used at all", "%"
+        "codebook usage", "share of codevectors that are used at all", 1, "%"
     )
     perplexity: float | None = figure(
-        "perplexity", 1, "2 to the entropy of the usage, at most the codevectors"
+        "perplexity", "2 to the entropy of the usage, at most the codevectors", 1
     )
     slots: int | None = None
     slot_usage_percent: list[float] | None = None  # (m)
@@ -158,11 +151,10 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean and population variance over n images; None if there is nothing to average.
+    """Mean and population variance over n images (KID: over subsets); None if there is none.
 
-    Identical images have an infinite PSNR: they are counted in `identical`, not averaged. FID,
-    precision and recall have one value for the whole set, the mean, and no variance. Mean and
-    variance of KID are over its subsets.
+    Identical images, whose PSNR is infinite, are counted, not averaged. FID, precision and recall
+    of the whole set are a mean without variance.
     """
 
     mean: float | None
@@ -200,10 +192,9 @@ def write(path: Path, content: Analysis | Metrics) -> None:
 
 
 def read(path: Path, schema: type[Content]) -> Content:
-    """Read a file and check the type of every value; unknown keys are ignored.
+    """Read a file; unknown keys are ignored, missing ones have their defaults, as in older files.
 
-    A missing key has its default, so that older files can be read. Raises FileNotFoundError, or
-    UserError naming file and value if it is damaged.
+    Raises FileNotFoundError, or UserError naming file and value if a type is wrong.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")), schema)  # type: ignore[no-any-return]

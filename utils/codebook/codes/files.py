@@ -7,6 +7,7 @@ its indices (u32) and the words (u32 each) of a range coder; the SHA-256 of ever
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import os
@@ -31,19 +32,13 @@ from utils.codebook.codes.coder import (
     Coder,
     cheapest_tables,
 )
-from utils.codebook.codes.header import (
-    DIGEST_SIZE,
-    MAGIC,
-    CodesInfo,
-    digest_of,
-    fingerprint,
-    index_shape,
-    parse_header,
-    pixel_sum,
-)
+from utils.codebook.codes.header import CodesInfo, fingerprint, index_shape, parse_header, pixel_sum
 from utils.distributed import from_first, gather, num_ranks, rank
 from utils.errors import UserError, one_line
 from utils.files import whole_file
+
+MAGIC = b"looc-codes-1\n"
+DIGEST_SIZE = 32
 
 # ---------------------------------------------------------------------------------------- writing
 
@@ -242,3 +237,13 @@ def read_part(file: IO[bytes], end: int) -> bytes:
     if length > end - file.tell():
         raise ValueError("a part reaches beyond its end")
     return file.read(length)
+
+
+def digest_of(file: IO[bytes], length: int) -> bytes:
+    """SHA-256 of the first bytes of a file; the file's position is then after them."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while length > 0 and (block := file.read(min(length, 2**20))):
+        digest.update(block)
+        length -= len(block)
+    return digest.digest()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from dataclasses import dataclass, fields
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,6 @@ from utils.codebook.codes.coder import LARGEST_TABLES, need_coder
 from utils.errors import UserError
 from utils.flags.arguments import value_problem
 
-MAGIC = b"looc-codes-1\n"
-DIGEST_SIZE = 32
 CHUNK_CODES = 2**22  # codes of a chunk; a chunk is never less than a batch
 LARGEST_CHUNK = 2**27  # codes
 
@@ -45,6 +43,16 @@ class CodesInfo:
     pixel_sum: int = option(0, "checksum of the reconstructions", minimum=0)
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            problem = value_problem(item, getattr(self, item.name))
+            if problem:
+                raise ValueError(f"{item.name}: {problem}")
+        places = range(self.num_images)
+        left = self.left_out
+        if any(type(position) is not int or position not in places for position in left):
+            raise ValueError("left_out: not positions of its images")
+        if list(left) != sorted(set(left)) or len(left) == len(places):
+            raise ValueError("left_out: not ascending, or all images")
         if self.chunk_size % self.batch_size or self.codes_per_image % self.num_tables:
             raise ValueError("batches do not fill chunks, or tables do not divide the codes")
         if self.chunk_size * self.codes_per_image > LARGEST_CHUNK:
@@ -147,29 +155,6 @@ def pixel_sum(images: Tensor) -> int:
 def parse_header(text: bytes) -> CodesInfo:
     """Parse a header. Raises ValueError or TypeError if it is damaged."""
     values = json.loads(text)
-    if not isinstance(values, dict):
-        raise ValueError("its header is not an object")
-    values["left_out"] = tuple(values.get("left_out", ()))
-    for item in fields(CodesInfo):
-        problem = value_problem(item, values.get(item.name))
-        if problem:
-            raise ValueError(f"{item.name} of its header: {problem}")
-    info = CodesInfo(**values)
-    left = info.left_out
-    if (
-        any(type(position) is not int or position < 0 for position in left)
-        or list(left) != sorted(set(left))
-        or (left and not left[-1] < info.num_images > len(left))
-    ):
-        raise ValueError("left_out of its header: not some of the positions, ascending")
-    return info
-
-
-def digest_of(file: IO[bytes], length: int) -> bytes:
-    """SHA-256 of the first bytes of a file; the file's position is then after them."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while length > 0 and (block := file.read(min(length, 2**20))):
-        digest.update(block)
-        length -= len(block)
-    return digest.digest()
+    if not isinstance(values, dict) or values.keys() != {item.name for item in fields(CodesInfo)}:
+        raise ValueError("its header does not hold the values of a code file")
+    return CodesInfo(**{**values, "left_out": tuple(values["left_out"])})
