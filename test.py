@@ -23,12 +23,10 @@ from utils.checkpoints.checkpoint import Checkpoint, read_named
 from utils.codebook.codes.coder import need_coder
 from utils.codebook.codes.files import CodeFile
 from utils.codebook.codes.header import codes_info
-from utils.codebook.reconstruct import Format, reconstruct, reconstruct_codes
-from utils.codebook.results import results_folder, update_results, write_results
+from utils.codebook.results import Format, reconstruct, reconstruct_codes, results_folder
 from utils.devices import keep_freed_memory
 from utils.distributed import first_goes_ahead, num_ranks, rank, start_ranks, stop_ranks
 from utils.errors import UserError, memory_for, run
-from utils.evaluation.schema import Analysis, SkippedImages
 from utils.flags.arguments import build, check_stored, parse_flags
 from utils.flags.search import SearchConfig, apply_search
 from utils.logger import start_logging
@@ -94,18 +92,7 @@ def test(
         num_ranks=num_ranks(),
         skip_bad=data.skip_bad_images,
     )
-    found = reconstruct(model, loader, form, results, info)
-    if rank() == 0:
-        skipped = [images.name(position) for position in found.bad_images]
-        analysis = Analysis(
-            model=asdict(model.config),
-            data=asdict(data),
-            image_format=config.image_format,
-            rate=found.rate,
-            codebook=found.statistics.summary(),
-            skipped_images=SkippedImages(len(skipped), skipped),
-        )
-        write_results(results, model, found, analysis)
+    reconstruct(model, loader, form, results, info, asdict(data), images.name)
 
 
 def test_from_codes(
@@ -122,9 +109,7 @@ def test_from_codes(
     codes.check_model(model, checkpoint.path)
     results = results_folder(config.output_folder, str(config.model_name))
     form = Format(config.image_format, config.jpeg_quality)
-    same = reconstruct_codes(model, codes, form, results)
-    if rank() == 0:
-        update_results(results, codes, same)
+    reconstruct_codes(model, codes, form, results)
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:

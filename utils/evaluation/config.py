@@ -60,8 +60,3 @@ class EvaluationConfig:
     @property
     def inception(self) -> bool:
         return "inception" in self.networks.values()
-
-    @property
-    def keep_vectors(self) -> bool:
-        """True if a metric needs all feature vectors at once."""
-        return not {"kid", "precision_recall"}.isdisjoint(self.metrics)

@@ -96,15 +96,12 @@ def write_extremes(
         return []
     written = []
     for name, column in values.items():
-        blocks = {
-            title: [(column[i], shown[names[i]]) for i in positions]
-            for title, positions in zip(
-                ("worst", "best"),
-                extremes(column, lower_is_better=METRICS[name].lower_is_better),
-            )
-        }
+        worst, best = (
+            [(column[i], shown[names[i]]) for i in positions]
+            for positions in extremes(column, lower_is_better=METRICS[name].lower_is_better)
+        )
         written.append(output / f"worst_{name}.png")
-        save_extremes(written[-1], METRICS[name], blocks)
+        save_extremes(written[-1], METRICS[name], {"worst": worst, "best": best})
     return written
 
 

@@ -14,18 +14,11 @@ from typing import Literal
 import numpy as np
 from torch.utils.data import DataLoader
 
+from utils import image_files
 from utils.errors import UserError, printable
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.metrics import CHOICES, METRICS, Pixels, Values
-from utils.evaluation.protocols import PROTOCOLS, Protocol
-from utils.image_files import (
-    SUFFIXES,
-    image_names,
-    more_than_8_bits,
-    open_image,
-    viewed,
-    viewed_size,
-)
+from utils.evaluation.protocols import PROTOCOLS, Protocol, from_picture
 from utils.logger import log
 
 GREY_MODES = ("1", "L", "LA", "La")
@@ -117,7 +110,7 @@ class DifferentSizes(UserError):
 def images_in(flag: str, folder: Path) -> dict[str, Path]:
     """Images in a folder and its subfolders, by relative path without suffix."""
     try:
-        files = image_names(folder)
+        files = image_files.image_names(folder)
     except OSError as error:
         raise UserError(f"{flag} {error.filename} cannot be read: {error.strerror}") from error
     found: dict[str, Path] = {}
@@ -127,7 +120,7 @@ def images_in(flag: str, folder: Path) -> dict[str, Path]:
             raise UserError(f"{flag} holds two images with the same name: {found[name]} and {path}")
         found[name] = path
     if not found:
-        raise UserError(f"{flag} {folder} holds no images ({' '.join(SUFFIXES)})")
+        raise UserError(f"{flag} {folder} holds no images ({' '.join(image_files.SUFFIXES)})")
     return found
 
 
@@ -140,23 +133,19 @@ def first_few(names: Sequence[str]) -> str:
 
 def read_header(path: Path) -> tuple[tuple[int, int], Literal["L", "RGB"]]:
     """Width and height, and the mode to read the image in. Raises UserError if it is damaged."""
-    with open_image(path, str(path)) as image:
-        if more_than_8_bits(image):
+    with image_files.open_image(path, str(path)) as image:
+        if image_files.more_than_8_bits(image):
             raise UserError(f"image {path} has more than 8 bits per channel")
-        return viewed_size(image), "L" if image.mode in GREY_MODES else "RGB"
+        return image_files.viewed_size(image), "L" if image.mode in GREY_MODES else "RGB"
 
 
 def read_image(path: Path, pair: Pair) -> tuple[Pixels, str | None]:
-    """Read one image of the pair as (C, H, W), and the format of its file.
-
-    Raises UserError if it is damaged.
-    """
-    with open_image(path, str(path)) as image:
-        picture = viewed(image, pair.mode)
+    """Read one image of the pair (C, H, W), and its format. Raises UserError if it is damaged."""
+    with image_files.open_image(path, str(path)) as image:
+        picture = image_files.viewed(image, pair.mode)
         if picture.size != pair.size:
             raise ValueError("its size differs from its header")
-        pixels = np.asarray(picture)
-        return pixels[None] if pair.mode == "L" else pixels.transpose(2, 0, 1), image.format
+        return from_picture(picture), image.format
 
 
 def read_pair(pair: Pair, protocol: Protocol) -> tuple[Pixels, Pixels]:

@@ -61,7 +61,14 @@ def write_results(
     measured = Path(config.gt_path), Path(config.g_path)
     pictures = write_extremes(output, scores.names, scores.values, scores.shown, measured)
     table, whole = output / "metrics.csv", output / "metrics.json"
-    write_csv(table, scores)
+    columns = {name: scores.values[name] for name in METRICS if name in scores.values}
+    with (
+        whole_file(table) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["name", *columns])
+        writer.writerows(zip(scores.names, *columns.values()))
     schema.write(whole, content)  # last: it marks the results as complete
     shutil.rmtree(output / PREVIOUS, ignore_errors=True)
     return [*pictures, whole, table]
@@ -88,18 +95,6 @@ def record(config: EvaluationConfig, scores: Scores, networks: Mapping[str, Netw
         },
         versions=metrics.versions(),
     )
-
-
-def write_csv(path: Path, scores: Scores) -> None:
-    """Write a header, then the name and the values of each pair."""
-    columns = {name: scores.values[name] for name in METRICS if name in scores.values}
-    with (
-        whole_file(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["name", *columns])
-        writer.writerows(zip(scores.names, *columns.values()))
 
 
 def rate_of(reconstructions: Path) -> Rate | None:

@@ -48,7 +48,8 @@ def measure(
     written to it. Raises UserError if too few pairs remain.
     """
     torch.backends.cudnn.allow_tf32 = False  # values of a GPU equal those of the CPU
-    keep, cache = config.keep_vectors, cache_file(config, pairs, networks, device)
+    keep = not {"kid", "precision_recall"}.isdisjoint(config.metrics)  # they need all vectors
+    cache = cache_file(config, pairs, networks, device)
     known = read_statistics(cache, len(pairs), keep=keep) if cache is not None else None
     originals, reconstructions = known or FeatureStatistics(keep=keep), FeatureStatistics(keep=keep)
     names: list[str] = []

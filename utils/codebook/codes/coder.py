@@ -77,7 +77,9 @@ def cheapest_tables(counts: Array, slots: int) -> tuple[Array, bytes]:
             merged = counts.reshape(-1, num_tables, counts.shape[1]).sum(0)  # (T, K)
             tables = nearest_frequencies(merged)
             packed = lzma.compress(tables.tobytes(), lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-            size = 8 * len(packed) + coded_bits(merged, tables)
+            used, frequencies = merged > 0, FREQUENCIES[tables]
+            share = frequencies / frequencies.sum(1, keepdims=True)
+            size = 8 * len(packed) - (merged[used] * np.log2(share[used])).sum()
             if size < least:
                 cheapest, least = (tables, packed), size
     return cheapest
@@ -87,10 +89,3 @@ def nearest_frequencies(counts: Array) -> Array:
     """Indices, uint8, of the entries of FREQUENCIES nearest to the counts; 0 only for 0."""
     borders = (FREQUENCIES[1:] + FREQUENCIES[:-1]) / 2
     return np.searchsorted(borders, counts, side="right").astype(np.uint8)
-
-
-def coded_bits(counts: Array, tables: Array) -> float:
-    """−Σ count·log2 p in bits, with p from the tables; both arguments are (T, K)."""
-    used, frequencies = counts > 0, FREQUENCIES[tables]
-    share = frequencies / frequencies.sum(1, keepdims=True)
-    return float(-(counts[used] * np.log2(share[used])).sum())
