@@ -801,12 +801,12 @@ def nothing(results: Path) -> None:
         (
             nothing,
             ["--metrics", "lpips", "--lpips_weights", "absent.pth"],
-            ["--lpips_weights absent.pth", "No such file"],
+            ["--lpips_weights absent.pth does not exist"],
         ),
         (
             nothing,
             ["--metrics", "fid", "--inception_weights", "absent.pth"],
-            ["--inception_weights absent.pth", "No such file"],
+            ["--inception_weights absent.pth does not exist"],
         ),
     ],
 )
