@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.distributed import rank
@@ -20,11 +18,8 @@ OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 class NoBoard:
     """Writer of all processes but the first; writes nothing."""
 
-    def add_scalar(self, *arguments: Any) -> None: ...
-
-    def add_image(self, *arguments: Any) -> None: ...
-
-    def add_figure(self, *arguments: Any) -> None: ...
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 @contextmanager
@@ -43,9 +38,3 @@ def open_board(folder: Path, step: int) -> Iterator[SummaryWriter | NoBoard]:
         if error.filename is not None or error.errno not in OF_DISKS:
             raise
         raise UserError(f"cannot write {folder}: {error.strerror or one_line(error)}") from error
-
-
-def add_picture(board: SummaryWriter | NoBoard, name: str, picture: Any, step: int) -> None:
-    """Write an image (C, height, width), or a figure of matplotlib."""
-    write = board.add_image if isinstance(picture, Tensor) else board.add_figure
-    write(name, picture, step)

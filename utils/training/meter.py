@@ -38,10 +38,8 @@ class Meter:
         self.sums.zero_()
         if not measured:
             return {}
-        return {
-            **{name: value / measured for name, value in zip(self.names, sums)},
-            "num_items": num_items,
-        }
+        means = {name: value / measured for name, value in zip(self.names, sums)}
+        return {**means, "num_items": num_items}
 
 
 class BadSteps:

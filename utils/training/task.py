@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from modules.quantizers.looc.ranks import sum_over_ranks
 from utils.checkpoints.checkpoint import Stored, check_tensors, read_stored
 from utils.training.config import LoopConfig
 from utils.training.optimizers import make_adam
-
-Batch: TypeAlias = Tensor | tuple[Tensor, ...]  # of one length along their first dimension
 
 
 class Loader(Protocol):

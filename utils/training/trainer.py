@@ -29,7 +29,7 @@ from utils.distributed import (
 )
 from utils.errors import Stopped, UserError, one_line, printable
 from utils.logger import log
-from utils.training.board import add_picture, open_board
+from utils.training.board import open_board
 from utils.training.config import PRECISIONS, SCHEDULES, LoopConfig
 from utils.training.meter import BadSteps, Meter
 from utils.training.optimizers import load_optimizer
@@ -330,7 +330,9 @@ class Trainer:
         regular = self.epoch % max(1, self.config.num_epochs // 50) == 0
         if rank() == 0 and (regular or self.step == self.total_steps):
             for name, picture in self.task.pictures(self.best_model).items():
-                add_picture(self.board, name, picture, self.step)
+                image = isinstance(picture, Tensor)
+                write = self.board.add_image if image else self.board.add_figure
+                write(name, picture, self.step)
             gc.collect()  # figures are cycles of megabytes that Python would leave for long
         return scores
 
