@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
@@ -31,9 +31,6 @@ CONVS = {"use_quant_conv": "pre_vq_conv.weight", "use_post_quant_conv": "post_vq
 # Objects in checkpoints that are ignored: callbacks of Lightning, NumPy numbers in schedules.
 INERT = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.")
 TAMING_GROUPS = 32  # normalisation groups, fixed in taming-transformers
-
-# Description of a file, its number of normalisation groups, and its weights under our names.
-Source: TypeAlias = tuple[str, Any, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,8 @@ def fit(pretrained: Pretrained, expected: translate.StateDict) -> dict[str, Tens
     return loaded
 
 
-def from_diffusers(folder: Path) -> Source:
-    """Read a folder written by save_pretrained."""
+def from_diffusers(folder: Path) -> tuple[str, Any, dict[str, Tensor]]:
+    """Read a folder of save_pretrained: its kind, normalisation groups, weights under our names."""
     if not (folder / "config.json").is_file():
         raise ValueError("has no config.json; for a pipeline, give its folder vae or vqvae")
     try:
@@ -130,8 +127,8 @@ def from_diffusers(folder: Path) -> Source:
     return f"{label} of diffusers", config.get("norm_num_groups", 32), state_dict
 
 
-def from_taming(path: Path) -> Source:
-    """Read a checkpoint of PyTorch Lightning, or its bare state dict."""
+def from_taming(path: Path) -> tuple[str, Any, dict[str, Tensor]]:
+    """Read a checkpoint of PyTorch Lightning, or its bare state dict, as `from_diffusers` does."""
     content = read_weights(f"--pretrained {path}", path, INERT)
     if any(str(name).startswith("encoder.down_blocks.") for name in content):
         raise ValueError(f"holds the weights of diffusers alone: give its folder, {path.parent}")

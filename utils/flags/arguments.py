@@ -180,14 +180,11 @@ def contradictions(
 
 
 def check_stored(
-    given: Mapping[str, Any],
-    stored: Mapping[str, Any],
-    where: object,
-    ignored: Collection[str] = (),
+    given: Mapping[str, Any], stored: Mapping[str, Any], file: object, ignored: Collection[str] = ()
 ) -> None:
-    """Raise UserError if a flag contradicts its value stored in `where`, naming both values."""
+    """Raise UserError if a flag contradicts its value stored in a file, naming both values."""
     for flag, value in contradictions(given, stored, ignored):
-        raise UserError(f"{flag} contradicts {where}, which has {value}")
+        raise UserError(f"{flag} contradicts {file}, which has {value}")
 
 
 def build(group: type[Group], flags: Mapping[str, Any]) -> Group:
