@@ -31,8 +31,18 @@ class LoopConfig:
         None, "name of the experiment (default: <dataset>_<quantizer>_<K>x<d>)"
     )
     batch_size: int = option(1024, "images per step", minimum=1, maximum=2**20)
-    num_epochs: int = option(500, "passes over the training images", minimum=1, maximum=10**9)
-    max_steps: int | None = option(None, "stop after this many steps", minimum=1, maximum=10**12)
+    num_epochs: int = option(
+        500,
+        "passes over the training images, unless --max_steps comes first",
+        minimum=1,
+        maximum=10**9,
+    )
+    max_steps: int | None = option(
+        None,
+        "stop after this many steps, unless --num_epochs comes first",
+        minimum=1,
+        maximum=10**12,
+    )
     lr: float = option(3e-4, "learning rate of Adam", above=0, maximum=10)
     betas: str = option("0.9,0.999", "decay rates of Adam's two moments")
     schedule: str = option(
@@ -64,12 +74,11 @@ class LoopConfig:
         maximum=1 - 1e-9,
     )
     grad_clip: float | None = option(
-        None, "largest norm of the model's gradient (0: not clipped)", minimum=0
+        None, "largest norm of the model's gradient (0, the default: not clipped)", minimum=0
     )
     max_bad_steps: int = option(
         0,
-        "consecutive steps with a loss or gradient that is not finite that are skipped before the "
-        "run stops",
+        "skip up to this many steps in a row whose loss or gradient is not finite",
         minimum=0,
         maximum=10**9,
     )
@@ -80,7 +89,7 @@ class LoopConfig:
     resume: str = option(
         "auto",
         "auto (continue from last.pt if it exists), none, or the checkpoint of another experiment "
-        "to begin at",
+        "to start from",
     )
     overwrite: bool = option(False, "replace an experiment of the same name")
 
@@ -110,12 +119,14 @@ class TrainConfig(LoopConfig):
     """Training of an autoencoder."""
 
     recipe: str = option(
-        "paper", "settings of the flags that are not given", choices=tuple(RECIPES)
+        "paper",
+        "settings of the flags that you do not give: as published (paper), or recommended (best)",
+        choices=tuple(RECIPES),
     )
     preset: str | None = option(
         None,
         f"file of flags, or the name of one in the repository ({', '.join(PRESETS)}); "
-        "flags given besides override it",
+        "flags that you give override it",
     )
     pretrained: str | None = option(
         None,

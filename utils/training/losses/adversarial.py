@@ -26,7 +26,7 @@ class AdversarialConfig:
 
     disc_weight: float = option(
         0.8,
-        "weight of the adversarial loss, times the adaptive weight (0: none)",
+        "weight of the adversarial loss of --model vqgan, times the adaptive weight (0: none)",
         minimum=0,
         maximum=1e6,
     )

@@ -23,7 +23,9 @@ WITHOUT_LPIPS = "name their folder with --weights_dir, or go without: --perceptu
 class PerceptualConfig:
     """Perceptual loss of --model vqgan."""
 
-    perceptual_weight: float = option(1.0, "weight of LPIPS-VGG (0: none)", minimum=0, maximum=1e6)
+    perceptual_weight: float = option(
+        1.0, "weight of LPIPS-VGG with --model vqgan (0: none)", minimum=0, maximum=1e6
+    )
     weights_dir: str | None = option(
         None, "folder of the weights of the LPIPS network (default: torch hub's)"
     )
