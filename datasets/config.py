@@ -14,7 +14,9 @@ class DataConfig:
     """The data set and how its images are read."""
 
     dataset: str = option("fashion-mnist-sample", "data set", choices=DATASETS)
-    data_folder: str | None = option(None, "folder of the data set (default: data/<dataset>)")
+    data_folder: str | None = option(
+        None, "folder of the data set; with --dataset folder, any images (default: data/<dataset>)"
+    )
     image_size: int | None = option(
         None, "side of the square images in pixels, for sets on disk", minimum=4, maximum=8192
     )

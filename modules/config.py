@@ -32,8 +32,14 @@ class ModelConfig:
     quantizer: str = option("looc", "quantiser", choices=QUANTIZERS)
     num_embedding: int = option(256, "number of codevectors K", minimum=1, maximum=LARGEST_CODEBOOK)
     embedding_dim: int = option(4, "dimension d of a codevector", **CHANNELS)
-    distance: str = option("cos", "similarity by which codevectors are searched", choices=DISTANCES)
-    anchor: str = option("closest", "where unused codevectors are moved", choices=ANCHORS)
+    distance: str = option(
+        "cos", "measure of the match: cosine similarity or Euclidean distance", choices=DISTANCES
+    )
+    anchor: str = option(
+        "closest",
+        "feature to which an unused codevector is moved (none: it stays)",
+        choices=ANCHORS,
+    )
     split: str = option("fixed", "channels of a unit: contiguous or every m-th", choices=SPLITS)
     interpolation_scale: int = option(
         0, "scale β of extrapolation-by-interpolation (0 or 1: off)", minimum=0, maximum=8
@@ -45,22 +51,33 @@ class ModelConfig:
         "gradient", "codebook update, by gradients or moving averages", choices=CODEBOOK_UPDATES
     )
     ema_decay: float = option(
-        0.8, "decay of the moving averages that update a codebook", minimum=0, maximum=1 - 1e-6
+        0.8, "decay of the moving averages of --codebook_update ema", minimum=0, maximum=1 - 1e-6
     )
     codebook_start: str = option(
-        "uniform", "initial codevectors: random or from features of the first batch", choices=STARTS
+        "uniform",
+        "initial codevectors: random, features of the first batch, or their k-means centres",
+        choices=STARTS,
     )
     latent_norm: str = option(
-        "none", "normalisation of the latents: per unit, position or channel", choices=LATENT_NORMS
+        "none",
+        "normalisation of the latents: each unit, each position, or each channel (by the batch's or "
+        "running statistics)",
+        choices=LATENT_NORMS,
     )
     gradient: str = option("straight_through", "gradient through the quantiser", choices=GRADIENTS)
     rate_weight: float = option(
-        0.0, "cost of one bit in the search, as squared distance (l2)", minimum=0, maximum=1e6
+        0.0,
+        "cost of one bit in the match, as squared distance; needs --distance l2",
+        minimum=0,
+        maximum=1e6,
     )
     levels: str | None = option(None, "levels of fsq, like 8,5,5,5 (default: from K and d)")
     num_quantizers: int = option(4, "number of codebooks of residual-vq", minimum=1, maximum=64)
     dead_code_threshold: int = option(
-        0, "matches per step below which a codevector is replaced", minimum=0, maximum=10**6
+        0,
+        "matches per step below which the library's EMA quantisers replace a codevector",
+        minimum=0,
+        maximum=10**6,
     )
     latent_channels: int | None = option(
         None, "latent channels C (default: --hidden_size, or d where C has to be d)", **CHANNELS
