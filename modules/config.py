@@ -60,7 +60,7 @@ class ModelConfig:
     )
     latent_norm: str = option(
         "none",
-        "normalisation of the latents: each unit, each position, or each channel (by the batch's or "
+        "normalisation of the latents: each unit, position or channel (by the batch's or "
         "running statistics)",
         choices=LATENT_NORMS,
     )
