@@ -114,7 +114,7 @@ def reconstruct(
             codebook=statistics.summary(),
             skipped_images=skipped,
         )
-        write_results(results, model, statistics, samples, analysis)
+        write_results(results, analysis, samples, draw_all(statistics, model.quantizer.codebook))
 
 
 @torch.no_grad()
@@ -155,20 +155,11 @@ def results_folder(output: str, model_name: str) -> Path:
     return writable_folder(folder, "--output_folder")
 
 
-def write_results(
-    results: Path,
-    model: Autoencoder,
-    statistics: CodebookStatistics,
-    samples: Tensor,
-    analysis: Analysis,
-) -> None:
-    """Replace everything in the folder but original/ and rec/, and print what there is.
-
-    samples (n, 2, C, h, w): originals and reconstructions.
-    """
+def write_results(results: Path, analysis: Analysis, shown: Tensor, charts: dict[str, Any]) -> None:
+    """Replace everything in the folder but original/ and rec/, and print what there is."""
     remove_results(results)
-    save_comparison(results / "reconstructions.png", samples[:, 0], samples[:, 1])
-    for name, figure in draw_all(statistics, model.quantizer.codebook).items():
+    save_comparison(results / "reconstructions.png", shown[:, 0], shown[:, 1])
+    for name, figure in charts.items():
         save_figure(results / f"{name}.png", figure)
     schema.write(results / "analysis.json", analysis)
     write_report(results)

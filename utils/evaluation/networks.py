@@ -110,11 +110,8 @@ def find_weights(
     if given is not None:
         return Path(given)
     wanted, place = WEIGHTS[name], weights_folder(folder)
-    path = find(wanted, place)
-    if path is not None:
-        return path
     try:
-        return download_usual(wanted, place)
+        return find(wanted, place) or download_usual(wanted, place)
     except (Unavailable, UserError) as error:
         raise UserError(
             f"{wanted.usual} is not in {place} and cannot be downloaded ({one_line(error)}); "

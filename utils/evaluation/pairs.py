@@ -50,14 +50,8 @@ class Batch:
     skipped: dict[str, str]  # name → why the pair could not be decoded
 
 
-# ---------------------------------------------------------------------------------------- finding
-
-
 def open_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
-    """Find the pairs to measure, sorted by name, and the reasons why others are skipped, by name.
-
-    Reads only the headers of the images.
-    """
+    """Find the pairs to measure, by their headers, and why others are skipped; sorted by name."""
     folders = {"--gt_path": Path(config.gt_path), "--g_path": Path(config.g_path)}
     files = {flag: images_in(flag, folder) for flag, folder in folders.items()}
     originals, reconstructions = files.values()
@@ -126,9 +120,6 @@ def images_in(flag: str, folder: Path) -> dict[str, Path]:
 
 def first_few(names: Sequence[str]) -> str:
     return ", ".join(map(printable, names[:MAX_NAMED])) + (", …" if len(names) > MAX_NAMED else "")
-
-
-# ---------------------------------------------------------------------------------------- reading
 
 
 def read_header(path: Path) -> tuple[tuple[int, int], Literal["L", "RGB"]]:

@@ -44,8 +44,7 @@ def measure(
     """Measure all pairs; takes the memory of a few batches, and of the features that metrics need.
 
     skipped: pairs that were skipped before, name → reason. named: pairs to keep for showing,
-    whatever their values. Inception's statistics of the originals are read from the cache, or
-    written to it. Raises UserError if too few pairs remain.
+    whatever their values. Raises UserError if too few pairs remain.
     """
     torch.backends.cudnn.allow_tf32 = False  # values of a GPU equal those of the CPU
     keep = not {"kid", "precision_recall"}.isdisjoint(config.metrics)  # they need all vectors
