@@ -894,7 +894,7 @@ def test_faiss_searches_in_a_forked_process() -> None:
         ({"latent_norm": "group"}, "latent_norm 'group'"),
         ({"latent_norm": "batch"}, "latent_norm 'batch' needs latent_channels"),
         ({"latent_norm": "running"}, "latent_norm 'running' needs latent_channels"),
-        ({"latent_norm": "batch", "latent_channels": 0}, "needs latent_channels above 0"),
+        ({"latent_channels": 0}, "latent_channels 0 is less than 1"),
         ({"latent_norm": "batch", "latent_channels": 6}, "does not divide the 6 channels"),
         ({"latent_norm": "unit", "embedding_dim": 1}, "all units of embedding_dim 1"),
         ({"gradient": "none"}, "gradient 'none'"),

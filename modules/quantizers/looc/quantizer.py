@@ -150,6 +150,8 @@ class LooCQuantizer(LatentNorm):
         self.search_memory: int | None = None
         self.defer_update = False
         check_arguments(self)
+        if latent_channels is not None and latent_channels < 1:
+            raise ValueError(f"latent_channels {latent_channels} is less than 1")
 
         by_ema, bound = codebook_update == "ema", 1 / num_embedding
         start = torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound)
@@ -162,8 +164,8 @@ class LooCQuantizer(LatentNorm):
         from_data = STARTS[codebook_start] is not None
         self.register_buffer("started", torch.tensor(False) if from_data else None)
         if latent_norm in WITH_AVERAGES:
-            if not latent_channels or latent_channels < 1:
-                raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels above 0")
+            if latent_channels is None:
+                raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels")
             units = num_units(latent_channels, interpolation_scale, embedding_dim)
             self._keep_averages((units, embedding_dim))
         self._forget_cached_state()
