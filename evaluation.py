@@ -17,8 +17,8 @@ from utils.evaluation.networks import fetch_weights, load_networks
 from utils.evaluation.pairs import open_pairs
 from utils.evaluation.results import print_rows, record, set_aside, show, write_results
 from utils.evaluation.scores import check_pairs, measure
-from utils.files import writable_folder
 from utils.flags.arguments import build, parse_flags
+from utils.locks import locked
 from utils.logger import start_logging
 from utils.report import write_report
 from utils.report.markup import spread
@@ -43,15 +43,15 @@ def evaluate(config: EvaluationConfig) -> None:
     pairs, skipped = open_pairs(config)
     check_pairs(config, pairs, skipped)
     networks = load_networks(config, device)
-    output = writable_folder(config.output_folder, "--output")
-
-    set_aside(output)
-    named = spread([pair.name for pair in pairs], NUM_SHOWN)
-    with memory_for(f"--batch_size {config.batch_size}"):
-        scores = measure(config, pairs, skipped, networks, device, named)
-    metrics = record(config, scores, networks)
-    written = write_results(output, config, scores, metrics)
-    show(metrics, [*written, write_report(output, kept=scores.shown)])
+    output = config.output_folder
+    with locked(output, "--output"):
+        set_aside(output)
+        named = spread([pair.name for pair in pairs], NUM_SHOWN)
+        with memory_for(f"--batch_size {config.batch_size}"):
+            scores = measure(config, pairs, skipped, networks, device, named)
+        metrics = record(config, scores, networks)
+        written = write_results(output, config, scores, metrics)
+        show(metrics, [*written, write_report(output, kept=scores.shown)])
 
 
 if __name__ == "__main__":

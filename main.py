@@ -23,7 +23,6 @@ from utils.checkpoints.pretrained import Pretrained, load_pretrained
 from utils.devices import keep_freed_memory, seed_everything
 from utils.distributed import (
     first_goes_ahead,
-    from_first,
     num_ranks,
     rank,
     seed_rank,
@@ -34,6 +33,7 @@ from utils.errors import UserError, memory_for, run
 from utils.files import check_unicode, inside, writable_folder
 from utils.flags.arguments import build, build_model_config, parse_flags, resolve
 from utils.flags.search import SearchConfig, apply_search
+from utils.locks import locked
 from utils.logger import log, start_logging
 from utils.training.config import PRECISIONS, TrainConfig
 from utils.training.losses import Setting, build_loss_configs, loss_configs, make_losses
@@ -65,11 +65,12 @@ def main() -> None:
     task = make_task(settings, training, device)
     settings = replace(settings, pretrained=None)  # as large as the model
     trainer = make_trainer(task, training, validation, settings)
-    resume(trainer, partial(check_images, data=settings.data, num_images=len(training)))
-    start_files(trainer)
-    log_plan(trainer, training, validation, settings)
-    with memory_for(f"--batch_size {settings.train.batch_size} (--accumulate splits it)"):
-        trainer.fit()
+    with locked(trainer.models, "--exp_name"):
+        resume(trainer, partial(check_images, data=settings.data, num_images=len(training)))
+        start_files(trainer)
+        log_plan(trainer, training, validation, settings)
+        with memory_for(f"--batch_size {settings.train.batch_size} (--accumulate splits it)"):
+            trainer.fit()
     log.info("checkpoints: %s\nTensorBoard: %s", trainer.models, trainer.logs)
     stop_ranks()
 
@@ -187,8 +188,7 @@ def check_images(stored: Stored, data: DataConfig, num_images: int) -> None:
 
 
 def start_files(trainer: Trainer) -> None:
-    """Make the folders; the first process logs to train.log and obeys --overwrite."""
-    from_first(lambda: writable_folder(trainer.models, "--exp_name"))
+    """Let the first process log to train.log and obey --overwrite."""
     if rank() == 0:
         start_logging(writable_folder(trainer.logs, "--output_folder") / "train.log")
         if trainer.config.overwrite:  # everything is in order: not before

@@ -29,6 +29,7 @@ from utils.distributed import first_goes_ahead, num_ranks, rank, start_ranks, st
 from utils.errors import UserError, memory_for, run
 from utils.flags.arguments import build, check_stored, parse_flags
 from utils.flags.search import SearchConfig, apply_search
+from utils.locks import locked
 from utils.logger import start_logging
 
 
@@ -92,7 +93,8 @@ def test(
         num_ranks=num_ranks(),
         skip_bad=data.skip_bad_images,
     )
-    reconstruct(model, loader, form, results, info, asdict(data), images.name)
+    with locked(results, "--output_folder"):
+        reconstruct(model, loader, form, results, info, asdict(data), images.name)
 
 
 def test_from_codes(
@@ -109,7 +111,8 @@ def test_from_codes(
     codes.check_model(model, checkpoint.path)
     results = results_folder(config.output_folder, str(config.model_name))
     form = Format(config.image_format, config.jpeg_quality)
-    reconstruct_codes(model, codes, form, results)
+    with locked(results, "--output_folder"):
+        reconstruct_codes(model, codes, form, results)
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:

@@ -23,10 +23,25 @@ from utils.files import whole_folder
 Value = TypeVar("Value")
 
 
+# Numbers of processes, as set by torchrun, srun and mpirun; the first that is set counts.
+COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
 def launched() -> bool:
-    """Return whether torchrun started this process as one of several."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return several and "TORCHELASTIC_RUN_ID" in os.environ
+    """Return whether torchrun started this process as one of several.
+
+    Raises UserError where something else started several: they would not train together.
+    """
+    given = [(name, os.environ[name]) for name in COUNTS if os.environ.get(name)]
+    name, value = given[0] if given else ("", "1")
+    if value == "1":
+        return False
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise UserError(
+            f"{name} is {value}, but torchrun did not start this process: start several that work "
+            "together by torchrun, or set WORLD_SIZE=1 for one that works alone"
+        )
+    return True
 
 
 def rank() -> int:
