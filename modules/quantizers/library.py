@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .looc import Quantized
+from .looc.checks import check_indices
 from .looc.norms import WITH_AVERAGES, LatentNorm
 from .spec import COMMON_FLAGS, Problems, QuantizerSpec, check_position, check_units, require, units
 
@@ -32,6 +33,7 @@ class LibraryQuantizer(LatentNorm):
         num_embedding: codevectors K in a codebook.
         embedding_dim: dimension d of a codevector; divides the channels.
         channels: C of the latents.
+        slots: indices m per position.
         decode: name of its method that decodes indices, (B, N, m) → (B, N, C) or (B, N, m, d).
         codebook: name of its codevectors, (K, d), or (m, K, d) if each slot has its own.
         latent_norm: as for LooCQuantizer, before the library is called.
@@ -48,6 +50,7 @@ class LibraryQuantizer(LatentNorm):
         embedding_dim: int,
         *,
         channels: int,
+        slots: int,
         decode: str = "indices_to_codes",
         codebook: str = "codebook",
         latent_norm: str = "none",
@@ -57,6 +60,7 @@ class LibraryQuantizer(LatentNorm):
         self.num_embedding = num_embedding
         self.embedding_dim = embedding_dim
         self.channels = channels
+        self.slots = slots
         self.decode_name = decode
         self.codebook_name = codebook
         self.latent_norm = latent_norm
@@ -81,7 +85,7 @@ class LibraryQuantizer(LatentNorm):
                 indices = self._indices(found, z.shape[2:])
             else:
                 indices = self.encode(z)
-                latents, loss = self.decode(indices), 0 * positions.sum()
+                latents, loss = self._decode(indices), 0 * positions.sum()
         return Quantized(latents.to(z.dtype), loss, indices)
 
     @torch.no_grad()
@@ -100,7 +104,11 @@ class LibraryQuantizer(LatentNorm):
         return self._indices(found, z.shape[2:])
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Indices (B, H, W, m) → latents (B, C, H, W)."""
+        """Indices (B, H, W, m) → latents (B, C, H, W); others raise ValueError."""
+        check_indices(indices, self.num_embedding, self.slots)
+        return self._decode(indices)
+
+    def _decode(self, indices: Tensor) -> Tensor:
         codes = getattr(self.library, self.decode_name)(indices.flatten(1, 2)).flatten(2)
         return spread(codes, indices.shape[1:3])
 
@@ -143,6 +151,7 @@ def make(
         config.num_embedding,
         config.embedding_dim,
         channels=config.channels,
+        slots=config.num_slots,
         decode=decode,
         codebook=codebook,
         latent_norm=config.latent_norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -144,6 +145,27 @@ def test_output_is_exactly_the_decoding_of_its_own_indices(name: str) -> None:
     assert loss == 0
     model, images = make(name).eval(), torch.rand(2, 1, 12, 8) * 2 - 1
     assert torch.equal(model.decode(model.encode(images)), model(images)[0])
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "looc", "cvq", "vq"])
+def test_what_is_no_index_is_named(name: str) -> None:
+    """In models and quantisers alike, also where the library would wrap or clamp."""
+    model = make(name)
+    slots, num_embedding = model.config.num_slots, model.config.num_embedding
+    right = torch.zeros(1, 3, 2, slots, dtype=torch.int64)
+    model.decode(right)
+    for decode in (model.decode, model.quantizer.decode):
+        for shape in ((1, 6 * slots), (6 * slots,), (1, 3, 2, slots + 1), (3, 2, slots)):
+            message = f"indices of shape {shape} are not (B, H, W, {slots})"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                decode(torch.zeros(shape, dtype=torch.int64))
+        for wrong in (-1, num_embedding):
+            found = f"{min(wrong, 0)} … {max(wrong, 0)}, not in [0, {num_embedding})"
+            message = f"indices of shape (1, 3, 2, {slots}) are {found}"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                decode(right.index_put((torch.tensor(0),) * 4, torch.tensor(wrong)))
+        with pytest.raises(ValueError, match=r"indices of torch.float32 are not int64"):
+            decode(right.float())
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if QUANTIZERS[name].parts])

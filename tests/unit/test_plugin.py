@@ -200,6 +200,9 @@ def test_remap(unknown: str | int, units: int, tmp_path: Path) -> None:
         plugin.get_codebook_entry(found, (2, 3, 5, 8)),
         plain.get_codebook_entry(back, (2, 3, 5, 8)),
     )
+    for wrong in (-1, plugin.re_embed):  # which unmap_to_all would map to one in use
+        with pytest.raises(ValueError, match=rf"not in \[0, {plugin.re_embed}\)"):
+            plugin.get_codebook_entry(torch.full_like(found, wrong), (2, 3, 5, 8))
     restored = make(**setting, remap=torch.arange(5), unknown_index=unknown).eval()
     restored.load_state_dict(plugin.state_dict())
     assert torch.equal(restored.used, torch.tensor(used))

@@ -1,10 +1,13 @@
-"""Checks of the arguments of LooCQuantizer and LooCPlugin."""
+"""Checks of the arguments of LooCQuantizer and LooCPlugin, and of indices."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from .anchors import ANCHORS, STARTS
 from .losses import GRADIENTS
@@ -52,3 +55,22 @@ def check_minima(owner: object, **minima: float) -> None:
     for name, minimum in minima.items():
         if not getattr(owner, name) >= minimum:
             raise ValueError(f"{name} {getattr(owner, name)} is less than {minimum}")
+
+
+def check_indices(indices: Tensor, num_embedding: int, units: int | None = None) -> None:
+    """Raise ValueError unless the indices are (B, H, W, m), int32 or int64, in [0, K).
+
+    units: m, None if any number will do. Compiled code skips the range, which reads values.
+    """
+    shape = tuple(indices.shape)
+    if len(shape) != 4 or units not in (None, shape[-1]):
+        last = "m" if units is None else units
+        raise ValueError(f"indices of shape {shape} are not (B, H, W, {last})")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"indices of {indices.dtype} are not int64")
+    if indices.numel() and not indices.is_meta and not torch.compiler.is_compiling():
+        least, most = (int(value) for value in torch.aminmax(indices))
+        if least < 0 or most >= num_embedding:
+            raise ValueError(
+                f"indices of shape {shape} are {least} … {most}, not in [0, {num_embedding})"
+            )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_minima
+from .checks import check_indices, check_minima
 from .quantizer import LooCQuantizer
 from .units import num_units
 from .usage import count_indices
@@ -202,7 +202,10 @@ class LooCPlugin(nn.Module):
 
     def _decode(self, indices: Tensor) -> Tensor:
         """Decode indices (b, h, w, m) in [0, re_embed) to latents (b, c, h, w)."""
-        return self.quantizer.decode(indices if self.remap is None else self.unmap_to_all(indices))
+        if self.remap is not None:
+            check_indices(indices, self.re_embed, self.units)
+            indices = self.unmap_to_all(indices)
+        return self.quantizer.decode(indices)
 
 
 def read_remap(remap: str | os.PathLike[str] | Tensor, n_e: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import usage
 from .anchors import ANCHORS, STARTS, Anchors, better_of, fill_pool
-from .checks import check_arguments
+from .checks import check_arguments, check_indices
 from .losses import StraightThrough, contrastive_loss
 from .norms import WITH_AVERAGES, LatentNorm
 from .ranks import best_over_ranks, sum_over_ranks
@@ -75,7 +75,8 @@ class LooCQuantizer(LatentNorm):
         latent_norm: normalisation of the latents to mean square one: "none", "unit" (each unit),
             "layer" (the channels of a position, mean removed), "batch" (each channel over the
             batch, mean removed) or "running" (each channel by its running mean and variance).
-        latent_channels: channels C of the latents, required by "batch" and "running".
+        latent_channels: channels C of the latents, if no other number is to be accepted; required
+            by latent_norm "batch" and "running".
         gradient: "straight_through" or "rotation", the gradient from the latents to z.
         rate_weight: the match minimises ‖z − e_k‖² + rate_weight·(−log₂ p_k); needs distance "l2".
             Codevectors too expensive to be used stay unused; anchors do not revive them.
@@ -152,6 +153,8 @@ class LooCQuantizer(LatentNorm):
         check_arguments(self)
         if latent_channels is not None and latent_channels < 1:
             raise ValueError(f"latent_channels {latent_channels} is less than 1")
+        shape = (interpolation_scale, embedding_dim)
+        self.units = None if latent_channels is None else num_units(latent_channels, *shape)  # m
 
         by_ema, bound = codebook_update == "ema", 1 / num_embedding
         start = torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound)
@@ -164,10 +167,9 @@ class LooCQuantizer(LatentNorm):
         from_data = STARTS[codebook_start] is not None
         self.register_buffer("started", torch.tensor(False) if from_data else None)
         if latent_norm in WITH_AVERAGES:
-            if latent_channels is None:
+            if self.units is None:
                 raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels")
-            units = num_units(latent_channels, interpolation_scale, embedding_dim)
-            self._keep_averages((units, embedding_dim))
+            self._keep_averages((self.units, embedding_dim))
         self._forget_cached_state()
         forget = LooCQuantizer._forget_cached_state
         self.register_load_state_dict_post_hook(forget)  # type: ignore[no-untyped-call]
@@ -219,9 +221,10 @@ class LooCQuantizer(LatentNorm):
             return self._match(units.flatten(0, 3)).view(units.shape[:-1])
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Compute the latents (B, C, H, W) of indices (B, H, W, m)."""
+        """Compute the latents (B, C, H, W) of indices (B, H, W, m); others raise ValueError."""
+        check_indices(indices, self.num_embedding, self.units)
         area = max(self.interpolation_scale, 1) ** 2
-        if indices.dim() != 4 or indices.shape[-1] * self.embedding_dim % area:
+        if indices.shape[-1] * self.embedding_dim % area:
             raise ValueError(
                 f"indices of shape {tuple(indices.shape)} are not (B, H, W, m) "
                 f"with m·{self.embedding_dim} a multiple of {area}"
@@ -233,10 +236,10 @@ class LooCQuantizer(LatentNorm):
         if z.dim() != 4:
             raise ValueError(f"latents of shape {tuple(z.shape)} are not (B, C, H, W)")
         units_in_z = num_units(z.shape[1], self.interpolation_scale, self.embedding_dim)
-        if self.latent_norm in WITH_AVERAGES and units_in_z != len(self.latent_mean):
+        if self.units not in (None, units_in_z):
             raise ValueError(
                 f"latents of {z.shape[1]} channels are cut into {units_in_z} units, "
-                f"latent_channels into {len(self.latent_mean)}"
+                f"latent_channels into {self.units}"
             )
         extrapolated = extrapolate(z.to(self.codebook.dtype), self.interpolation_scale)
         # This copy is several times faster than one after the permutation, which is then a view.
