@@ -68,6 +68,8 @@ def open_dataset(
     if data_folder == "":
         raise UserError("--data_folder is empty")
     folder = Path("data") / name if data_folder is None else Path(data_folder)
+    if name == "folder" and data_folder is None and not folder.exists():
+        raise UserError("--dataset folder needs --data_folder, the folder of the images")
     try:
         refuse_files(folder)
         images = entry.open(folder, split, size)

@@ -172,11 +172,12 @@ def fsq(family: str, **flags: Any) -> Iterator[Contender]:
 
 def smoke() -> Iterator[Contender]:
     """A few tiny contenders, to see that everything works."""
-    best: dict[str, Any] = {"recipe": "best", "num_embedding": 16}
+    narrow: dict[str, Any] = {"latent_channels": 16}
+    best = {"recipe": "best", "num_embedding": 16, **narrow}
     yield contender("looc", "m1", **best, embedding_dim=16)
     yield contender("looc", "m4", **best, embedding_dim=4)
-    yield contender("vq", "K16", quantizer="vq", num_embedding=16, embedding_dim=16)
-    yield contender("none", "", quantizer="none")
+    yield contender("vq", "K16", quantizer="vq", num_embedding=16, embedding_dim=16, **narrow)
+    yield contender("none", "", quantizer="none", **narrow)
 
 
 SUITES = {

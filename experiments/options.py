@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import ImageSet, open_dataset
 from experiments.children import Flags
+from modules import ModelConfig
 from modules.options import option
 from utils.errors import UserError, unknown_name
 from utils.files import writable_folder
@@ -26,7 +27,11 @@ LRS = (RECIPES["best"]["lr"],)
 SAMPLED = 32  # images of a set in its fingerprint
 # The library's options against unused codevectors.
 ALIVE: Flags = {"codebook_start": "kmeans", "dead_code_threshold": 2}
-TINY: Flags = {"hidden_size": 16, "num_residual_hidden": 8, "num_residual_layers": 1}
+# As many latent channels as the whole network has, so that every ablation's d divides them.
+TINY: Flags = {
+    **{"hidden_size": 16, "num_residual_hidden": 8, "num_residual_layers": 1},
+    "latent_channels": ModelConfig.hidden_size,
+}
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,18 @@ class Stopped(Exception):
 
 
 def unknown_name(flag: str, name: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown name, with the nearest known one."""
+    """Return the message for an unknown name, with the one that it abbreviates or resembles."""
     known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    short = [one for one in known if len(name.strip("-")) > 1 and abbreviates(name.lower(), one)]
+    nearest = sorted(short, key=len) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(known)}"
     return f"{flag} {name} is unknown; {hint}"
+
+
+def abbreviates(name: str, known: str) -> bool:
+    """Return whether name is the first letter of known and some of the others, as rvq."""
+    rest = iter(known)
+    return name[:1] == known[:1] and all(letter in rest for letter in name)
 
 
 def one_line(error: BaseException) -> str:

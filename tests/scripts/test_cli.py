@@ -296,6 +296,7 @@ def test_cuda_where_there_is_none(name: str, script: Script, mnist: Path) -> Non
         ("--image_size 32", "--image_size 32 contradicts --dataset fashion-mnist-sample"),
         ("--dataset folder --data_folder missing", "--data_folder missing"),
         ("--dataset folder --data_folder empty", "--data_folder empty"),
+        ("--dataset folder", "--dataset folder needs --data_folder, the folder of the images"),
         ("--dataset cifra10", "did you mean cifar10?"),
         ("--exp_name ../../x", "--exp_name '../../x' leaves"),
         ("--output_folder file/x", "--output_folder file/x cannot be created"),

@@ -39,7 +39,8 @@ from utils.training.config import TrainConfig
 LISTS = {
     **{f"compare {name}": (SETUPS[name], contenders) for name, contenders in SUITES.items()},
     **{
-        f"ablations {name} {recipe}": (SETUPS["sample"], list(question.variants(recipe)))
+        f"ablations {name} {recipe} {images}": (SETUPS[images], list(question.variants(recipe)))
+        for images in ("sample", "smoke")
         for name, question in TABLES.items()
         for recipe in RECIPES
     },

@@ -19,6 +19,7 @@ from utils.flags.arguments import (
     resolve,
     with_recipe,
 )
+from utils.flags.presets import preset_flags
 from utils.flags.recipes import RECIPES
 from utils.training.config import TrainConfig
 
@@ -81,6 +82,10 @@ def test_defaults_are_the_papers_small_setting() -> None:
         (["--anchor", "closset"], "--anchor: choice closset is unknown; did you mean closest?"),
         (["--dataset", "mnst"], "--dataset: choice mnst is unknown; did you mean mnist?"),
         (["--num_embeddings", "5"], "--num_embeddings is unknown; did you mean --num_embedding?"),
+        (["--quantizer", "rvq"], "choice rvq is unknown; did you mean residual-vq?"),
+        (["--quantizer", "FSQ"], "choice FSQ is unknown; did you mean fsq?"),
+        (["--dataset", "fmnist"], "choice fmnist is unknown; did you mean fashion-mnist?"),
+        (["--workers", "2"], "--workers is unknown; did you mean --num_workers?"),
         (["stray"], "unexpected argument stray"),
         (["--seed"], "argument --seed: expected one argument"),
         (["--lr=--"], "argument --lr: "),  # what follows depends on the version of Python
@@ -145,6 +150,37 @@ def test_flags_are_completed_in_a_fixed_order(tmp_path: Path) -> None:
     assert (flags["seed"], flags["lr"], flags["schedule"]) == (6, 1, "wsd")
     assert (flags["distance"], flags["codebook_update"]) == ("l2", "ema")
     assert "batch_size" not in flags
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\ufeff--lr 1", ["--lr", "1"]),  # a byte-order mark
+        ("--flip # mirrored, don't\n#--lr 2\n\n--lr 1", ["--flip", "--lr", "1"]),
+        (r"--data_folder C:\data\pics", ["--data_folder", r"C:\data\pics"]),
+        (
+            "--data_folder 'the # 1' --exp_name a#b",
+            ["--data_folder", "the # 1", "--exp_name", "a#b"],
+        ),
+        ("--lr \\\n  1", ["--lr", "1"]),
+    ],
+)
+def test_the_words_of_a_preset(text: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "preset.txt"
+    path.write_text(text, encoding="utf-8")
+    assert preset_flags(str(path), None, lambda **given: {"words": given["argv"]})["words"] == words
+
+
+def test_home_is_found_where_the_shell_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    preset = tmp_path / "preset.txt"
+    preset.write_text("--image_cache ~/cache --resume ~/old.pt")
+    flags, _ = resolve(parse("--output_folder=~/out", f"--preset={preset}"), *GROUPS)
+    assert flags["output_folder"] == "/home/ann/out"
+    assert (flags["image_cache"], flags["resume"]) == ("/home/ann/cache", "/home/ann/old.pt")
+    assert parse("--data_folder=./~")["data_folder"] == "./~"
 
 
 def test_a_recipe_leaves_what_the_quantiser_implies() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields
@@ -129,10 +130,10 @@ def number_kind(kind: Any) -> type:
 
 
 def convert(item: Field[Any], text: str) -> Any:
-    """Convert and check the text of a flag."""
+    """Convert and check the text of a flag; ~/ is the home folder, as --flag=~/x leaves it."""
     kind = number_kind(item.type)
     try:
-        value = kind(text)
+        value = kind(text if kind in (int, float) else os.path.expanduser(text))  # noqa: PTH111
     except ValueError:
         expected = {int: "a whole number", float: "a number"}[kind]
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None

@@ -1,10 +1,13 @@
 """Named files of flags: --preset NAME or --preset FILE.
 
-A file holds flags as typed on a command line, and comments.
+A file holds flags as typed on a command line, and comments from a # on that begins a word. A
+backslash is a backslash, as in C:\\pictures, but one that ends a line after a space continues it.
+Quotes keep a name with spaces together.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,9 @@ from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 from utils.errors import UserError, one_line, unknown_name
 
 FOLDER = Path(__file__).parent
+NOT_FLAGS = re.compile(  # comments and backslashes before the end of a line, outside quotes
+    r"""(?P<quoted>"[^"]*"|'[^']*')|(?<!\S)(\#.*|\\$)""", re.MULTILINE
+)
 PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.txt")))
 
 
@@ -29,8 +35,7 @@ def preset_flags(name: str, quantizer: str | None, parse: Callable[..., Any]) ->
     try:
         if not path.is_file():
             raise UserError(unknown_name("--preset", name, PRESETS))
-        lines = path.read_text(encoding="utf-8").splitlines()
-        words = shlex.split("\n".join(line for line in lines if not line.lstrip().startswith("#")))
+        words = split(path.read_text(encoding="utf-8-sig"))  # editors may write a byte-order mark
     except (OSError, ValueError) as error:
         reason = one_line(error)[:200]
         raise UserError(f"--preset {str(path)[:200]} cannot be read: {reason}") from error
@@ -44,3 +49,11 @@ def preset_flags(name: str, quantizer: str | None, parse: Callable[..., Any]) ->
     if not other.any_channels:
         dropped |= {"latent_channels"}
     return {name: value for name, value in flags.items() if name not in dropped}
+
+
+def split(text: str) -> list[str]:
+    """Split the text of a preset into the words of a command line."""
+    kept = re.sub(NOT_FLAGS, lambda found: found["quoted"] or "", text)
+    words = shlex.shlex(kept, posix=True)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    return list(words)
