@@ -7,6 +7,7 @@ torchrun several processes train together; --batch_size is then that of all of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -198,11 +199,17 @@ def start_files(trainer: Trainer) -> None:
 def log_plan(
     trainer: Trainer, training: ImageSet, validation: ImageSet, settings: Settings
 ) -> None:
-    """Log images, steps and device of this run."""
-    data = settings.data
+    """Log the model's size and rate, images, steps and device of this run."""
+    data, model, side = settings.data, settings.model, training.image_size
+    codes = model.codes_per_image(side)
+    log.info(
+        "%s parameters; %s codes of %s per image, %.3g bits per pixel nominal",
+        *(f"{sum(item.numel() for item in trainer.model.parameters()):,}", f"{codes:,}"),
+        *(f"{model.num_embedding:,}", codes * math.log2(model.num_embedding) / side**2),
+    )
     log.info(
         "%d training and %d validation images of %s, %d×%d; steps %d to %d on %s%s",
-        *(len(training), len(validation), data.dataset, data.image_size, data.image_size),
+        *(len(training), len(validation), data.dataset, side, side),
         *(trainer.step, trainer.total_steps, trainer.device),
         f", {num_ranks()} processes" if num_ranks() > 1 else "",
     )

@@ -150,6 +150,10 @@ class ModelConfig:
         """1 if all slots share a codebook, m if each has its own, 0 without any."""
         return self.spec.codebooks(self)
 
+    def codes_per_image(self, side: int) -> int:
+        """Return the number of indices of a square image."""
+        return self.num_slots * (side // self.downsampling) ** 2
+
     def need_libraries(self) -> None:
         """Raise ValueError if a library that the model needs is not installed."""
         for name, spec in (("model", self.network), ("quantizer", self.spec)):

@@ -609,6 +609,16 @@ def test_train_test_evaluate(script: Script, tmp_path: Path) -> None:
     assert "resumed" in outcome.err
 
 
+PRESET_CODES = {  # per image
+    "ffhq-256": 16_384,
+    "imagenet-256": 16_384,
+    "imagenet-256-f16": 256,
+    "imagenet-256-f8": 1_024,
+    "lsun-256": 12_288,
+    "photos-64": 2_048,
+}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_whole(name: str) -> None:
     """Every preset is a model that can be built, with flags that suit its images."""
@@ -620,7 +630,8 @@ def test_presets_are_whole(name: str) -> None:
     with torch.device("meta"):
         model = VQGAN(config)
     side = flags["image_size"]
-    assert int(name.rpartition("-")[2]) == side
+    assert int(name.split("-")[1]) == side
+    assert config.codes_per_image(side) == PRESET_CODES[name]
     build_loss_configs(flags, config, side)
     assert TrainConfig(**{k: v for k, v in flags.items() if hasattr(TrainConfig, k)}).lr == 0.5
     factor = config.downsampling
