@@ -354,6 +354,21 @@ def test_torchrun_trains_and_tests_as_one_process_does(mnist: Path, tmp_path: Pa
     assert found[0] == found[1]
 
 
+def test_processes_resume_bit_for_bit(mnist: Path, tmp_path: Path) -> None:
+    words = ("main.py", "--dataset", "mnist", "--data_folder", str(mnist), "--device", "cpu")
+    words += ("--hidden_size", "8", "--num_embedding", "16", "--batch_size", "8")
+    for name, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
+        outcomes = run_ranks((*words, "--exp_name", name, "--max_steps", steps), tmp_path)
+        assert not any(outcome.code for outcome in outcomes), outcomes
+    assert "resumed output/models/parts/last.pt at step 2" in outcomes[0].err
+    whole, parts = (
+        torch.load(tmp_path / f"output/models/{name}/last.pt", weights_only=True)
+        for name in ("whole", "parts")
+    )
+    for entry in ("model", "optimizer", "random_states", "best"):
+        torch.testing.assert_close(parts[entry], whole[entry], rtol=0, atol=0)
+
+
 def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
     words = ("--dataset", "folder", "--data_folder", "nowhere", "--device", "cpu")
     for command, line in (

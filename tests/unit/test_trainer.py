@@ -492,3 +492,14 @@ def test_contradictions_name_flag_and_both_values() -> None:
 def test_a_device_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"--device {name}"):
         resolve_device(name)
+
+
+def test_best_has_no_state_of_the_run(tmp_path: Path) -> None:
+    """It is for testing and --pretrained; last.pt is three times as large."""
+    trainer = make(tmp_path, replace(TRAIN, weight_ema=0.9, max_steps=3))
+    trainer.fit()
+    best, last = (read_checkpoint(tmp_path / f"models/{name}.pt") for name in ("best", "last"))
+    assert best.content.keys() < last.content.keys()
+    own = {"trained", "optimizer", "scaler", "random_states", "batch", "best"}
+    assert own < last.content.keys() - best.content.keys()
+    assert best.count("step") == 3

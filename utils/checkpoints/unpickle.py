@@ -62,13 +62,17 @@ def read(path: Path, inert: tuple[str, ...]) -> Any:
 
         return load_file(path)
     ignored: list[Any] = []
+    mapped = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if zipfile.is_zipfile(path):  # files of old versions of PyTorch are not
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:  # PyTorch does not verify checksums
                     raise zipfile.BadZipFile
+                entries = archive.infolist()
+            # Processes that read one file share its pages in memory.
+            mapped = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             names = get_unsafe_globals_in_checkpoint(str(path)) if inert else []
             ignored = [(Inert, name) for name in names if name.startswith(inert)]
         with safe_globals(ignored):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

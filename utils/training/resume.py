@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.checkpoint import Stored
-from utils.distributed import from_first
+from utils.distributed import from_first, rank
 from utils.errors import UserError
 from utils.files import remove_left_overs
 from utils.flags.arguments import contradictions
@@ -23,9 +23,11 @@ def resume(trainer: Trainer, check: Callable[[Stored], None]) -> None:
 
     check raises UserError for a checkpoint of other data. Raises UserError where flags differ.
     """
-    stored, has_best = from_first(lambda: stored_to_resume(trainer, check))
-    if stored is None:
+    stored, has_best = stored_to_resume(trainer, check) if rank() == 0 else (None, False)
+    path, has_best = from_first(lambda: (stored.path if stored else None, has_best))
+    if path is None:
         return
+    stored = stored or trainer.task.read(path)  # each process maps the file: its pages are shared
     trainer.resume(stored)
     if trainer.config.overwrite and trainer.step >= trainer.total_steps:
         raise UserError(
@@ -65,6 +67,11 @@ def stored_to_resume(
     if not own and given is None:
         return None, False
     stored = read_first(own or [Path(config.resume)], trainer.task.read)
+    start = f"--pretrained {stored.path} starts from its weights"
+    if "optimizer" not in stored.content:
+        last = stored.path.with_name("last.pt")
+        way = f"{last} continues the run, {start}" if last.exists() else start
+        raise UserError(f"checkpoint {stored.path} holds weights, not the state of a run; {way}")
     differing = [
         line
         for name, configs in trainer.configs.items()
@@ -73,9 +80,9 @@ def stored_to_resume(
         for line in differing_flags(stored.group(name, type(current)), current)
     ]
     if differing:
+        way = f"choose another --exp_name ({start}), or --overwrite" if own else start
         raise UserError(
-            f"{stored.path} was trained with other flags: {', '.join(differing)}; "
-            "choose another --exp_name, or --overwrite"
+            f"{stored.path} was trained with other flags: {', '.join(differing)}; {way}"
         )
     check(stored)
     return stored, bool(own) and (models / "best.pt").exists()
@@ -88,7 +95,7 @@ def check_own(given: Path, own: list[Path], config: LoopConfig) -> None:
     if own and given.resolve() != own[0].resolve():
         raise UserError(
             f"--resume {given}: {own[0]} is where this experiment continues; "
-            "to begin at another of its checkpoints choose another --exp_name"
+            f"with another --exp_name --pretrained {given} starts from its weights"
         )
 
 

@@ -128,7 +128,7 @@ class Task(ABC):
         return read_stored(path)
 
     def state(self) -> dict[str, Any]:
-        """More entries of a checkpoint, from which training continues."""
+        """More entries of a checkpoint, from which training continues; without the optimisers."""
         return {}
 
     def load(self, content: Mapping[str, Any]) -> None:

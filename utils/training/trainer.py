@@ -361,7 +361,7 @@ class Trainer:
         )
 
     def save(self, name: str) -> None:
-        """Write a checkpoint from which the run continues bit for bit.
+        """Write the model and what it was trained by; in last.pt also the state of the run.
 
         Raises UserError, and leaves the files as they are, where a weight is not finite.
         """
@@ -375,16 +375,9 @@ class Trainer:
             **{name: flags_of(configs) for name, configs in self.configs.items()},
             **self.stored,
             "epoch": self.epoch,
-            "batch": self.batch,
             "step": self.step,
-            "validated": self.validated,
-            "best": self.best,
-            "bad_in_a_row": int(self.bad_steps.state[0]),
             **self.task.state(),
-            **({} if self.average is None else {"trained": self.model.state_dict()}),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random_states": gather(random_state(self.device)),
+            **(self.run_state() if name == "last.pt" else {}),
         }
         if rank() == 0:
             previous = self.models / "previous.pt" if name == "last.pt" else None
@@ -392,13 +385,36 @@ class Trainer:
         if name == "last.pt":
             self.saved_at = time.monotonic()
 
+    def run_state(self) -> dict[str, Any]:
+        """Entries of last.pt from which the run continues bit for bit."""
+        return {
+            "batch": self.batch,
+            "validated": self.validated,
+            "best": self.best,
+            "bad_in_a_row": int(self.bad_steps.state[0]),
+            **({} if self.average is None else {"trained": self.model.state_dict()}),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers().items()},
+            "scaler": self.scaler.state_dict(),
+            "random_states": gather(random_state(self.device)),
+        }
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """All optimisers by the names of their entries in last.pt."""
+        further = self.task.further_optimizers().items()
+        return {
+            "optimizer": self.optimizer,
+            **{f"{name}_optimizer": each for name, each in further},
+        }
+
     def resume(self, stored: Stored) -> None:
         """Continue where the checkpoint stopped. Raises UserError where its state is damaged."""
         content = stored.content
         try:
             self.load_weights(stored)
             self.task.load(content)
-            load_optimizer(self.optimizer, content["optimizer"]["state"])
+            for name, optimizer in self.optimizers().items():
+                if content[name]["state"] != {}:  # as before its first step
+                    load_optimizer(optimizer, content[name]["state"])
             self.scaler.load_state_dict(content["scaler"])
             self.step, self.epoch = stored.count("step"), stored.count("epoch")
             self.batch, self.validated = stored.count("batch"), stored.count("validated")

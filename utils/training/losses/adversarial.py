@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.flags.arguments import build
 from utils.training.losses.loss import Loss, Seen, Setting
 from utils.training.losses.perceptual import half_precision
-from utils.training.optimizers import load_optimizer, make_adam
+from utils.training.optimizers import make_adam
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,11 @@ class Adversarial(Loss):
         return {"discriminator": self.optimizer}
 
     def state(self) -> dict[str, Any]:
-        return {
-            "discriminator": self.discriminator.state_dict(),
-            "discriminator_optimizer": self.optimizer.state_dict(),
-        }
+        return {"discriminator": self.discriminator.state_dict()}
 
     def load(self, content: Mapping[str, Any]) -> None:
         check_tensors(self.discriminator.state_dict(), content["discriminator"])
         self.discriminator.load_state_dict(content["discriminator"])
-        moments = content["discriminator_optimizer"]["state"]
-        if moments:  # none before its first step
-            load_optimizer(self.optimizer, moments)
 
 
 def mean(values: Tensor) -> Tensor:

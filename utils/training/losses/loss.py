@@ -89,7 +89,7 @@ class Loss(ABC):
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Entries of a checkpoint."""
+        """Entries of a checkpoint; the trainer adds the optimisers."""
         return {}
 
     def load(self, content: Mapping[str, Any]) -> None:
