@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -71,8 +72,8 @@ def start_ranks(device_flag: str) -> torch.device:
 
 def seed_rank(seed: int) -> None:
     """Give each process its own random numbers; the first keeps its generator as it is."""
-    if rank() > 0:
-        torch.manual_seed(seed + 2**32 * rank())
+    if rank() > 0:  # the generator of the CPU takes 32 bits of a seed and ignores the others
+        torch.manual_seed(int(np.random.SeedSequence((seed, rank())).generate_state(1)[0]))
 
 
 def stop_ranks() -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import utils.distributed
 import utils.training.reconstruction
 from datasets import BatchLoader, TensorImages
 from modules import VQGAN, LooCQuantizer, ModelConfig, make_model
@@ -152,7 +153,7 @@ def test_switches_write_the_same_codebook(switches: dict[str, Any], tmp_path: Pa
     torch.testing.assert_close(first, one)
 
 
-def draw(folder: Path, anchor: str) -> torch.Tensor:
+def draw(folder: Path, anchor: str, equal: bool) -> torch.Tensor:
     """Count how many of 3,000 dead codevectors were pulled to each of 12 features: (12,)."""
     del folder
     torch.manual_seed(3)
@@ -166,7 +167,8 @@ def draw(folder: Path, anchor: str) -> torch.Tensor:
         quantizer.usage.zero_()
         with torch.no_grad():
             quantizer.codebook.copy_(torch.tensor([1.0, 0.0]))
-        quantizer(my_part(features)[:, :, None, None])
+        own = features[dist.get_rank() :: 3] if equal else my_part(features)
+        quantizer(own[:, :, None, None])
     # a = exp(−10⁻³) of the way, as nearly none was matched.
     pulled = (quantizer.codebook - features[0]) / torch.exp(torch.tensor(-1e-3)) + features[0]
     distance = torch.cdist(pulled, features)
@@ -174,10 +176,16 @@ def draw(folder: Path, anchor: str) -> torch.Tensor:
     return torch.bincount(distance.argmin(1)[near], minlength=12)
 
 
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("anchor", ["random", "probrandom"])
-def test_draws_have_the_distribution_of_one_process(anchor: str, tmp_path: Path) -> None:
-    """Chi-square of 3,000 draws among features that three processes hold in unequal shares."""
-    counts = together(3, draw, tmp_path, anchor)[0].double()
+def test_draws_have_the_distribution_of_one_process(
+    anchor: str, equal: bool, tmp_path: Path
+) -> None:
+    """Chi-square of 3,000 draws among features that three processes hold.
+
+    In equal shares they would show generators of one state (1,157).
+    """
+    counts = together(3, draw, tmp_path, anchor, equal)[0].double()
     assert counts.sum() >= 2990
     angles = torch.linspace(0, 6, 12).double()
     expected = (
@@ -185,6 +193,21 @@ def test_draws_have_the_distribution_of_one_process(anchor: str, tmp_path: Path)
     )
     expected = expected * counts.sum()
     assert ((counts - expected).square() / expected).sum() < 31.3  # 99.9 % quantile, 11 degrees
+
+
+def test_each_process_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ones in every run, and others for every seed."""
+
+    def numbers(seed: int, rank: int) -> tuple[float, ...]:
+        monkeypatch.setattr(utils.distributed, "rank", lambda: rank)
+        torch.manual_seed(seed)
+        seed_rank(seed)
+        return tuple(torch.rand(4).tolist())
+
+    keys = [(seed, rank) for seed in (0, 1, 42, 2**32 - 1) for rank in range(64)]
+    drawn = [numbers(*key) for key in keys]
+    assert len(set(drawn)) == len(keys)
+    assert drawn == [numbers(*key) for key in keys]
 
 
 # ------------------------------------------------------------------------------------ the trainer
