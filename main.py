@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 
-from datasets import DATASETS, BatchLoader, ImageSet, open_dataset, pixel_variance, split_validation
+from datasets import (
+    DATASETS,
+    BatchLoader,
+    ImageSet,
+    evenly_spread,
+    open_dataset,
+    pixel_variance,
+    split_validation,
+)
 from datasets.config import DataConfig
 from modules import ModelConfig, make_model
 from utils.checkpoints.checkpoint import Stored
@@ -90,15 +98,19 @@ def read_settings() -> Settings:
 
 def open_images(settings: Settings) -> tuple[ImageSet, ImageSet]:
     """Training and validation images; the first process downloads what is missing."""
-    data = settings.data
+    data, train = settings.data, settings.train
     source = (data.dataset, data.data_folder)
     options = (data.image_size, data.image_cache)
     with first_goes_ahead():
         images = open_dataset(*source, "train", *options)
-        if settings.train.validation == "test":
+        if train.validation == "test":
             log.warning("--validation test chooses best.pt on the test images: its scores flatter")
-            return images, open_dataset(*source, "test", *options)
-    return split_validation(images)
+            training, validation = images, open_dataset(*source, "test", *options)
+        else:
+            training, validation = split_validation(images)
+    if train.num_validation is not None:
+        validation = evenly_spread(validation, train.num_validation)
+    return training, validation
 
 
 def complete(settings: Settings, images: ImageSet) -> Settings:
@@ -200,7 +212,8 @@ def log_plan(
     trainer: Trainer, training: ImageSet, validation: ImageSet, settings: Settings
 ) -> None:
     """Log the model's size and rate, images, steps and device of this run."""
-    data, model, side = settings.data, settings.model, training.image_size
+    data, train, model = settings.data, settings.train, settings.model
+    side = training.image_size
     codes = model.codes_per_image(side)
     log.info(
         "%s parameters; %s codes of %s per image, %.3g bits per pixel nominal",
@@ -213,6 +226,12 @@ def log_plan(
         *(trainer.step, trainer.total_steps, trainer.device),
         f", {num_ranks()} processes" if num_ranks() > 1 else "",
     )
+    if train.num_epochs and train.max_steps:
+        epochs = train.num_epochs * len(trainer.train_loader)
+        log.info(
+            "--num_epochs %d are %d steps, --max_steps is %d: the run ends after %d",
+            *(train.num_epochs, epochs, train.max_steps, trainer.total_steps),
+        )
 
 
 if __name__ == "__main__":

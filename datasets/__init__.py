@@ -4,5 +4,5 @@
 from datasets.image_sets import FileImages, ImageSet, TensorImages
 from datasets.loader import BatchLoader
 from datasets.registry import DATASETS, DatasetEntry, open_dataset
-from datasets.sampling import split_validation
+from datasets.sampling import evenly_spread, split_validation
 from datasets.variance import pixel_variance

@@ -42,6 +42,17 @@ def split_validation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
             "validation, so that 2 are needed, or --validation test"
         )
     train, validation = hold_out(len(images), "validation")
+    return choose(images, train), choose(images, validation)
+
+
+def evenly_spread(images: ImageSet, most: int) -> ImageSet:
+    """At most so many of the images, from the whole length of the set."""
+    count = min(most, len(images))
+    return choose(images, torch.arange(count) * len(images) // count)
+
+
+def choose(images: ImageSet, indices: Tensor) -> ImageSet:
+    """The images of these indices (n,), in memory if the set is."""
     if isinstance(images, TensorImages):
-        return TensorImages(images.images[train]), TensorImages(images.images[validation])
-    return ChosenImages(images, train), ChosenImages(images, validation)
+        return TensorImages(images.images[indices])
+    return ChosenImages(images, indices)

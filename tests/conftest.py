@@ -19,6 +19,7 @@ from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 
+import utils.training.trainer
 from utils.errors import UserError
 from utils.logger import log
 
@@ -41,6 +42,7 @@ def blank(figure: Figure, renderer: RendererBase) -> None:
 
 
 Figure.draw = blank  # type: ignore[assignment, method-assign]
+utils.training.trainer.NUM_PICTURES = 1
 
 
 def pytest_collection_finish() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,6 +217,21 @@ def test_the_same_command_continues(script: Script, mnist: Path, tmp_path: Path)
     outcome = train(script, mnist, "--lr", "0.01", "--overwrite")
     assert outcome.code == 0, outcome.err
     assert read_checkpoint(last).content["step"] == 3
+
+
+def test_the_length_of_a_run_and_its_validation_are_told(script: Script, mnist: Path) -> None:
+    """36 training images are 5 steps an epoch."""
+    words = ("--num_epochs", "1", "--max_steps", "9", "--num_validation", "3")
+    outcome = train(script, mnist, *words, "--validate_every", "2")
+    assert "36 training and 3 validation images" in outcome.err
+    assert "--num_epochs 1 are 5 steps, --max_steps is 9: the run ends after 5" in outcome.err
+    steps = re.findall(r"epoch (\d), step (\d): validation", outcome.err)
+    assert steps == [("0", "2"), ("0", "4"), ("1", "5")]
+    # How often the run validates may change, not on which images.
+    outcome = train(script, mnist, *words, "--num_epochs", "2", "--validate_every", "3")
+    assert re.findall(r"step (\d): validation", outcome.err) == ["6", "9"]
+    line = error_line(train(script, mnist, *words, "--num_validation", "4"))
+    assert "--num_validation 4 (it has 3)" in line
 
 
 def test_a_checkpoint_of_elsewhere_is_where_a_run_begins(

@@ -24,6 +24,7 @@ from modules import VQGAN, LooCQuantizer, ModelConfig, make_model
 from modules.quantizers.looc.anchors import ANCHORS
 from tests.conftest import ROOT, run_process
 from tests.processes import context, run_forked, run_ranks
+from utils.checkpoints.checkpoint import read_stored
 from utils.devices import seed_everything
 from utils.distributed import rank, seed_rank
 from utils.flags.recipes import RECIPES
@@ -214,7 +215,13 @@ def test_each_process_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPa
 
 
 def train(
-    folder: Path, anchor: str, num_images: int, accumulate: int, gan: bool = False, **switches: Any
+    folder: Path,
+    anchor: str,
+    num_images: int,
+    accumulate: int,
+    gan: bool = False,
+    validate_every: int | None = None,
+    **switches: Any,
 ) -> dict[str, torch.Tensor | float]:
     """Weights after 20 steps, the validation's PSNR, and how far codebooks ever were apart.
 
@@ -224,7 +231,7 @@ def train(
     utils.training.reconstruction.to_signed = lambda images: images.double() / 127.5 - 1
     images = torch.randint(256, (40, 1, 16, 16), generator=torch.Generator().manual_seed(0))
     training, validation = images.to(torch.uint8).split([30, 10])
-    config = replace(TRAIN, accumulate=accumulate)
+    config = replace(TRAIN, accumulate=accumulate, validate_every=validate_every)
     share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     seed_everything(1, CPU)
     model = make_model(replace(MODEL, anchor=anchor, **switches)).double()
@@ -292,6 +299,19 @@ def test_processes_equal_one_with_the_whole_batch(
             torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-6)
     written = sorted(path.name for path in (tmp_path / "several" / "models").iterdir())
     assert written == ["best.pt", "last.pt", "previous.pt"]
+
+
+def test_validation_every_few_steps_equals_one_process(tmp_path: Path) -> None:
+    work = partial(train, validate_every=3)
+    (one,) = together(1, work, tmp_path / "one", "closest", 25, 1)
+    first, second = together(2, work, tmp_path / "several", "closest", 25, 1)
+    assert first["best"] == second["best"] == pytest.approx(one["best"], rel=1e-6)
+    steps = [
+        read_stored(tmp_path / name / "models/best.pt").content["step"]
+        for name in ("one", "several")
+    ]
+    assert steps[0] == steps[1]
+    assert steps[0] % 3 == 0 or steps[0] == 20
 
 
 def test_the_best_recipe_equals_one_process(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from datasets import (
     FileImages,
     ImageSet,
     TensorImages,
+    evenly_spread,
     folders,
     idx,
     open_dataset,
@@ -732,6 +733,13 @@ def file_images(tmp_path: Path) -> FileImages:
 def tensor_images() -> TensorImages:
     levels = torch.arange(23, dtype=torch.uint8) * 10 + 5
     return TensorImages(levels.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous())
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, [0]), (3, [0, 3, 6]), (10, None), (99, None)])
+def test_a_few_images_are_evenly_spread(most: int, expected: list[int] | None) -> None:
+    images = torch.arange(10, dtype=torch.uint8).expand(1, 4, 4, 10).permute(3, 0, 1, 2)
+    few = evenly_spread(TensorImages(images), most)
+    assert [int(few[i][0, 0, 0]) for i in range(len(few))] == (expected or list(range(10)))
 
 
 @pytest.mark.parametrize("kind", ["file_images", "tensor_images"])

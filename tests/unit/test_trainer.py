@@ -98,6 +98,90 @@ def test_resumed_equals_uninterrupted(anchor: str, stop: int, tmp_path: Path) ->
     assert same(weights(whole), weights(second))
 
 
+def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(folder / "logs")).Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 6, 9])
+def test_validation_every_few_steps_resumes(stop: int, tmp_path: Path) -> None:
+    """Epochs have 3 steps; a signal after step 4 or 6 comes before its validation."""
+    config = replace(TRAIN, validate_every=2, save_every="3")
+    whole = make(tmp_path / "whole", config)
+    whole.fit()
+    first = make(tmp_path / "parts", config)
+    step = first.train_step
+
+    def stopped(images: torch.Tensor) -> None:
+        step(images)
+        if first.step == stop:
+            first.stop.signal = signal.SIGTERM
+
+    first.train_step = stopped  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        first.fit()
+    second = make(tmp_path / "parts", config)
+    second.resume(read_checkpoint(tmp_path / "parts" / "models" / "last.pt"))
+    second.fit()
+    assert same(weights(whole), weights(second))
+    curves = [curve(tmp_path / name, "validation/psnr") for name in ("whole", "parts")]
+    assert [step for step, _ in curves[0]] == [2, 4, 6, 8, 9]
+    assert curves[0] == curves[1]
+    best = [read_checkpoint(tmp_path / name / "models" / "best.pt") for name in ("whole", "parts")]
+    assert best[0].content["step"] == best[1].content["step"]
+    assert best[0].content["step"] == max(curves[0], key=lambda point: point[1])[0]
+    last = read_checkpoint(tmp_path / "parts" / "models" / "last.pt").content
+    assert (last["step"], last["epoch"], last["batch"], last["validated"]) == (9, 3, 0, 9)
+
+
+def test_validations_apart_from_epochs_leave_training_as_it_is(tmp_path: Path) -> None:
+    ends = []
+    for name, every in (("epochs", None), ("steps", 2), ("end", 100)):
+        trainer = make(tmp_path / name, replace(TRAIN, validate_every=every, log_every=3))
+        trainer.fit()
+        ends.append((weights(trainer), [step for step, _ in curve(tmp_path / name, "train/loss")]))
+    assert same(ends[0][0], ends[1][0])
+    assert same(ends[0][0], ends[2][0])
+    assert [steps for _, steps in ends] == [[3, 6, 9], [2, 3, 4, 6, 8, 9], [3, 6, 9]]
+    assert [step for step, _ in curve(tmp_path / "end", "validation/psnr")] == [9]
+
+
+def test_a_checkpoint_of_earlier_versions_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """It is validated first, as its epoch was not."""
+    whole = make(tmp_path / "whole")
+    whole.fit()
+    make(tmp_path / "parts", replace(TRAIN, max_steps=6)).fit()
+    last = read_checkpoint(tmp_path / "parts" / "models" / "last.pt")
+    trainer = make(tmp_path / "parts")
+    trainer.resume(replace(last, content={**last.content, "epoch": 1, "batch": 3, "validated": 3}))
+    validated: list[tuple[int, int]] = []
+    validate = trainer.validate
+
+    def noted() -> dict[str, float] | None:
+        validated.append((trainer.step, trainer.epoch))
+        return validate()
+
+    trainer.validate = noted  # type: ignore[method-assign]
+    trainer.fit()
+    assert validated == [(6, 2), (9, 3)]
+    assert same(weights(whole), weights(trainer))
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({}, 1500),
+        ({"max_steps": 3000}, 3000),
+        ({"num_epochs": 2}, 6),
+        ({"num_epochs": 2, "max_steps": 9}, 6),
+        ({"num_epochs": 2, "max_steps": 5}, 5),
+    ],
+)
+def test_what_is_given_ends_the_run(flags: dict[str, int], steps: int, tmp_path: Path) -> None:
+    """A default number of epochs, of 3 steps each, does not end it before --max_steps."""
+    assert make(tmp_path, TrainConfig(batch_size=8, **flags)).total_steps == steps  # type: ignore[arg-type]
+
+
 BEST = replace(SMALL, codebook_update="ema", codebook_start="kmeans", latent_norm="batch")
 
 

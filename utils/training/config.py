@@ -13,6 +13,7 @@ from modules.options import option
 from utils.flags.presets import PRESETS
 from utils.flags.recipes import RECIPES
 
+NUM_EPOCHS = 500
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done → factor of lr
     "constant": lambda _: 1.0,
@@ -31,15 +32,15 @@ class LoopConfig:
         None, "name of the experiment (default: <dataset>_<quantizer>_<K>x<d>)"
     )
     batch_size: int = option(1024, "images per step", minimum=1, maximum=2**20)
-    num_epochs: int = option(
-        500,
-        "passes over the training images, unless --max_steps comes first",
+    num_epochs: int | None = option(
+        None,
+        f"passes over the training images (default: {NUM_EPOCHS} without --max_steps)",
         minimum=1,
         maximum=10**9,
     )
     max_steps: int | None = option(
         None,
-        "stop after this many steps, unless --num_epochs comes first",
+        "steps of the run; with --num_epochs too, whichever ends first",
         minimum=1,
         maximum=10**12,
     )
@@ -83,8 +84,14 @@ class LoopConfig:
         maximum=10**9,
     )
     log_every: int = option(20, "steps between two log entries", minimum=1, maximum=10**9)
+    validate_every: int | None = option(
+        None,
+        "steps between two validations (default: those of an epoch); the last step has one too",
+        minimum=1,
+        maximum=10**12,
+    )
     save_every: str = option(
-        "10m", "write last.pt every so many steps (500) or minutes (10m), and after every epoch"
+        "10m", "write last.pt every so many steps (500) or minutes (10m), and with every validation"
     )
     resume: str = option(
         "auto",
@@ -100,6 +107,8 @@ class LoopConfig:
             )
         if not re.fullmatch(r"0(\.\d{1,9})?,0(\.\d{1,9})?", self.betas):
             raise ValueError(f"--betas {self.betas} is no pair of numbers below 1, like 0.5,0.9")
+        if self.num_epochs is None and self.max_steps is None:
+            object.__setattr__(self, "num_epochs", NUM_EPOCHS)
         if self.grad_clip == 0:
             object.__setattr__(self, "grad_clip", None)
         if self.accumulate > self.batch_size:
@@ -112,6 +121,11 @@ class LoopConfig:
         """--betas as numbers."""
         first, second = map(float, self.betas.split(","))
         return first, second
+
+
+def count_steps(num_epochs: int | None, max_steps: int | None, epoch: int) -> int:
+    """Return the steps of a run whose epochs have so many: the shorter of what is given."""
+    return min(end for end in (num_epochs and num_epochs * epoch, max_steps) if end)
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,9 @@ class TrainConfig(LoopConfig):
         "reference does",
         choices=("split", "test"),
     )
+    num_validation: int | None = option(
+        None, "most images of a validation, evenly spread (default: all)", minimum=1
+    )
     compile: bool = option(False, "compile encoder and decoder (torch.compile)")
     channels_last: bool = option(False, "store images and weights channels last")
     checkpoint_gradients: bool = option(
@@ -150,6 +167,6 @@ class TrainConfig(LoopConfig):
 FREE_TO_CHANGE = (
     *("output_folder", "exp_name", "num_epochs", "max_steps", "device", "accumulate", "recipe"),
     *("preset", "checkpoint_gradients", "weights_dir"),
-    *("max_bad_steps", "log_every", "save_every", "resume", "overwrite"),
+    *("max_bad_steps", "log_every", "validate_every", "save_every", "resume", "overwrite"),
     *("data_folder", "num_workers", "skip_bad_images", "image_cache"),
 )

@@ -30,11 +30,13 @@ from utils.distributed import (
 from utils.errors import Stopped, UserError, one_line, printable
 from utils.logger import log
 from utils.training.board import open_board
-from utils.training.config import PRECISIONS, SCHEDULES, LoopConfig
+from utils.training.config import PRECISIONS, SCHEDULES, LoopConfig, count_steps
 from utils.training.meter import BadSteps, Meter
 from utils.training.optimizers import load_optimizer
 from utils.training.signals import StopRequest
 from utils.training.task import Loader, Step, Task, parts_of, size_of
+
+NUM_PICTURES = 10  # validations of a run that TensorBoard shows pictures of
 
 
 class Trainer:
@@ -90,13 +92,12 @@ class Trainer:
         self.validated = 0  # the step of the last validation
         self.best = -float("inf")
         self.saved_at = time.monotonic()
-        steps = config.num_epochs * len(train_loader)
-        self.total_steps = min(steps, config.max_steps or steps)
+        self.total_steps = count_steps(config.num_epochs, config.max_steps, len(train_loader))
         self.stop = StopRequest()
         self.skipped: set[str] = set()  # messages of bad images that were logged
 
     def fit(self) -> None:
-        """Train to the last step; validate and save after every epoch.
+        """Train to the last step; validate and save after every epoch, or as --validate_every says.
 
         Raises UserError when a loss or gradient is not finite more often than --max_bad_steps
         allows; checkpoints on disk stay as they were. Raises Stopped after a signal, when last.pt
@@ -114,18 +115,19 @@ class Trainer:
             self.stop,
         ):  # fmt: skip
             self.model.train()
-            while self.step < self.total_steps or self.validated < self.step:
+            self.clock = time.perf_counter()
+            if self.batch == len(self.train_loader):  # of a checkpoint of an earlier version
+                self.epoch, self.batch = self.epoch + 1, 0
+            if self.validation_is_due():  # the run was stopped before it
+                self.validate_and_save()
+            while self.step < self.total_steps:
                 self.train_epoch()
-                self.finish_epoch()
 
     # ------------------------------------------------------------------------------------- steps
 
     def train_epoch(self) -> None:
         """Train the rest of this epoch, or as much of it as --max_steps allows."""
-        self.clock = time.perf_counter()
         for batch in self.train_loader.epoch(self.epoch, start=self.batch):
-            if self.step == self.total_steps:
-                break
             self.train_step(batch)
             self.bar.update()
             if self.step % self.config.log_every == 0:
@@ -133,14 +135,19 @@ class Trainer:
             stop, due = sum_numbers(bool(self.stop.signal), self.save_is_due())
             if stop:
                 self.save_and_stop()
-            if due and self.batch < len(self.train_loader):
+            if self.validation_is_due():
+                self.validate_and_save()
+            elif due:
                 self.show()
                 self.save("last.pt")
+            if self.step == self.total_steps:
+                break
 
     def train_step(self, batch: Any, /) -> None:
         """Take one step on this process's share of a batch; losses are means over all of it."""
         self.step += 1
-        self.batch += 1
+        self.batch = (self.batch + 1) % len(self.train_loader)
+        self.epoch += self.batch == 0
         size = size_of(batch)
         (total,) = sum_numbers(size)
         if total == 0:  # none of them could be read
@@ -267,7 +274,14 @@ class Trainer:
 
     # -------------------------------------------------------------------------------- validation
 
-    def finish_epoch(self) -> None:
+    def validation_is_due(self) -> bool:
+        """Return whether this step is validated, and has not been yet."""
+        if self.validated == self.step:
+            return False
+        every = self.config.validate_every
+        return self.step >= self.total_steps or (self.step % every if every else self.batch) == 0
+
+    def validate_and_save(self) -> None:
         """Validate, save last.pt, and best.pt where this is the best so far."""
         self.show()
         scores = self.validate()
@@ -275,8 +289,6 @@ class Trainer:
         if scores is None:
             self.save_and_stop()
             return
-        if self.batch == len(self.train_loader):
-            self.epoch, self.batch = self.epoch + 1, 0
         self.validated = self.step
         score = self.task.score(scores)
         improved = score > self.best
@@ -289,6 +301,7 @@ class Trainer:
         if improved:
             self.save("best.pt")
         self.save("last.pt")  # after best.pt, whose score it holds
+        self.clock = time.perf_counter()  # the speed is that of training
 
     def log_skipped(self) -> None:
         """Log the images that were skipped since the last time."""
@@ -327,14 +340,18 @@ class Trainer:
         means = {name: value / total for name, value in zip(names, totals)}
         scores = {**means, **self.task.validation_scores()}
         self.write_scalars("validation", scores)
-        regular = self.epoch % max(1, self.config.num_epochs // 50) == 0
-        if rank() == 0 and (regular or self.step == self.total_steps):
+        if rank() == 0 and self.pictures_are_due():
             for name, picture in self.task.pictures(self.best_model).items():
                 image = isinstance(picture, Tensor)
                 write = self.board.add_image if image else self.board.add_figure
                 write(name, picture, self.step)
             gc.collect()  # figures are cycles of megabytes that Python would leave for long
         return scores
+
+    def pictures_are_due(self) -> bool:
+        """Return whether this validation shows pictures: the first and NUM_PICTURES more do."""
+        shares = (NUM_PICTURES * step // self.total_steps for step in (self.validated, self.step))
+        return self.validated == 0 or len(set(shares)) > 1
 
     def write_scalars(self, group: str, scores: Mapping[str, float]) -> None:
         for name, value in scores.items():
@@ -450,7 +467,8 @@ class Trainer:
 
     def check_schedule(self, before: Mapping[str, Any]) -> None:
         """Warn where another number of steps moves the run to another place of its schedule."""
-        steps = min(before["num_epochs"] * len(self.train_loader), before["max_steps"] or math.inf)
+        epoch = len(self.train_loader)
+        steps = count_steps(before["num_epochs"], before["max_steps"], epoch)
         if self.config.schedule != "constant" and steps != self.total_steps:
             log.warning(
                 "--schedule %s is now of %d steps, not %d: the learning rate goes on at %.2g",
