@@ -398,8 +398,10 @@ def test_torchrun_trains_and_tests_as_one_process_does(mnist: Path, tmp_path: Pa
 
 
 def test_processes_resume_bit_for_bit(mnist: Path, tmp_path: Path) -> None:
-    words = ("main.py", "--dataset", "mnist", "--data_folder", str(mnist), "--device", "cpu")
-    words += ("--hidden_size", "8", "--num_embedding", "16", "--batch_size", "8")
+    words = (
+        *("main.py", "--dataset", "mnist", "--data_folder", str(mnist), "--device", "cpu"),
+        *("--hidden_size", "8", "--num_embedding", "16", "--batch_size", "8"),
+    )
     for name, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
         outcomes = run_ranks((*words, "--exp_name", name, "--max_steps", steps), tmp_path)
         assert not any(outcome.code for outcome in outcomes), outcomes
