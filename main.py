@@ -16,18 +16,10 @@ from typing import Any
 
 import torch
 
-from datasets import (
-    DATASETS,
-    BatchLoader,
-    ImageSet,
-    evenly_spread,
-    open_dataset,
-    pixel_variance,
-    split_validation,
-)
+from datasets import DATASETS, BatchLoader, ImageSet, evenly_spread, pixel_variance
 from datasets.config import DataConfig
+from datasets.splits import check_images, names_stored, open_training
 from modules import ModelConfig, make_model
-from utils.checkpoints.checkpoint import Stored
 from utils.checkpoints.pretrained import Pretrained, load_pretrained
 from utils.devices import keep_freed_memory, seed_everything
 from utils.distributed import (
@@ -38,7 +30,7 @@ from utils.distributed import (
     start_ranks,
     stop_ranks,
 )
-from utils.errors import UserError, memory_for, run
+from utils.errors import memory_for, run
 from utils.files import check_unicode, inside, writable_folder
 from utils.flags.arguments import build, build_model_config, parse_flags, resolve
 from utils.flags.search import SearchConfig, apply_search
@@ -69,13 +61,16 @@ def main() -> None:
     settings = read_settings()
     start_logging(quiet=rank() > 0)
     device = start_ranks(settings.train.device)
-    training, validation = open_images(settings)
+    with first_goes_ahead():  # it downloads what is missing
+        training, validation = open_training(settings.data, settings.train.validation)
+    if settings.train.num_validation is not None:
+        validation = evenly_spread(validation, settings.train.num_validation)
     settings = complete(settings, training)
     task = make_task(settings, training, device)
     settings = replace(settings, pretrained=None)  # as large as the model
     trainer = make_trainer(task, training, validation, settings)
     with locked(trainer.models, "--exp_name"):
-        resume(trainer, partial(check_images, data=settings.data, num_images=len(training)))
+        resume(trainer, partial(check_images, data=settings.data, current=trainer.stored))
         start_files(trainer)
         log_plan(trainer, training, validation, settings)
         with memory_for(f"--batch_size {settings.train.batch_size} (--accumulate splits it)"):
@@ -87,6 +82,8 @@ def main() -> None:
 def read_settings() -> Settings:
     """The flags given, with those of preset, pretrained weights and recipe."""
     flags, pretrained = resolve(parse_flags(__doc__, *GROUPS), *GROUPS)
+    if "data_folder" in flags:
+        flags = {"dataset": "folder", **flags}
     data, train = build(DataConfig, flags), build(TrainConfig, flags)
     known = DATASETS[data.dataset]
     model = build_model_config(flags, known.channels)
@@ -94,23 +91,6 @@ def read_settings() -> Settings:
     check_network(model, train, image_size)
     losses = build_loss_configs(flags, model, image_size)
     return Settings(flags, data, train, model, tuple(losses), pretrained)
-
-
-def open_images(settings: Settings) -> tuple[ImageSet, ImageSet]:
-    """Training and validation images; the first process downloads what is missing."""
-    data, train = settings.data, settings.train
-    source = (data.dataset, data.data_folder)
-    options = (data.image_size, data.image_cache)
-    with first_goes_ahead():
-        images = open_dataset(*source, "train", *options)
-        if train.validation == "test":
-            log.warning("--validation test chooses best.pt on the test images: its scores flatter")
-            training, validation = images, open_dataset(*source, "test", *options)
-        else:
-            training, validation = split_validation(images)
-    if train.num_validation is not None:
-        validation = evenly_spread(validation, train.num_validation)
-    return training, validation
 
 
 def complete(settings: Settings, images: ImageSet) -> Settings:
@@ -181,23 +161,8 @@ def make_trainer(
         models=models,
         logs=logs,
         configs=configs,
-        stored={"num_images": len(training)},
+        stored=names_stored(training, validation),
     )
-
-
-def check_images(stored: Stored, data: DataConfig, num_images: int) -> None:
-    """Raise UserError where a checkpoint was trained on another number of images."""
-    before = stored.count("num_images")
-    if before != num_images:
-        raise UserError(
-            f"{stored.path} was trained on {before} images, --data_folder gives {num_images}"
-        )
-    there, here = stored.group("data_config", DataConfig).data_folder, data.data_folder
-    if there and here and Path(there).resolve() != Path(here).resolve():
-        log.warning(
-            "%s was trained on the images of %s and continues on those of %s",
-            *(stored.path, there, here),
-        )
 
 
 def start_files(trainer: Trainer) -> None:

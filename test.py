@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from datasets import BatchLoader, ImageSet, open_dataset
+from datasets import DATASETS, BatchLoader, ImageSet
 from datasets.config import DataConfig
+from datasets.splits import open_tested
 from modules import ModelConfig
 from modules.options import option
 from utils.checkpoints.checkpoint import Checkpoint, read_named
@@ -30,7 +31,7 @@ from utils.errors import UserError, memory_for, run
 from utils.flags.arguments import build, check_stored, parse_flags
 from utils.flags.search import SearchConfig, apply_search
 from utils.locks import locked
-from utils.logger import start_logging
+from utils.logger import log, start_logging
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,20 @@ class TestConfig:
     jpeg_quality: int = option(75, "quality of jpg pictures", minimum=1, maximum=100)
     save_codes: bool = option(False, "write the indices, entropy-coded, to codes.looc")
     from_codes: str | None = option(None, "reconstruct from this code file instead of images")
+    data_split: str | None = option(
+        None,
+        "images that are tested (default: test for the data that the model was trained on, all for "
+        "any other data)",
+        choices=("test", "train", "all"),
+    )
 
     def __post_init__(self) -> None:
         if self.image_format == "png" and self.jpeg_quality != TestConfig.jpeg_quality:
             raise ValueError(f"--jpeg_quality {self.jpeg_quality} needs --image_format jpg")
         if self.save_codes and self.from_codes is not None:
             raise ValueError("--save_codes contradicts --from_codes, which reads codes")
+        if self.data_split is not None and self.from_codes is not None:
+            raise ValueError(f"--data_split {self.data_split} has no effect with --from_codes")
 
 
 def main() -> None:
@@ -76,7 +85,11 @@ def test(
     """Reconstruct the images of the data set, write everything and report."""
     data = data_of(checkpoint, flags)
     with first_goes_ahead():
-        images = open_images(checkpoint, data)
+        images, split = open_tested(checkpoint, data, config.data_split)
+    check_fit(checkpoint, data, images)
+    if split == "all" and config.data_split is None:
+        source = data.data_folder or data.dataset
+        log.info("%s was not trained on %s: all its images are tested", checkpoint.path, source)
     model = checkpoint.model().to(device)
     apply_search(build(SearchConfig, flags), model, device)
     info = None
@@ -94,7 +107,9 @@ def test(
         skip_bad=data.skip_bad_images,
     )
     with locked(results, "--output_folder"):
-        reconstruct(model, loader, form, results, info, asdict(data), images.name)
+        reconstruct(
+            model, loader, form, results, info, {**asdict(data), "data_split": split}, images.name
+        )
 
 
 def test_from_codes(
@@ -116,30 +131,35 @@ def test_from_codes(
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
-    """The data flags given, else those of training, except those for training images alone."""
+    """The data flags given, else those of training, except those for training images alone.
+
+    A folder given without a data set implies --dataset folder, unless that of training has one.
+    """
     untouched = {"flip": False, "crop": "centre"}
     for name, value in untouched.items():
         if flags.get(name, value) != value:
             raise UserError(f"--{name} has no effect on test images")
-    if not checkpoint.content and "dataset" not in flags:
-        raise UserError(f"--dataset is missing: {checkpoint.path} does not name its data set")
     stored = asdict(checkpoint.group("data_config", DataConfig)) if checkpoint.content else {}
+    if not stored or DATASETS[stored["dataset"]].bundled:
+        stored.pop("data_folder", None)
+        if "data_folder" in flags:
+            flags = {"dataset": "folder", **flags}
+    if not stored and "dataset" not in flags:
+        raise UserError(f"--dataset is missing: {checkpoint.path} does not name its data set")
     if flags.get("dataset", stored.get("dataset")) != stored.get("dataset"):
         stored = {}
     stored["image_cache"] = None  # test images are read once: it would cost more than it saves
     return build(DataConfig, {**stored, **flags, **untouched})
 
 
-def open_images(checkpoint: Checkpoint, data: DataConfig) -> ImageSet:
-    """The test images. Raises UserError if they do not fit the model."""
-    images = open_dataset(data.dataset, data.data_folder, "test", data.image_size, data.image_cache)
+def check_fit(checkpoint: Checkpoint, data: DataConfig, images: ImageSet) -> None:
+    """Raise UserError if the images do not fit the model."""
     model, side, given = checkpoint.model_config, images.image_size, images.channels
     if given != model.in_channels:
         need = f"{checkpoint.path} takes {model.in_channels}"
         raise UserError(f"--dataset {data.dataset} has {given} channels, {need}")
     if side % model.downsampling:
         raise UserError(f"--image_size {side} is not a multiple of {model.downsampling}")
-    return images
 
 
 if __name__ == "__main__":

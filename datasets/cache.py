@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import zlib
+from collections.abc import Sequence
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class CachedImages(ImageSet):
         self.images = images
         self.path = path
         self.channels, self.image_size = images.channels, images.image_size
+        self.splits = images.splits
         self.header = f"{FORMAT} {key}\n".encode()
         self.record = CHECKSUM + self.channels * self.image_size**2  # bytes
         prepare(path, self.header, len(self.header) + len(images) * self.record)
@@ -53,6 +55,9 @@ class CachedImages(ImageSet):
 
     def name(self, index: int) -> str:
         return self.images.name(index)
+
+    def split_keys(self) -> Sequence[str]:
+        return self.images.split_keys()
 
     def stored(self, index: int) -> Tensor | None:
         """Return an image (C, H, W) from the file; None where its record is not valid."""

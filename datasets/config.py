@@ -15,7 +15,7 @@ class DataConfig:
 
     dataset: str = option("fashion-mnist-sample", "data set", choices=DATASETS)
     data_folder: str | None = option(
-        None, "folder of the data set; with --dataset folder, any images (default: data/<dataset>)"
+        None, "folder of the data set; without --dataset, of any images (default: data/<dataset>)"
     )
     image_size: int | None = option(
         None, "side of the square images in pixels, for sets on disk", minimum=4, maximum=8192

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from datasets.image_sets import FileImages, ImageSet, Split
-from datasets.sampling import hold_out
+from datasets.image_sets import FileImages, FolderSplits, ImageSet, Split
+from datasets.sampling import hold_out_by_name
 from datasets.staging import fetch
 from utils.errors import UserError
 from utils.image_files import SUFFIXES, image_names
@@ -15,19 +18,24 @@ from utils.logger import log
 FFHQ_TRAIN = 60_000
 FFHQ_TEST = 10_000
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
+SAMPLED = 32  # test images of which a digest knows the content
 IMAGENET_FOLDERS: dict[Split, str] = {"train": "train", "test": "val"}
 
 
 def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
     """Any folder of images, at any depth.
 
-    Its subfolders train and test (or val) are the splits, if it has them; otherwise a tenth of the
-    sorted names, the same in every run, is the test set.
+    Its subfolders train and test (or val) are the splits, if it has them; val beside both is for
+    validation. Otherwise about a tenth, chosen by a hash of each name, is the test set.
     """
-    held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
-    if held_out and (folder / "train").is_dir():
-        part = folder / (held_out if split == "test" else "train")
-        return FileImages(part, list_images(part), image_size)
+    own = [name for name in ("train", "test", "val") if (folder / name).is_dir()]
+    if "train" in own and len(own) > 1:
+        held_out = folder / own[1]
+        part = held_out if split == "test" else folder / split
+        images = FileImages(part, list_images(part), image_size)
+        digest = digest_of(held_out, image_names(held_out))
+        images.splits = FolderSplits(digest, by_name=False, has_val=len(own) == 3)
+        return images
     names = list_images(folder)
     with os.scandir(folder) as entries:
         unlike = sorted(e.name for e in entries if e.name.lower() in SPLIT_NAMES and e.is_dir())
@@ -38,9 +46,10 @@ def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
         )
     if len(names) == 1:
         raise UserError(f"--data_folder {folder} holds 1 image: training and testing need 2")
-    train, test = hold_out(len(names), "test")
-    chosen = (test if split == "test" else train).tolist()
-    return FileImages(folder, [names[i] for i in chosen], image_size)
+    train, test = ([names[i] for i in part.tolist()] for part in hold_out_by_name(names, "test"))
+    images = FileImages(folder, test if split == "test" else train, image_size)
+    images.splits = FolderSplits(digest_of(folder, test), by_name=True)
+    return images
 
 
 def open_ffhq(folder: Path, split: Split, image_size: int) -> ImageSet:
@@ -78,6 +87,15 @@ def unpack_imagenet(folder: Path, part: Path) -> None:
     if absent:
         raise UserError(f"{missing}; to unpack it, {folder} lacks {' and '.join(absent)}")
     fetch(lambda root: ImageNet(root, split=part.name), folder, missing, archives)
+
+
+def digest_of(folder: Path, names: Sequence[str]) -> str:
+    """Digest of images' names, and of the beginning of some files: other images have other ones."""
+    digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape"))
+    for name in names[:: max(1, len(names) // SAMPLED)]:
+        with suppress(OSError), (folder / name).open("rb") as file:  # decoding it will tell
+            digest.update(file.read(2**16))
+    return digest.hexdigest()
 
 
 def list_images(folder: Path) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import IO, Literal, TypeAlias
+from typing import IO, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,9 +18,17 @@ from torch.utils.data import Dataset
 
 from utils.image_files import open_image, viewed
 
-Split: TypeAlias = Literal["train", "test"]
+Split: TypeAlias = Literal["train", "test", "val"]  # val only where a folder has its own
 
 CROPS = ("centre", "random")  # where the square is cut out of a training image
+
+
+class FolderSplits(NamedTuple):
+    """How a folder of images is split."""
+
+    test: str  # digest of the test images
+    by_name: bool  # by a hash of the names; otherwise the folder has train/ and test/ or val/
+    has_val: bool = False  # beside train/ and test/
 
 
 class ImageSet(Dataset[Tensor], ABC):
@@ -26,6 +36,7 @@ class ImageSet(Dataset[Tensor], ABC):
 
     channels: int
     image_size: int
+    splits: FolderSplits | None = None  # of the folder that the images are from
 
     @abstractmethod
     def __len__(self) -> int:
@@ -45,6 +56,10 @@ class ImageSet(Dataset[Tensor], ABC):
     def name(self, index: int) -> str:
         """Return an image's name in messages and records: its file's path, if it has one."""
         return f"{index:08d}"
+
+    def split_keys(self) -> Sequence[str]:
+        """Return the images' names within the set, by which some are held out."""
+        return [self.name(index) for index in range(len(self))]
 
     def identity(self) -> Iterator[str]:
         """Yield strings that change whenever the images do; they name the image cache."""
@@ -85,6 +100,9 @@ class FileImages(ImageSet):
     def name(self, index: int) -> str:
         return str(self.folder / self.names[index])
 
+    def split_keys(self) -> Sequence[str]:
+        return self.names
+
     def identity(self) -> Iterator[str]:
         folder = str(self.folder)  # a Path for each of a million would take seconds
         return (f"{name} {size_and_time(os.path.join(folder, name))}" for name in self.names)  # noqa: PTH118
@@ -97,6 +115,7 @@ class ChosenImages(ImageSet):
         self.images = images
         self.chosen = chosen
         self.channels, self.image_size = images.channels, images.image_size
+        self.splits = images.splits
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -106,6 +125,46 @@ class ChosenImages(ImageSet):
 
     def name(self, index: int) -> str:
         return self.images.name(int(self.chosen[index]))
+
+    def split_keys(self) -> Sequence[str]:
+        keys = self.images.split_keys()
+        return [keys[index] for index in self.chosen.tolist()]
+
+
+class JoinedImages(ImageSet):
+    """The images of several sets, one set after another."""
+
+    def __init__(self, parts: Sequence[ImageSet]) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(map(len, parts)))
+        self.channels, self.image_size = parts[0].channels, parts[0].image_size
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def find(self, index: int) -> tuple[ImageSet, int]:
+        """Return the part that holds an image, and the image's position there."""
+        number = bisect_right(self.ends, index)
+        return self.parts[number], index - self.ends[number] + len(self.parts[number])
+
+    def cropped(self, index: int, place: float | None = None) -> Tensor:
+        part, position = self.find(index)
+        return part.cropped(position, place)
+
+    def name(self, index: int) -> str:
+        part, position = self.find(index)
+        return part.name(position)
+
+    def identity(self) -> Iterator[str]:
+        return chain.from_iterable(part.identity() for part in self.parts)
+
+
+def joined(parts: Sequence[ImageSet]) -> ImageSet:
+    """Join sets, in memory if they are."""
+    in_memory = [part.images for part in parts if isinstance(part, TensorImages)]
+    if len(in_memory) == len(parts):
+        return TensorImages(torch.cat(in_memory))
+    return JoinedImages(parts)
 
 
 def decode(source: Path | IO[bytes], size: int, name: str, place: float | None = None) -> Tensor:

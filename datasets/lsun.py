@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,9 @@ class LmdbImages(ImageSet):
 
     def name(self, index: int) -> str:
         return f"{bytes(self.keys[index]).decode(errors='replace')} in {self.path}"
+
+    def split_keys(self) -> Sequence[str]:
+        return [key.decode(errors="replace") for key in self.keys.tolist()]
 
     def identity(self) -> Iterator[str]:
         yield size_and_time(str(self.path / "data.mdb"))

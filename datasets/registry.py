@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from datasets.cache import keep_decoded
 from datasets.celeba import open_celeba
 from datasets.cifar import open_cifar10
-from datasets.folders import open_ffhq, open_folder, open_imagenet
+from datasets.folders import list_images, open_ffhq, open_folder, open_imagenet
 from datasets.idx import open_fashion_mnist, open_mnist, open_sample
-from datasets.image_sets import ImageSet, Split
+from datasets.image_sets import FileImages, ImageSet, Split, joined
 from datasets.lsun import open_lsun
 from utils.errors import UserError, one_line, unknown_name
 
@@ -25,12 +26,13 @@ class DatasetEntry:
     image_size: int  # height and width in pixels; the default where resizable
     open: Callable[[Path, Split, int], ImageSet]  # folder, split, image_size → the images
     resizable: bool = False
+    bundled: bool = False  # in this repository: no folder is read
 
 
 DATASETS = {
     "mnist": DatasetEntry(1, 28, open_mnist),
     "fashion-mnist": DatasetEntry(1, 28, open_fashion_mnist),
-    "fashion-mnist-sample": DatasetEntry(1, 28, open_sample),
+    "fashion-mnist-sample": DatasetEntry(1, 28, open_sample, bundled=True),
     "cifar10": DatasetEntry(3, 32, open_cifar10),
     "celeba": DatasetEntry(3, 128, open_celeba, resizable=True),
     "imagenet": DatasetEntry(3, 256, open_imagenet, resizable=True),
@@ -44,11 +46,11 @@ DATASETS = {
 def open_dataset(
     name: str,
     data_folder: str | None,
-    split: Split,
+    split: Split | Literal["all"],
     image_size: int | None = None,
     image_cache: str | None = None,
 ) -> ImageSet:
-    """Open one split of a data set; torchvision downloads it if it can.
+    """Open one split of a data set, or all images; torchvision downloads it if it can.
 
     data_folder is by default data/<name>, image_size the entry's; image_cache is a folder that
     keeps the decoded images of sets on disk. Raises UserError, one line naming the flag or the
@@ -67,12 +69,22 @@ def open_dataset(
         raise UserError(f"--image_size {size} is less than 1")
     if data_folder == "":
         raise UserError("--data_folder is empty")
+    if entry.bundled and data_folder is not None:
+        raise UserError(
+            f"--data_folder {data_folder} has no effect: the images of --dataset {name} are in "
+            "this repository; --dataset folder reads your own"
+        )
     folder = Path("data") / name if data_folder is None else Path(data_folder)
     if name == "folder" and data_folder is None and not folder.exists():
         raise UserError("--dataset folder needs --data_folder, the folder of the images")
     try:
         refuse_files(folder)
-        images = entry.open(folder, split, size)
+        if name == "folder" and split == "all":
+            images: ImageSet = FileImages(folder, list_images(folder), size)
+        elif split == "all":
+            images = joined([entry.open(folder, part, size) for part in ("train", "test")])
+        else:
+            images = entry.open(folder, split, size)
     except OSError as error:
         place, reason = error.filename or folder, error.strerror or one_line(error)
         raise UserError(f"--data_folder {place} cannot be read: {reason}") from error

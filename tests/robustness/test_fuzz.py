@@ -40,6 +40,7 @@ from torch import Tensor
 
 from datasets.config import DataConfig
 from datasets.image_sets import TensorImages, decode
+from datasets.splits import check_images
 from modules import ModelConfig
 from tests.conftest import ROOT, write_mnist
 from utils.checkpoints.checkpoint import read_checkpoint
@@ -607,7 +608,8 @@ def continue_training(path: Path, whole: Path, output: Path) -> None:
     task = Reconstruction(stored.model().train(), losses, config)
     settings = script["Settings"]({}, data, config, stored.model_config, (), None)
     trainer = script["make_trainer"](task, *sets, settings)
-    check = partial(script["check_images"], data=data, num_images=stored.content["num_images"])
+    current = {**trainer.stored, "num_images": stored.content["num_images"]}
+    check = partial(check_images, data=data, current=current)
     script["resume"](trainer, check)
     trainer.total_steps = trainer.step + 1
     trainer.fit()

@@ -187,6 +187,19 @@ def test_a_folder_of_colour_pictures(script: Script, tmp_path: Path) -> None:
     with Image.open(rec) as picture:
         assert (picture.size, picture.mode) == ((32, 32), "RGB")
 
+    (tmp_path / "new").mkdir()
+    for path in sorted((tmp_path / "pictures").rglob("*.jpg"))[:11]:
+        Image.open(path).rotate(180).save(tmp_path / "new" / path.name)
+    new = ("--model_name", "folder_looc_16x4/best.pt", "--data_folder", "new", "--num_workers", "0")
+    outcome = script("test.py", *new)
+    assert "best.pt was not trained on new: all its images are tested" in outcome.err
+    assert len(list(rec.parent.iterdir())) == 11
+    outcome = script("test.py", *new, "--data_split", "train")
+    assert outcome.code == 0, outcome.err
+    assert 5 <= len(list(rec.parent.iterdir())) < 11
+    analysis = json.loads((rec.parent.parent / "analysis.json").read_text())
+    assert analysis["data"]["data_split"] == "train"
+
     (tmp_path / "pictures/1/1.jpg").write_bytes(b"not a picture")
     outcome = script("main.py", *words, *TINY, "--exp_name", "x", "--num_workers", "0")
     assert "1.jpg" in error_line(outcome)
@@ -314,6 +327,11 @@ def test_cuda_where_there_is_none(name: str, script: Script, mnist: Path) -> Non
         ("--dataset folder --data_folder missing", "--data_folder missing"),
         ("--dataset folder --data_folder empty", "--data_folder empty"),
         ("--dataset folder", "--dataset folder needs --data_folder, the folder of the images"),
+        ("--data_folder /no/such/place", "--data_folder /no/such/place does not exist"),
+        (
+            "--dataset fashion-mnist-sample --data_folder empty",
+            "--data_folder empty has no effect: the images of --dataset fashion-mnist-sample",
+        ),
         ("--dataset cifra10", "did you mean cifar10?"),
         ("--exp_name ../../x", "--exp_name '../../x' leaves"),
         ("--output_folder file/x", "--output_folder file/x cannot be created"),
@@ -347,6 +365,7 @@ def test_main_refuses_in_one_line(words: str, message: str, script: Script, tmp_
         ("--model_name looc.pt --image_format bmp", "argument --image_format"),
         ("--model_name looc.pt --jpeg_quality 101", "--jpeg_quality: 101 is greater than 100"),
         ("--model_name looc.pt --jpeg_quality 90", "--jpeg_quality 90 needs --image_format jpg"),
+        ("--model_name looc.pt --data_folder absent", "--data_folder absent does not exist"),
         ("--model_name looc.pt --flip", "--flip has no effect on test images"),
         ("--model_name output/models/looc.pt", "relative to output/models: give looc.pt"),
         ("--model_name e", "--model_name e is a folder: give e/best.pt"),

@@ -109,6 +109,8 @@ def key_figures(found: Found) -> str:
             rates.append((figure.label, figure.text(value), note))
     if not quantised(found):
         rates = [("rate", "not quantised", "latents are numbers of 32 bits each")]
+    whole = {"train": "of the training set", "all": "all of the data set"}
+    part = whole.get(str(data.get("data_split")), "of the test set")
     skipped, size = found.analysis.skipped_images.count, data.get("image_size")
     groups: dict[str, Rows] = {
         "Quality": [*quality_rows(found), *([row] if row[1] else [])],
@@ -116,7 +118,7 @@ def key_figures(found: Found) -> str:
         "Codebook": [(label, value, notes[label]) for label, value in codebook.rows().items()],
         "Images": [
             ("data set", data.get("dataset", "–"), f"{size}×{size} pixels" if size else ""),
-            ("images", shown(codebook.images), "of the test set"),
+            ("images", shown(codebook.images), part),
             *([("skipped", shown(skipped), "could not be decoded")] if skipped else []),
         ],
         "Training": trained(found),
