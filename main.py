@@ -61,10 +61,7 @@ def main() -> None:
     settings = read_settings()
     start_logging(quiet=rank() > 0)
     device = start_ranks(settings.train.device)
-    with first_goes_ahead():  # it downloads what is missing
-        training, validation = open_training(settings.data, settings.train.validation)
-    if settings.train.num_validation is not None:
-        validation = evenly_spread(validation, settings.train.num_validation)
+    training, validation = open_images(settings)
     settings = complete(settings, training)
     task = make_task(settings, training, device)
     settings = replace(settings, pretrained=None)  # as large as the model
@@ -91,6 +88,15 @@ def read_settings() -> Settings:
     check_network(model, train, image_size)
     losses = build_loss_configs(flags, model, image_size)
     return Settings(flags, data, train, model, tuple(losses), pretrained)
+
+
+def open_images(settings: Settings) -> tuple[ImageSet, ImageSet]:
+    """Training and validation images; the first process downloads what is missing."""
+    with first_goes_ahead():
+        training, validation = open_training(settings.data, settings.train.validation)
+    if settings.train.num_validation is not None:
+        validation = evenly_spread(validation, settings.train.num_validation)
+    return training, validation
 
 
 def complete(settings: Settings, images: ImageSet) -> Settings:
