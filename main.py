@@ -192,8 +192,9 @@ def log_plan(
         *(f"{model.num_embedding:,}", codes * math.log2(model.num_embedding) / side**2),
     )
     log.info(
-        "%d training and %d validation images of %s, %d×%d; steps %d to %d on %s%s",
-        *(len(training), len(validation), data.dataset, side, side),
+        "%d training and %d validation images of %s, %s%d×%d; steps %d to %d on %s%s",
+        *(len(training), len(validation), data.dataset),
+        *("patches of " if data.crop == "patch" else "", side, side),
         *(trainer.step, trainer.total_steps, trainer.device),
         f", {num_ranks()} processes" if num_ranks() > 1 else "",
     )

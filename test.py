@@ -135,9 +135,8 @@ def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
 
     A folder given without a data set implies --dataset folder, unless that of training has one.
     """
-    untouched = {"flip": False, "crop": "centre"}
-    for name, value in untouched.items():
-        if flags.get(name, value) != value:
+    for name, value in (("flip", True), ("crop", "random")):
+        if flags.get(name) == value:
             raise UserError(f"--{name} has no effect on test images")
     stored = asdict(checkpoint.group("data_config", DataConfig)) if checkpoint.content else {}
     if not stored or DATASETS[stored["dataset"]].bundled:
@@ -149,7 +148,10 @@ def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
     if flags.get("dataset", stored.get("dataset")) != stored.get("dataset"):
         stored = {}
     stored["image_cache"] = None  # test images are read once: it would cost more than it saves
-    return build(DataConfig, {**stored, **flags, **untouched})
+    stored["flip"] = False
+    if flags.get("crop", stored.get("crop")) != "patch":
+        stored |= {"crop": "centre", "crop_scale": 1.0}
+    return build(DataConfig, {**stored, **flags})
 
 
 def check_fit(checkpoint: Checkpoint, data: DataConfig, images: ImageSet) -> None:

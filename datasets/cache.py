@@ -14,7 +14,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from datasets.image_sets import ImageSet
+from datasets.image_sets import ImageSet, Place
 from utils.errors import UserError, one_line
 from utils.logger import log
 
@@ -46,7 +46,7 @@ class CachedImages(ImageSet):
     def __len__(self) -> int:
         return len(self.images)
 
-    def cropped(self, index: int, _place: float | None = None) -> Tensor:
+    def cropped(self, index: int, _place: Place | None = None) -> Tensor:
         image = self.stored(index)
         if image is None:
             image = self.images[index]
@@ -87,11 +87,16 @@ def keep_decoded(images: ImageSet, folder: Path, label: str) -> CachedImages:
     The name depends on the image files and on how they are decoded: a changed file, or another
     version of Pillow, gets another cache. Raises UserError where the cache cannot be created.
     """
-    digest = hashlib.sha256()
-    for part in (PREPROCESSING, PIL.__version__, str(images.image_size), *images.identity()):
-        digest.update(os.fsencode(part) + b"\0")
-    key = digest.hexdigest()
+    key = key_of(images, PREPROCESSING, PIL.__version__, str(images.image_size))
     return CachedImages(images, folder / f"{label}-{key[:16]}.images", key)
+
+
+def key_of(images: ImageSet, *preprocessing: str) -> str:
+    """Return a digest of the image files and of how they are decoded."""
+    digest = hashlib.sha256()
+    for part in (*preprocessing, *images.identity()):
+        digest.update(os.fsencode(part) + b"\0")
+    return digest.hexdigest()
 
 
 def prepare(path: Path, header: bytes, size: int) -> None:

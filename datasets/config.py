@@ -24,7 +24,16 @@ class DataConfig:
     skip_bad_images: bool = option(False, "skip images that cannot be decoded, and list them")
     flip: bool = option(False, "mirror half of the training images, chosen anew in every epoch")
     crop: str = option(
-        "centre", "position of the training images' square crop, for sets on disk", choices=CROPS
+        "centre",
+        "cut of images on disk: the whole square in the middle, in training at a random place "
+        "(random), or a patch of --image_size pixels at full resolution",
+        choices=CROPS,
+    )
+    crop_scale: float = option(
+        1.0,
+        "resolution of the images that --crop patch cuts, as a share of their own",
+        above=0,
+        maximum=1,
     )
     image_cache: str | None = option(
         None, "folder that keeps decoded images for later runs, for sets on disk (default: none)"
@@ -37,7 +46,16 @@ class DataConfig:
         if self.crop == "random" and self.image_cache is not None:
             raise ValueError(f"--crop random contradicts {cache}, whose images are cropped already")
         square = f"--dataset {self.dataset}, whose square images are in memory"
-        if self.crop == "random" and not DATASETS[self.dataset].resizable:
-            raise ValueError(f"--crop random contradicts {square}")
+        if self.crop != "centre" and not DATASETS[self.dataset].resizable:
+            raise ValueError(f"--crop {self.crop} contradicts {square}")
+        if self.crop != "patch" and self.crop_scale != 1:
+            raise ValueError(
+                f"--crop_scale {self.crop_scale:g} needs --crop patch, not {self.crop}"
+            )
         if self.image_cache is not None and not DATASETS[self.dataset].resizable:
             raise ValueError(f"{cache} contradicts {square}")
+
+    @property
+    def patch_scale(self) -> float | None:
+        """Scale of --crop patch; None with the other crops."""
+        return self.crop_scale if self.crop == "patch" else None

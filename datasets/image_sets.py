@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import IO, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils.image_files import open_image, viewed
+from utils.image_files import open_image, viewed, viewed_size
 
+Pixels: TypeAlias = npt.NDArray[np.uint8]
 Split: TypeAlias = Literal["train", "test", "val"]  # val only where a folder has its own
 
-CROPS = ("centre", "random")  # where the square is cut out of a training image
+CROPS = ("centre", "random", "patch")  # what is cut out of a training image
+Place: TypeAlias = tuple[float, float]  # of a cut, in [0, 1): along the width, along the height
 
 
 class FolderSplits(NamedTuple):
-    """How a folder of images is split."""
+    """Splits of a folder of images."""
 
     test: str  # digest of the test images
     by_name: bool  # by a hash of the names; otherwise the folder has train/ and test/ or val/
@@ -43,15 +46,19 @@ class ImageSet(Dataset[Tensor], ABC):
         """Number of images."""
 
     @abstractmethod
-    def cropped(self, index: int, place: float | None = None) -> Tensor:
+    def cropped(self, index: int, place: Place | None = None) -> Tensor:
         """Return one image, (C, H, W), uint8: its square from the middle, or from a place.
 
-        The place in [0, 1) is along the longer side, 0 left or top; images that are square already
-        have only one. Raises UserError naming a damaged image.
+        A place of 0 is left or top; images that are square already have only one. Raises UserError
+        naming a damaged image.
         """
 
     def __getitem__(self, index: int) -> Tensor:
         return self.cropped(index)
+
+    def picture(self, index: int, scale: float) -> Pixels:
+        """Return a whole image, (h, w, 3), at a scale of its own size."""
+        raise NotImplementedError(f"{type(self).__name__} has no files")
 
     def name(self, index: int) -> str:
         """Return an image's name in messages and records: its file's path, if it has one."""
@@ -76,7 +83,7 @@ class TensorImages(ImageSet):
     def __len__(self) -> int:
         return len(self.images)
 
-    def cropped(self, index: int, _place: float | None = None) -> Tensor:
+    def cropped(self, index: int, _place: Place | None = None) -> Tensor:
         return self.images[index]
 
 
@@ -93,9 +100,13 @@ class FileImages(ImageSet):
     def __len__(self) -> int:
         return len(self.names)
 
-    def cropped(self, index: int, place: float | None = None) -> Tensor:
+    def cropped(self, index: int, place: Place | None = None) -> Tensor:
         path = self.folder / self.names[index]
         return decode(path, self.image_size, str(path), place)
+
+    def picture(self, index: int, scale: float) -> Pixels:
+        path = self.folder / self.names[index]
+        return decode_picture(path, scale, str(path))
 
     def name(self, index: int) -> str:
         return str(self.folder / self.names[index])
@@ -120,7 +131,7 @@ class ChosenImages(ImageSet):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def cropped(self, index: int, place: float | None = None) -> Tensor:
+    def cropped(self, index: int, place: Place | None = None) -> Tensor:
         return self.images.cropped(int(self.chosen[index]), place)
 
     def name(self, index: int) -> str:
@@ -147,9 +158,13 @@ class JoinedImages(ImageSet):
         number = bisect_right(self.ends, index)
         return self.parts[number], index - self.ends[number] + len(self.parts[number])
 
-    def cropped(self, index: int, place: float | None = None) -> Tensor:
+    def cropped(self, index: int, place: Place | None = None) -> Tensor:
         part, position = self.find(index)
         return part.cropped(position, place)
+
+    def picture(self, index: int, scale: float) -> Pixels:
+        part, position = self.find(index)
+        return part.picture(position, scale)
 
     def name(self, index: int) -> str:
         part, position = self.find(index)
@@ -167,7 +182,7 @@ def joined(parts: Sequence[ImageSet]) -> ImageSet:
     return JoinedImages(parts)
 
 
-def decode(source: Path | IO[bytes], size: int, name: str, place: float | None = None) -> Tensor:
+def decode(source: Path | IO[bytes], size: int, name: str, place: Place | None = None) -> Tensor:
     """Decode an image file → (3, size, size), uint8: RGB as a viewer shows it, `square_of` it.
 
     The shorter side becomes size; Pillow's bicubic filter antialiases where it shrinks. Raises
@@ -179,13 +194,36 @@ def decode(source: Path | IO[bytes], size: int, name: str, place: float | None =
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def square_of(image: Image.Image, place: float | None = None) -> Image.Image:
-    """Cut out the largest square: in the middle, or at a place in [0, 1) along the longer side."""
+def decode_picture(source: Path | IO[bytes], scale: float, name: str) -> Pixels:
+    """Decode an image file → (h, w, 3): RGB as a viewer shows it, at a scale of its own size.
+
+    Raises UserError as `decode` does.
+    """
+
+    def scaled(size: tuple[int, int]) -> tuple[int, int]:
+        return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+
+    with open_image(source, name) as image:
+        size = scaled(viewed_size(image))
+        image.draft(
+            "RGB", scaled(image.size)
+        )  # a JPEG is decoded at half its size if that is enough
+        return np.asarray(viewed(image, "RGB").resize(size, Image.Resampling.BICUBIC))
+
+
+def square_of(image: Image.Image, place: Place | None = None) -> Image.Image:
+    """Cut out the largest square: in the middle, or at a place."""
     side = min(image.size)
-    spare = max(image.size) - side  # pixels of the longer side that are left out
-    offset = spare // 2 if place is None else int(place * (spare + 1))
-    left, top = (offset, 0) if image.width > side else (0, offset)
+    left, top = offsets(image.size, side, place)
     return image.crop((left, top, left + side, top + side))
+
+
+def offsets(size: tuple[int, int], side: int, place: Place | None) -> tuple[int, int]:
+    """Return left and top of a square in an image of this width and height; None: the middle."""
+    spare = size[0] - side, size[1] - side
+    if place is None:
+        return spare[0] // 2, spare[1] // 2
+    return int(place[0] * (spare[0] + 1)), int(place[1] * (spare[1] + 1))
 
 
 def size_and_time(path: str) -> str:

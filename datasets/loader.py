@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datasets.image_sets import ImageSet, TensorImages
+from datasets.image_sets import ImageSet, Place, TensorImages
 from datasets.sampling import draws, permutation
 from utils.errors import UserError, one_line
 
@@ -23,8 +23,8 @@ from utils.errors import UserError, one_line
 warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
-# Images to decode: their positions in the set, and the places of their squares.
-Share: TypeAlias = list[tuple[int, float | None]]
+# Images to decode: their positions in the set, and the places of their cuts.
+Share: TypeAlias = list[tuple[int, Place | None]]
 
 
 class Decoded(NamedTuple):
@@ -43,8 +43,9 @@ class BatchLoader:
     batch_size is that of all ranks together. With shuffle, for training, each rank has its share
     of every batch, which may be empty; without, the ranks take whole batches in turn.
 
-    In training, flip mirrors half of the images, and crop "random" cuts the square out of a random
-    place of an image on disk: both a function of (seed, epoch, position in the set) alone.
+    In training, flip mirrors half of the images, and crop "random" or "patch" (for `Patches`) cuts
+    the square out of a random place of an image on disk: both a function of (seed, epoch, position
+    in the set) alone.
 
     Sets in memory move to the device once and are indexed there. Others are decoded ahead of their
     use by num_workers processes (0: by this one). The global random number generator is not used.
@@ -97,7 +98,7 @@ class BatchLoader:
         before start are not decoded. Raises UserError naming a damaged image.
         """
         flips = draws(self.size, "flip", self.seed, epoch) < 0.5 if self.flip else None
-        places = draws(self.size, "crop", self.seed, epoch) if self.crop == "random" else None
+        places = places_of(self.crop, self.size, self.seed, epoch)
         for positions, images, bad, fault in self.source.batches(self.shares(epoch, start), places):
             if fault:
                 raise UserError(fault)
@@ -116,6 +117,15 @@ class BatchLoader:
         batches = torch.split(torch.arange(self.size), self.batch_size)
         mine = range(self.rank, len(batches), self.num_ranks)
         return [batches[number] for number in mine if number >= start]
+
+
+def places_of(crop: str, size: int, seed: int, epoch: int) -> Tensor | None:
+    """Draw the places (n, 2) of an epoch's cuts; None: in the middle."""
+    if crop == "patch":
+        return draws(2 * size, "patch", seed, epoch).view(-1, 2)
+    if crop == "random":  # a whole square has a place along one side only
+        return draws(size, "crop", seed, epoch)[:, None].expand(-1, 2)
+    return None
 
 
 def mirrored(images: Tensor, which: Tensor) -> Tensor:
@@ -157,10 +167,10 @@ class DecodedBatches:
     def batches(self, order: Sequence[Tensor], places: Tensor | None) -> Iterator[Decoded]:
         if not order:
             return
-        self.order[:] = [
-            list(zip(own.tolist(), repeat(None) if places is None else places[own].tolist()))
-            for own in order
-        ]
+        self.order.clear()
+        for own in order:
+            cuts = repeat(None) if places is None else map(tuple, places[own].tolist())
+            self.order.append(list(zip(own.tolist(), cuts)))
         try:
             for batch in self.loader:
                 yield batch._replace(images=batch.images.to(self.device, non_blocking=True))

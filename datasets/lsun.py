@@ -17,7 +17,15 @@ import numpy as np
 from torch import Tensor
 
 from datasets.folders import open_folder
-from datasets.image_sets import ImageSet, Split, decode, size_and_time
+from datasets.image_sets import (
+    ImageSet,
+    Pixels,
+    Place,
+    Split,
+    decode,
+    decode_picture,
+    size_and_time,
+)
 from utils.errors import UserError, one_line
 
 ENDINGS: dict[Split, str] = {"train": "train_lmdb", "test": "val_lmdb"}
@@ -53,10 +61,16 @@ class LmdbImages(ImageSet):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def cropped(self, index: int, place: float | None = None) -> Tensor:
+    def cropped(self, index: int, place: Place | None = None) -> Tensor:
+        return decode(self.file(index), self.image_size, self.name(index), place)
+
+    def picture(self, index: int, scale: float) -> Pixels:
+        return decode_picture(self.file(index), scale, self.name(index))
+
+    def file(self, index: int) -> io.BytesIO:
+        """Return the content of an image file."""
         with opening, open_database(self.path) as database, database.begin() as transaction:
-            file = io.BytesIO(transaction.get(bytes(self.keys[index])))
-        return decode(file, self.image_size, self.name(index), place)
+            return io.BytesIO(transaction.get(bytes(self.keys[index])))
 
     def name(self, index: int) -> str:
         return f"{bytes(self.keys[index]).decode(errors='replace')} in {self.path}"

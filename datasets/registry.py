@@ -15,6 +15,7 @@ from datasets.folders import list_images, open_ffhq, open_folder, open_imagenet
 from datasets.idx import open_fashion_mnist, open_mnist, open_sample
 from datasets.image_sets import FileImages, ImageSet, Split, joined
 from datasets.lsun import open_lsun
+from datasets.patches import patches_of
 from utils.errors import UserError, one_line, unknown_name
 
 
@@ -49,11 +50,13 @@ def open_dataset(
     split: Split | Literal["all"],
     image_size: int | None = None,
     image_cache: str | None = None,
+    patch_scale: float | None = None,
 ) -> ImageSet:
     """Open one split of a data set, or all images; torchvision downloads it if it can.
 
     data_folder is by default data/<name>, image_size the entry's; image_cache is a folder that
-    keeps the decoded images of sets on disk. Raises UserError, one line naming the flag or the
+    keeps the decoded images of sets on disk. With patch_scale those are cut into `Patches`. Raises
+    UserError, one line naming the flag or the
     file, where the set is missing, empty, damaged or not of that size.
     """
     if name not in DATASETS:
@@ -90,6 +93,8 @@ def open_dataset(
         raise UserError(f"--data_folder {place} cannot be read: {reason}") from error
     if len(images) == 0:
         raise UserError(f"--data_folder {folder} holds no {split} images of --dataset {name}")
+    if patch_scale is not None:
+        return patches_of(images, patch_scale, image_cache, f"{name}-{split}")
     if image_cache is None or not entry.resizable:
         return images
     return keep_decoded(images, Path(image_cache), f"{name}-{split}-{size}")

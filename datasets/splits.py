@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,27 @@ from utils.logger import log
 BEFORE = "was trained before images were held out by name"
 
 
+def opener(data: DataConfig) -> Callable[[Any], ImageSet]:
+    """Return `open_dataset` with everything but the split."""
+    return partial(
+        open_dataset,
+        data.dataset,
+        data.data_folder,
+        image_size=data.image_size,
+        image_cache=data.image_cache,
+        patch_scale=data.patch_scale,
+    )
+
+
 def open_training(data: DataConfig, validation: str) -> tuple[ImageSet, ImageSet]:
     """Open training and validation images; validation is that flag."""
-    options = (data.image_size, data.image_cache)
-    opened = partial(open_dataset, data.dataset, data.data_folder)
-    images = opened("train", *options)
+    opened = opener(data)
+    images = opened("train")
     if validation == "test":
         log.warning("--validation test chooses best.pt on the test images: its scores flatter")
-        return images, opened("test", *options)
+        return images, opened("test")
     if images.splits is not None and images.splits.has_val:
-        return images, opened("val", *options)
+        return images, opened("val")
     return split_validation(images)
 
 
@@ -75,11 +87,10 @@ def open_tested(
     Without data_split those are the test images of the data that the model was trained on, and all
     images of other data. Raises UserError where training images may be among the test images.
     """
-    opened = partial(open_dataset, data.dataset, data.data_folder)
     path, stored, same = checkpoint.path, checkpoint.content, was_trained_on(checkpoint, data)
     split: Any = data_split or ("test" if same else "all")
     try:
-        images = opened(split, data.image_size, data.image_cache)
+        images = opener(data)(split)
     except UserError as error:
         if data_split is not None or same or data.dataset == "folder":
             raise

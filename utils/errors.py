@@ -33,16 +33,16 @@ def unknown_name(flag: str, name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown name, with the one that it abbreviates or resembles."""
     known = list(known)
     short = [one for one in known if len(name.strip("-")) > 1 and abbreviates(name.lower(), one)]
-    alike = [difflib.get_close_matches(name, known, n=1, cutoff=cutoff) for cutoff in (0.85, 0.5)]
-    nearest = alike[0] or sorted(short, key=len) or alike[1]
+    nearest = sorted(short, key=len) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(known)}"
     return f"{flag} {name} is unknown; {hint}"
 
 
 def abbreviates(name: str, known: str) -> bool:
-    """Return whether name is the first letter of known and some of the others, as rvq."""
+    """Return whether name is the first letter of known and some of the others, at most half."""
     rest = iter(known)
-    return name[:1] == known[:1] and all(letter in rest for letter in name)
+    short = name == known or 2 * len(name) <= len(known)
+    return short and name[:1] == known[:1] and all(letter in rest for letter in name)
 
 
 def one_line(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from datasets import BatchLoader, FileImages, ImageSet, TensorImages, open_dataset, pixel_variance
 from datasets.folders import list_images
+from datasets.image_sets import Place
 from modules import VQVAE, ModelConfig
 from tests.conftest import Outcome, refusal, run_process
 from utils.checkpoints.checkpoint import save_checkpoint
@@ -433,7 +434,7 @@ class Levels(ImageSet):
     def __len__(self) -> int:
         return self.size
 
-    def cropped(self, index: int, _place: float | None = None) -> Tensor:
+    def cropped(self, index: int, _place: Place | None = None) -> Tensor:
         if index in self.bad:
             raise UserError(f"image {index} cannot be decoded")
         return torch.full((1, 4, 4), index, dtype=torch.uint8)

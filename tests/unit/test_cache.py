@@ -21,6 +21,7 @@ from torch import Tensor
 from datasets import BatchLoader, FileImages, ImageSet, image_sets, open_dataset, split_validation
 from datasets.cache import CachedImages, keep_decoded
 from datasets.config import DataConfig
+from datasets.image_sets import Place
 from datasets.splits import open_training
 from modules import VQVAE, ModelConfig
 from tests.conftest import ROOT, Outcome, refusal
@@ -58,7 +59,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decode = image_sets.decode
 
-    def counted(source: Any, size: int, name: str, place: float | None = None) -> Tensor:
+    def counted(source: Any, size: int, name: str, place: Place | None = None) -> Tensor:
         names.append(Path(name).name)
         return decode(source, size, name, place)
 

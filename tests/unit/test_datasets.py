@@ -43,6 +43,7 @@ from datasets import (
 )
 from datasets.config import DataConfig
 from datasets.folders import open_folder
+from datasets.image_sets import Place
 from datasets.loader import DecodedBatches
 from tests.conftest import refusal, run_process
 from utils.flags.arguments import build
@@ -664,7 +665,7 @@ def test_crops_cover_the_longer_side(transpose: bool, tmp_path: Path) -> None:
     Image.fromarray(pixels.swapaxes(0, 1) if transpose else pixels).save(tmp_path / "wide.png")
     image_set = FileImages(tmp_path, ["wide.png"], 8)
     places = [i / 40 for i in range(40)] + [1 - 2**-24]
-    offsets = [int(image_set.cropped(0, place)[0, 0, 0]) for place in places]
+    offsets = [int(image_set.cropped(0, (place, place))[0, 0, 0]) for place in places]
     assert offsets == sorted(offsets)
     assert [offsets.count(offset) for offset in range(4)] == [10, 10, 10, 11]
     assert int(image_set[0][0, 0, 0]) == 1  # (11 - 8) // 2
@@ -676,7 +677,7 @@ def test_a_crop_is_what_resizing_first_would_give(place: float, tmp_path: Path) 
     whole = Image.fromarray(smooth_noise(120, 360)).resize((360, 120))
     whole.save(tmp_path / "long.png")
     offset = int(place * 241) // 3 * 3  # to whole pixels of the small image
-    ours = FileImages(tmp_path, ["long.png"], 40).cropped(0, (offset + 0.5) / 241)
+    ours = FileImages(tmp_path, ["long.png"], 40).cropped(0, ((offset + 0.5) / 241, 0.0))
     small = np.asarray(whole.resize((120, 40), Image.Resampling.BICUBIC))
     theirs = torch.from_numpy(small[:, offset // 3 : offset // 3 + 40].transpose(2, 0, 1).copy())
     difference = (ours.int() - theirs.int()).abs()
@@ -703,8 +704,8 @@ def test_crops_of_lmdb_and_of_a_part(tmp_path: Path) -> None:
             transaction.put(key, (tmp_path / "x.png").read_bytes())
     whole = open_dataset("lsun-church", str(tmp_path), "train", 8)
     for image_set in (whole, *split_validation(whole)):
-        assert image_set.cropped(0, 0.0).unique().tolist() == [0]
-        assert image_set.cropped(0, 0.99).unique().tolist() == [200]
+        assert image_set.cropped(0, (0.0, 0.0)).unique().tolist() == [0]
+        assert image_set.cropped(0, (0.99, 0.99)).unique().tolist() == [200]
         assert image_set[0].unique().tolist() == [0, 200]
 
 
@@ -1010,7 +1011,7 @@ class Deadly(ImageSet):
     def __len__(self) -> int:
         return 1
 
-    def cropped(self, _index: int, _place: float | None = None) -> Tensor:
+    def cropped(self, _index: int, _place: Place | None = None) -> Tensor:
         os._exit(1)
 
 
