@@ -39,7 +39,7 @@ from utils.logger import log, start_logging
 from utils.training.config import PRECISIONS, TrainConfig
 from utils.training.losses import Setting, build_loss_configs, loss_configs, make_losses
 from utils.training.reconstruction import Reconstruction, check_network, prepare
-from utils.training.resume import remove_checkpoints, resume
+from utils.training.resume import remove_earlier, resume
 from utils.training.trainer import Trainer
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, *loss_configs(), SearchConfig)
@@ -176,7 +176,7 @@ def start_files(trainer: Trainer) -> None:
     if rank() == 0:
         start_logging(writable_folder(trainer.logs, "--output_folder") / "train.log")
         if trainer.config.overwrite:  # everything is in order: not before
-            remove_checkpoints(trainer.models)
+            remove_earlier(trainer)
 
 
 def log_plan(

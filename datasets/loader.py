@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datasets.image_sets import ImageSet, Place, TensorImages
 from datasets.sampling import draws, permutation
 from utils.errors import UserError, one_line
+from utils.training.signals import SIGNALS
 
 # --num_workers is the user's choice, and more than the cores may suit a slow disk.
 warnings.filterwarnings("ignore", "This DataLoader will create")
@@ -181,9 +182,9 @@ class DecodedBatches:
 
 
 def ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process: the workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Leave Ctrl-C and the like to the main process: the workers end with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
 import random
 import signal
+import sys
 import time
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 import torch
 
 from tests import processes
-from tests.conftest import Outcome, write_mnist
+from tests.conftest import ROOT, Outcome, write_mnist
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.training.signals import StopRequest
 
@@ -101,7 +104,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.usefixtures("mnist")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_finishes_the_step_and_saves(
     name: str, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
@@ -120,12 +123,45 @@ def test_a_signal_finishes_the_step_and_saves(
 
 
 def test_the_second_signal_stops_at_once() -> None:
+    """A terminal that closes, or a scheduler, may send its own several times."""
     with StopRequest() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.signal == signal.SIGINT
+        for _ in range(2):
+            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+                signal.raise_signal(number)
+        assert stop.signal == signal.SIGHUP
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_under_nohup_a_run_goes_on() -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.usefixtures("mnist")
+def test_a_terminal_that_closes_ends_the_run_in_order(tmp_path: Path) -> None:
+    """Whatever is written to it from then on is an error."""
+    words = (*FLAGS, "--num_epochs", "100000", "--save_every", "1")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *words])
+    limit = time.monotonic() + 60
+    os.set_blocking(terminal, False)
+    while not last(tmp_path).exists() and time.monotonic() < limit:
+        with suppress(BlockingIOError):
+            os.read(terminal, 2**16)
+        time.sleep(0.05)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert names(last(tmp_path).parent) == ["last.pt", "previous.pt"]
 
 
 @pytest.mark.usefixtures("mnist")

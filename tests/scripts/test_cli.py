@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, Outcome, run_process, write_idx
 from tests.processes import run_forked
@@ -262,6 +263,23 @@ def test_a_checkpoint_of_elsewhere_is_where_a_run_begins(
     outcome = train(script, mnist, *words, "4", "--overwrite", name="f")
     assert f"resumed {last} at step 3" in outcome.err
     assert read_checkpoint(tmp_path / "out/models/f/last.pt").content["step"] == 4
+
+
+def test_what_is_overwritten_is_told(
+    script: Script, mnist: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Curves go too: those of two runs in one folder are "out of order" to TensorBoard."""
+    train(script, mnist)
+    outcome = train(script, mnist, "--overwrite", "--max_steps", "2")
+    line = "removed the earlier run of out/models/e, which was at step 3, and its curves in out/"
+    assert f"--overwrite {line}" in outcome.err
+    board = EventAccumulator(str(tmp_path / "out/logs/e")).Reload()
+    assert [event.step for event in board.Scalars("validation/psnr")] == [2]
+    assert "out of order" not in caplog.text
+    (tmp_path / "out/models/e/last.pt").write_bytes(b"damaged")
+    outcome = train(script, mnist, "--overwrite")
+    assert "removed the earlier run of out/models/e, and its curves in out/logs/e" in outcome.err
+    assert "--overwrite removed" not in train(script, mnist, "--overwrite", name="new").err
 
 
 def test_a_refused_run_overwrites_nothing(script: Script, mnist: Path, tmp_path: Path) -> None:

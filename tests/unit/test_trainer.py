@@ -134,6 +134,24 @@ def test_validation_every_few_steps_resumes(stop: int, tmp_path: Path) -> None:
     assert (last["step"], last["epoch"], last["batch"], last["validated"]) == (9, 3, 0, 9)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, "where the same command goes on"),
+        ({"overwrite": True}, "where the same command without --overwrite goes on"),
+        ({"resume": "none"}, "where the same command without --resume none goes on"),
+    ],
+)
+def test_an_interrupted_command_says_how_to_go_on(
+    flags: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    trainer = make(tmp_path, replace(TRAIN, **flags))
+    trainer.board = NoBoard()
+    trainer.show = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(Stopped, match=f"last.pt is {words}"):
+        trainer.save_and_stop()
+
+
 def test_validations_apart_from_epochs_leave_training_as_it_is(tmp_path: Path) -> None:
     ends = []
     for name, every in (("epochs", None), ("steps", 2), ("end", 100)):

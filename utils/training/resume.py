@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.checkpoint import Stored
+from utils.checkpoints.checkpoint import Stored, read_stored
 from utils.distributed import from_first, rank
 from utils.errors import UserError
 from utils.files import remove_left_overs
@@ -39,10 +39,23 @@ def resume(trainer: Trainer, check: Callable[[Stored], None]) -> None:
     log.info("resumed %s at step %d", stored.path, trainer.step)
 
 
-def remove_checkpoints(models: Path) -> None:
-    """Remove the checkpoints of an experiment."""
-    for name in ("last.pt", "previous.pt", "best.pt"):
-        (models / name).unlink(missing_ok=True)
+def remove_earlier(trainer: Trainer) -> None:
+    """Remove the checkpoints and curves of an earlier run of this experiment, and say so."""
+    checkpoints = [trainer.models / name for name in ("last.pt", "previous.pt", "best.pt")]
+    removed = [path for path in checkpoints if path.exists()]
+    removed += sorted(trainer.logs.glob("events.out.tfevents.*"))
+    if not removed:
+        return
+    try:
+        step = f", which was at step {read_stored(checkpoints[0]).count('step')}"
+    except UserError:  # missing or damaged
+        step = ""
+    for path in removed:
+        path.unlink()
+    log.warning(
+        "--overwrite removed the earlier run of %s%s, and its curves in %s",
+        *(trainer.models, step, trainer.logs),
+    )
 
 
 def stored_to_resume(

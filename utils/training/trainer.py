@@ -107,7 +107,7 @@ class Trainer:
             log.info("nothing is left to train: %d steps are done", self.step)
             return
         with (
-            open_board(self.logs, 0 if self.config.overwrite else self.step) as self.board,
+            open_board(self.logs, self.step) as self.board,
             tqdm(
                 total=self.total_steps, initial=self.step, unit="step", smoothing=0.1,
                 disable=rank() > 0,
@@ -371,10 +371,12 @@ class Trainer:
         self.show()
         self.save("last.pt")
         number = self.stop.signal or signal.SIGTERM  # sent to another process
+        anew = {"--overwrite": self.config.overwrite, "--resume none": self.config.resume == "none"}
+        flags = "".join(f" without {flag}" for flag, given in anew.items() if given)
         raise Stopped(
             number,
             f"stopped by {number.name} after step {self.step}; "
-            f"{self.models / 'last.pt'} is where the same command goes on",
+            f"{self.models / 'last.pt'} is where the same command{flags} goes on",
         )
 
     def save(self, name: str) -> None:
