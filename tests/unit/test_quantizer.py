@@ -69,6 +69,33 @@ def test_gradient_passes_straight_through(setting: dict[str, Any]) -> None:
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("setting", [{}, {"codebook_update": "ema"}, {"anchor": "none"}])
+def test_a_frozen_model_in_training_mode_is_told_once(
+    setting: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    """The encoder alone tells that a codebook that never has a gradient is frozen."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), make(setting))
+    for _ in range(2):  # training, and evaluation in evaluation mode
+        model(latents())
+        model.eval()(latents())
+        with torch.no_grad():
+            model(latents())
+        model.train()
+    assert not len(recwarn)
+    model.requires_grad_(False)
+    for _ in range(2):
+        model(latents())
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == (0 if setting == {"anchor": "none"} else 1)  # nothing of it moves
+    assert all("call eval() to keep them as they are" in line for line in told)
+
+
+def test_validation_in_training_mode_is_told() -> None:
+    quantizer = make({})
+    with torch.no_grad(), pytest.warns(UserWarning, match="moves its codevectors"):
+        quantizer(latents())
+
+
 @every_setting
 def test_evaluation_changes_nothing(setting: dict[str, Any]) -> None:
     quantizer = make(setting).eval()

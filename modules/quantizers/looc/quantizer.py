@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -150,6 +151,7 @@ class LooCQuantizer(LatentNorm):
         self.search = "auto"
         self.search_memory: int | None = None
         self.defer_update = False
+        self._warned = False
         check_arguments(self)
         if latent_channels is not None and latent_channels < 1:
             raise ValueError(f"latent_channels {latent_channels} is less than 1")
@@ -197,8 +199,10 @@ class LooCQuantizer(LatentNorm):
             units = self._cut(z, self.training)  # (B, H, W, m, d)
             features = units.flatten(0, 3)  # (N, d)
             constant = features.detach()
-            if self.training and not self._start_done:
-                self._start(constant)
+            if self.training:
+                self._warn_if_frozen(z)
+                if not self._start_done:
+                    self._start(constant)
             indices = self._match(constant)  # (N,)
             costs = (self.commitment_cost, float(self.codebook_update == "gradient"))
             quantized, loss = StraightThrough.apply(
@@ -260,6 +264,22 @@ class LooCQuantizer(LatentNorm):
             # Only differences matter, and small numbers are more exact.
             penalty = (self.rate_weight * (bits - bits.amin())).to(codebook.dtype)
         return search(features, codebook, self.distance, self.search, self.search_memory, penalty)
+
+    def _warn_if_frozen(self, z: Tensor) -> None:
+        """Warn once where a call updates the codebook although nothing has a gradient.
+
+        A codebook that follows the features never has one; then the features tell.
+        """
+        by_ema = self.codebook_update == "ema"
+        trained = z.requires_grad if by_ema else self.codebook.requires_grad
+        moves = by_ema or self.anchor != "none"
+        if moves and not self._warned and not (trained and torch.is_grad_enabled()):
+            self._warned = True
+            warnings.warn(
+                "a quantiser in training mode moves its codevectors, also without gradients "
+                "(requires_grad_(False), no_grad); call eval() to keep them as they are",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _start(self, features: Tensor) -> None:
