@@ -10,6 +10,8 @@ OUTPUT ?= output
 WEIGHTS_DIR ?=
 WEIGHTS_FLAG := $(if $(WEIGHTS_DIR),--weights_dir $(WEIGHTS_DIR))
 EXP := demo
+DEMO = $(OUTPUT)/results/$(EXP)/best/fashion-mnist-sample
+PHOTOS = $(OUTPUT)/results/photos-64/best/photos
 # A run that fits 2 CPU cores and a few minutes; the paper's settings are main.py's defaults.
 DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
 # Flags of compare and ablations; their pages do not replace those in docs/results.
@@ -69,8 +71,8 @@ vqgan: $(VENV)/.installed-vqgan weights data/photos
 	$(PY) main.py --preset photos-64 --output_folder $(OUTPUT) --exp_name photos-64 $(VQGAN_FLAGS) $(WEIGHTS_FLAG)
 	$(PY) test.py --output_folder $(OUTPUT) --model_name photos-64/best.pt --save_codes
 	$(PY) evaluation.py --metrics l1 ssim psnr lpips kid $(WEIGHTS_FLAG) \
-	  --gt_path $(OUTPUT)/results/photos-64/best.pt/original/ -g_path $(OUTPUT)/results/photos-64/best.pt/rec
-	@$(PY) -m utils.report.summary $(OUTPUT) photos-64/best.pt
+	  --gt_path $(PHOTOS)/original/ -g_path $(PHOTOS)/rec
+	@$(PY) -m utils.report.summary $(PHOTOS)
 
 fuzz: $(VENV)/.installed-dev
 	LOOC_FUZZ=1000 $(PY) -m pytest tests/robustness/test_fuzz.py
@@ -82,8 +84,8 @@ demo: $(VENV)/.installed
 	$(PY) main.py --output_folder $(OUTPUT) --exp_name $(EXP) --overwrite $(DEMO_FLAGS)
 	$(PY) test.py --output_folder $(OUTPUT) --model_name $(EXP)/best.pt --save_codes
 	$(PY) evaluation.py --metrics l1 ssim psnr $$($(PY) -m utils.weights lpips $(WEIGHTS_DIR)) $(WEIGHTS_FLAG) \
-	  --gt_path $(OUTPUT)/results/$(EXP)/best.pt/original/ -g_path $(OUTPUT)/results/$(EXP)/best.pt/rec
-	@$(PY) -m utils.report.summary $(OUTPUT) $(EXP)/best.pt
+	  --gt_path $(DEMO)/original/ -g_path $(DEMO)/rec
+	@$(PY) -m utils.report.summary $(DEMO)
 
 weights: $(VENV)/.installed
 	$(PY) evaluation.py --fetch_weights $(WEIGHTS_FLAG)

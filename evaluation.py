@@ -14,7 +14,7 @@ from utils.distributed import launched
 from utils.errors import UserError, memory_for, run
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.networks import fetch_weights, load_networks
-from utils.evaluation.pairs import open_pairs
+from utils.evaluation.pairs import find_images, open_pairs
 from utils.evaluation.results import print_rows, record, set_aside, show, write_results
 from utils.evaluation.scores import check_pairs, measure
 from utils.flags.arguments import build, parse_flags
@@ -40,11 +40,16 @@ def evaluate(config: EvaluationConfig) -> None:
     """Measure all pairs, write everything and report."""
     keep_freed_memory()
     device = resolve_device(config.device)
-    pairs, skipped = open_pairs(config)
-    check_pairs(config, pairs, skipped)
-    networks = load_networks(config, device)
+    files = find_images(config)
     output = config.output_folder
     with locked(output, "--output"):
+        try:
+            pairs, skipped = open_pairs(config, files)
+        except UserError:  # earlier results, if any, are of other images
+            set_aside(output)
+            raise
+        check_pairs(config, pairs, skipped)
+        networks = load_networks(config, device)
         set_aside(output)
         named = spread([pair.name for pair in pairs], NUM_SHOWN)
         with memory_for(f"--batch_size {config.batch_size}"):

@@ -1,10 +1,11 @@
 """Reconstruct the test images of a checkpoint and analyse its codebook.
 
-Writes to <output_folder>/results/<model_name>/: original/ and rec/ with one picture per image,
-analysis.json, reconstructions.png, usage.png, slots.png, codebook.png and report.html. A model flag
-that contradicts the checkpoint is an error. Under torchrun the images are split over processes.
---save_codes writes the indices of all images, entropy-coded, to codes.looc; --from_codes makes the
-pictures of rec/ from such a file and the checkpoint, without the data set.
+Writes to <output_folder>/results/<model_name without .pt>/<data set>/: original/ and rec/ with one
+picture per image, analysis.json, reconstructions.png, usage.png, slots.png, codebook.png and
+report.html; docs/evaluation.md says which folder. A model flag that contradicts the checkpoint is
+an error. Under torchrun the images are split over processes. --save_codes writes the indices of all
+images, entropy-coded, to codes.looc; --from_codes makes the pictures of rec/ from such a file and
+the checkpoint, without the data set.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from utils.codebook.results import Format, reconstruct, reconstruct_codes, resul
 from utils.devices import keep_freed_memory
 from utils.distributed import first_goes_ahead, num_ranks, rank, start_ranks, stop_ranks
 from utils.errors import UserError, memory_for, run
+from utils.evaluation.schema import Analysis, Rate, SkippedImages
 from utils.flags.arguments import build, check_stored, parse_flags
 from utils.flags.search import SearchConfig, apply_search
 from utils.locks import locked
@@ -95,7 +97,10 @@ def test(
     info = None
     if config.save_codes:
         info = codes_info(model, data.dataset, images.image_size, len(images), config.batch_size)
-    results = results_folder(config.output_folder, str(config.model_name))
+    name = data.name if split == "test" else f"{data.name}-{split}"
+    place = f" --data_folder {Path(data.data_folder).resolve()}" if data.data_folder else ""
+    tested = f"--dataset {data.dataset}{place} --data_split {split}"
+    results = results_folder(config.output_folder, str(config.model_name), name, tested)
     form = Format(config.image_format, config.jpeg_quality)
     loader = BatchLoader(
         images,
@@ -106,10 +111,15 @@ def test(
         num_ranks=num_ranks(),
         skip_bad=data.skip_bad_images,
     )
+    known = Analysis(
+        images=tested,
+        model=asdict(model.config),
+        data={**asdict(data), "data_split": split},
+        image_format=form.suffix,
+        rate=Rate(),
+    )
     with locked(results, "--output_folder"):
-        reconstruct(
-            model, loader, form, results, info, {**asdict(data), "data_split": split}, images.name
-        )
+        reconstruct(model, loader, form, results, info, known, images.name)
 
 
 def test_from_codes(
@@ -124,10 +134,20 @@ def test_from_codes(
             raise UserError(f"--{item.name} has no effect with --from_codes")
     model = checkpoint.model().to(device)
     codes.check_model(model, checkpoint.path)
-    results = results_folder(config.output_folder, str(config.model_name))
+    path, info = codes.path.resolve(), codes.info
+    tested, name = f"--from_codes {path}", f"{path.parent.name}-{path.stem}"
+    results = results_folder(config.output_folder, str(config.model_name), name, tested)
     form = Format(config.image_format, config.jpeg_quality)
+    known = Analysis(
+        images=tested,
+        model=asdict(model.config),
+        data={"dataset": info.dataset, "image_size": info.image_size},
+        image_format=form.suffix,
+        rate=Rate(),
+        skipped_images=SkippedImages(len(info.left_out), [f"{n:08d}" for n in info.left_out]),
+    )
     with locked(results, "--output_folder"):
-        reconstruct_codes(model, codes, form, results)
+        reconstruct_codes(model, codes, form, results, known)
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:

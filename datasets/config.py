@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets.image_sets import CROPS
 from datasets.registry import DATASETS
@@ -38,6 +39,12 @@ class DataConfig:
     image_cache: str | None = option(
         None, "folder that keeps decoded images for later runs, for sets on disk (default: none)"
     )
+
+    @property
+    def name(self) -> str:
+        """Name of the data set in paths: that of its folder with --dataset folder."""
+        folder = Path(self.data_folder or "").resolve().name
+        return folder if self.dataset == "folder" and folder else self.dataset
 
     def __post_init__(self) -> None:
         if self.image_cache == "":

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
+from datasets.config import DataConfig
 from experiments.children import Children, Failure, Flags, stopping
 from experiments.options import PIXEL_METRICS, Contender, Settings
 from utils.checkpoints.checkpoint import read_checkpoint
@@ -123,7 +124,8 @@ def measure(run: Run, settings: Settings, children: Children) -> None:
     """Reconstruct and measure the test images; keep the figures and remove the pictures."""
     if finished(run, settings) is not None:
         return
-    results, log_file = run.folder / "best.pt", run.folder / "log.txt"
+    data = DataConfig(run.flags["dataset"], settings.data_folder)
+    results, log_file = run.folder / "best" / data.name, run.folder / "log.txt"
     pictures = results / "original", results / "rec"
     flags: Flags = {
         "output_folder": run.output,
@@ -132,6 +134,7 @@ def measure(run: Run, settings: Settings, children: Children) -> None:
         "num_workers": settings.threads,
         "batch_size": 64,
     }
+    shutil.rmtree(results, ignore_errors=True)
     try:
         seconds = {"test": children.run(log_file, "test.py", flags)}
         start = time.perf_counter()

@@ -185,8 +185,12 @@ def test_resumed_equals_uninterrupted(words: str, script: Script) -> None:
 def test_train_test_evaluate_on_both_devices(script: Script, tmp_path: Path) -> None:
     """A CPU decodes what a GPU trained and coded to the same pictures but for rounding."""
     train(script, "e", "--recipe", "best")
-    folder, found = tmp_path / "out/results/e/best.pt", []
-    for words in ("--device cuda --save_codes", f"--device cpu --from_codes {folder}/codes.looc"):
+    folder, found = tmp_path / "out/results/e/best/fashion-mnist-sample", []
+    decoded = folder.with_name(f"{folder.name}-codes")
+    for words, tested in (
+        ("--device cuda --save_codes", folder),
+        (f"--device cpu --from_codes {folder}/codes.looc", decoded),
+    ):
         outcome = script(
             "test.py", "--output_folder", "out", "--model_name", "e/best.pt", *words.split()
         )
@@ -194,10 +198,10 @@ def test_train_test_evaluate_on_both_devices(script: Script, tmp_path: Path) -> 
         for device in ("cuda", "cpu"):
             outcome = script(
                 *("evaluation.py", "--device", device, "--metrics", "l1", "ssim", "psnr"),
-                *("--gt_path", f"{folder}/original", "-g_path", f"{folder}/rec"),
+                *("--gt_path", f"{folder}/original", "-g_path", f"{tested}/rec"),
             )
             assert outcome.code == 0, outcome.err
-            metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+            metrics = json.loads((tested / "metrics.json").read_text())["metrics"]
             found.append([metrics[name]["mean"] for name in ("l1", "ssim", "psnr")])
     for values in found[1:]:
         assert values == pytest.approx(found[0], rel=1e-3)

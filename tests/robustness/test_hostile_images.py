@@ -602,7 +602,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 TEST = (
-    *("--model_name", "m.pt", "--dataset", "folder", "--data_folder", "pictures"),
+    *("--model_name", "m.pt", "--data_folder", "pictures", "--data_split", "test"),
     *("--image_size", "16", "--batch_size", "2", "--device", "cpu", "--num_workers", "0"),
 )
 
@@ -611,7 +611,7 @@ TEST = (
 def test_test_names_pictures_by_their_position(script: Script, tmp_path: Path) -> None:
     outcome = script("test.py", *TEST, "--skip_bad_images")
     assert outcome.code == 0, outcome.err
-    results = tmp_path / "output" / "results" / "m.pt"
+    results = tmp_path / "output" / "results" / "m" / "pictures"
     expected = [f"0000000{number}.png" for number in (0, 2, 3, 5)]
     for kind in ("original", "rec"):
         assert sorted(path.name for path in (results / kind).iterdir()) == expected
@@ -632,7 +632,7 @@ def test_test_says_nothing_of_none(script: Script, pictures: Path, tmp_path: Pat
     outcome = script("test.py", *TEST, "--skip_bad_images")
     assert outcome.code == 0, outcome.err
     assert "skipped" not in outcome.out
-    analysis = json.loads((tmp_path / "output/results/m.pt/analysis.json").read_text())
+    analysis = json.loads((tmp_path / "output/results/m/pictures/analysis.json").read_text())
     assert analysis["skipped_images"] == {"count": 0, "names": []}
 
 

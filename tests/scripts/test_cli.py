@@ -69,22 +69,22 @@ def test_the_published_commands(mnist: Path) -> None:
         folder,
     )
     assert tested.code == 0, tested.err
-    results = folder / "out/results" / name
+    results = folder / "out/results/mnist_cos_closest/best/mnist"
     names = [f"{number:08d}.png" for number in range(12)]
     assert sorted(path.name for path in (results / "original").iterdir()) == names
     assert sorted(path.name for path in (results / "rec").iterdir()) == names
 
     evaluated = run_forked(
         [
-            *("evaluation.py", "--gt_path", f"out/results/{name}/original/"),
-            *("-g_path", f"out/results/{name}/rec", "--metrics", "l1", "ssim", "psnr"),
+            *("evaluation.py", "--gt_path", f"{results}/original/"),
+            *("-g_path", f"{results}/rec", "--metrics", "l1", "ssim", "psnr"),
         ],
         folder,
     )
     assert evaluated.code == 0, evaluated.err
     assert json.loads((results / "metrics.json").read_text())["pairs"] == 12
 
-    summary = run_forked(["-m", "utils.report.summary", "out", name], folder)
+    summary = run_forked(["-m", "utils.report.summary", str(results)], folder)
     assert summary.code == 0, summary.err
     for word in ("PSNR", "codes per image", "98", "bits per pixel, entropy", "TensorBoard"):
         assert word in summary.out
@@ -96,7 +96,7 @@ def test_results_tell_the_truth(script: Script, mnist: Path, tmp_path: Path) -> 
     assert train(script, mnist, "--interpolation_scale", "2").code == 0
     outcome = script("test.py", "--output_folder", "out", "--model_name", "e/best.pt")
     assert outcome.code == 0, outcome.err
-    results = tmp_path / "out/results/e/best.pt"
+    results = tmp_path / "out/results/e/best/mnist"
 
     model = load_model(tmp_path / "out/models/e/best.pt")
     originals, reconstructions = (
@@ -129,7 +129,7 @@ def test_jpeg_results(script: Script, mnist: Path, tmp_path: Path) -> None:
     for form in ("jpg", "png"):  # the second run replaces the first whole
         words = ("--output_folder", "out", "--model_name", "e/best.pt", "--image_format", form)
         assert script("test.py", *words).code == 0
-        results = tmp_path / "out/results/e/best.pt"
+        results = tmp_path / "out/results/e/best/mnist"
         assert {path.suffix for path in (results / "rec").iterdir()} == {f".{form}"}
 
 
@@ -142,7 +142,7 @@ def test_a_reference_checkpoint(name: str, script: Script, mnist: Path, tmp_path
     data = ("--dataset", "mnist", "--data_folder", str(mnist))
     outcome = script("test.py", *words, *data, "--num_embedding", "8")
     assert outcome.code == 0, outcome.err
-    assert len(list((tmp_path / f"out/results/{name}.pt/rec").iterdir())) == 12
+    assert len(list((tmp_path / f"out/results/{name}/mnist/rec").iterdir())) == 12
     message = error_line(script("test.py", *words, *data, "--num_embedding", "512"))
     assert "--num_embedding 512 contradicts" in message
     assert "has 8" in message
@@ -184,7 +184,7 @@ def test_a_folder_of_colour_pictures(script: Script, tmp_path: Path) -> None:
     assert "128 codes of 16 per image, 0.5 bits per pixel nominal" in outcome.err
     outcome = script("test.py", "--model_name", "folder_looc_16x4/best.pt", "--num_workers", "0")
     assert outcome.code == 0, outcome.err
-    rec = tmp_path / "output/results/folder_looc_16x4/best.pt/rec/00000000.png"
+    rec = tmp_path / "output/results/folder_looc_16x4/best/pictures/rec/00000000.png"
     with Image.open(rec) as picture:
         assert (picture.size, picture.mode) == ((32, 32), "RGB")
 
@@ -194,11 +194,12 @@ def test_a_folder_of_colour_pictures(script: Script, tmp_path: Path) -> None:
     new = ("--model_name", "folder_looc_16x4/best.pt", "--data_folder", "new", "--num_workers", "0")
     outcome = script("test.py", *new)
     assert "best.pt was not trained on new: all its images are tested" in outcome.err
-    assert len(list(rec.parent.iterdir())) == 11
+    results = rec.parents[2]
+    assert len(list((results / "new-all/rec").iterdir())) == 11
     outcome = script("test.py", *new, "--data_split", "train")
     assert outcome.code == 0, outcome.err
-    assert 5 <= len(list(rec.parent.iterdir())) < 11
-    analysis = json.loads((rec.parent.parent / "analysis.json").read_text())
+    assert 5 <= len(list((results / "new-train/rec").iterdir())) < 11
+    analysis = json.loads((results / "new-train/analysis.json").read_text())
     assert analysis["data"]["data_split"] == "train"
 
     (tmp_path / "pictures/1/1.jpg").write_bytes(b"not a picture")
@@ -436,7 +437,7 @@ def test_where_memory_runs_out_the_line_names_what_takes_it(
     script: Script, mnist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     test = ("test.py", "--output_folder", "out", "--model_name", "e/best.pt", "--batch_size", "5")
-    pictures = "out/results/e/best.pt"
+    pictures = "out/results/e/best/mnist"
     evaluate = (
         *("evaluation.py", "--gt_path", f"{pictures}/original", "--g_path", f"{pictures}/rec"),
         *("--metrics", "psnr", "--batch_size", "6"),

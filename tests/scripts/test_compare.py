@@ -121,7 +121,7 @@ class Scripts:
 
     def run(self, log_file: Path, script: str, flags: Mapping[str, Any]) -> float:
         self.calls.append((script, flags))
-        results = log_file.parent / "best.pt"
+        results = log_file.parent / "best" / "fashion-mnist-sample"
         if script == "main.py":
             if any(name in flags["exp_name"] for name in self.failing):
                 raise Failure("main.py ended with 2: it is broken")

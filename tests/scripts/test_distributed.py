@@ -385,7 +385,7 @@ def test_torchrun_trains_and_tests_as_one_process_does(mnist: Path, tmp_path: Pa
     assert sorted(path.name for path in models.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
 
     words = ("test.py", "--model_name", "e/best.pt", "--batch_size", "3", "--device", "cpu")
-    results = tmp_path / "output" / "results" / "e" / "best.pt"
+    results = tmp_path / "output" / "results" / "e" / "best" / "mnist"
     found = []
     for ways in (lambda: run_ranks(words, tmp_path), lambda: [run_forked(words, tmp_path)]):
         outcomes = ways()

@@ -287,11 +287,11 @@ def test_the_readmes_commands_run(
             assert outcome.code == 0, f"{command.text}: {outcome.err}"
             ran.append(name)
     assert ran == ["main.py", "test.py", "evaluation.py", "main.py", "test.py"]
-    results = tmp_path / "output/results/mine/best.pt"
+    results = tmp_path / "output/results/mine/best/fashion-mnist-sample"
     assert json.loads((results / "metrics.json").read_text())["pairs"] == 8
     for name in ("codes.looc", "metrics.csv", "report.html", "worst_psnr.png", "analysis.json"):
         assert (results / name).is_file()
-    assert (tmp_path / "output/results/pictures/best.pt/report.html").is_file()
+    assert (tmp_path / "output/results/pictures/best/my_pictures/report.html").is_file()
 
 
 def test_the_photographs_of_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -894,6 +894,16 @@ def test_a_refused_run_leaves_the_results_alone(results: Path, evaluate: Evaluat
     assert contents(results) == before
 
 
+def test_refused_pictures_have_no_current_results(results: Path, evaluate: Evaluate) -> None:
+    """Also if no image was decoded before."""
+    evaluate()
+    before = contents(results)
+    (results / "rec" / "00000002.png").unlink()
+    assert evaluate()[0] == 2
+    assert contents(results) == {}
+    assert contents(results / "previous_metrics") == before
+
+
 def test_bad_image_in_a_process_of_its_own(results: Path) -> None:
     """The line comes from a worker, and alone."""
     truncate(results)

@@ -64,15 +64,15 @@ COMMANDS = (
     "main.py --dataset noise --quantizer sign --hidden_size 4 --num_residual_hidden 2 "
     "--batch_size 16 --max_steps 2 --exp_name new --device cpu --edge_weight 0.1",
     "test.py --model_name new/best.pt --save_codes --device cpu",
-    "evaluation.py --metrics worst --gt_path output/results/new/best.pt/original "
-    "--g_path output/results/new/best.pt/rec --num_workers 0",
+    "evaluation.py --metrics worst --gt_path output/results/new/best/noise/original "
+    "--g_path output/results/new/best/noise/rec --num_workers 0",
 )
 
 
 def test_the_recipes_work(repository: Path, tmp_path: Path) -> None:
     outcome = run_process(["-c", PROGRAM, str(repository), *COMMANDS], tmp_path)
     assert outcome.code == 0, outcome.err
-    results = tmp_path / "output/results/new/best.pt"
+    results = tmp_path / "output/results/new/best/noise"
     checkpoint = torch.load(tmp_path / "output/models/new/last.pt")
     assert checkpoint["objective_config"]["edge_weight"] == 0.1
     line = torch.load(tmp_path / "output/models/line/best.pt")["model"]

@@ -586,7 +586,7 @@ def test_train_test_evaluate(script: Script, tmp_path: Path) -> None:
     words = ("--model_name", "e/best.pt", "--num_workers", "0")
     outcome = script("test.py", *words, "--save_codes")
     assert outcome.code == 0, outcome.err
-    results = tmp_path / "output/results/e/best.pt"
+    results = tmp_path / "output/results/e/best/pictures"
     analysis = json.loads((results / "analysis.json").read_text())
     assert analysis["rate"]["codes_per_image"] == 8 * 8 * 2
     assert analysis["model"]["model"] == "vqgan"
@@ -594,7 +594,8 @@ def test_train_test_evaluate(script: Script, tmp_path: Path) -> None:
     outcome = script("test.py", *words[:2], "--from_codes", str(results / "codes.looc"))
     assert outcome.code == 0, outcome.err
     assert "bit for bit" in outcome.out
-    assert {path.name: path.read_bytes() for path in (results / "rec").iterdir()} == pictures
+    decoded = results.with_name("pictures-codes") / "rec"
+    assert {path.name: path.read_bytes() for path in decoded.iterdir()} == pictures
     folders = ("--gt_path", str(results / "original"), "-g_path", str(results / "rec"))
     outcome = script("evaluation.py", *folders, "--metrics", "l1", "psnr", "--num_workers", "0")
     assert outcome.code == 0, outcome.err

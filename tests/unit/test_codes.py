@@ -31,11 +31,12 @@ from utils.errors import UserError
 
 Script = Callable[..., Outcome]
 TESTED = ("--output_folder", "out", "--model_name", "e/best.pt")
-RESULTS = Path("out/results/e/best.pt")
+RESULTS = Path("out/results/e/best/mnist")
+DECODED = Path("out/results/e/best/mnist-codes")
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def pictures(folder: Path, names: str = "*") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob(names)}
 
 
 def draw(shape: tuple[int, int, int, int], num_embedding: int, seed: int = 0) -> torch.Tensor:
@@ -129,29 +130,44 @@ def test_the_same_pictures_from_codes(
         shutil.rmtree(folder)
     outcome = script("test.py", *TESTED, "--from_codes", "x.looc")
     assert outcome.code == 0, outcome.err
-    assert pictures(results / "rec") == without
-    assert [path.name for path in results.iterdir()] == ["rec"]
+    decoded = results.with_name(f"{tmp_path.name}-x")
+    assert pictures(decoded / "rec") == without
+    assert json.loads((decoded / "analysis.json").read_text())["rate"] == rate
     assert shown in outcome.out
     assert "bit for bit" in outcome.out
 
 
-def test_pictures_from_codes_lie_beside_their_own_originals_alone(
-    script: Script, mnist: Path, tmp_path: Path
-) -> None:
+def test_one_folder_per_set_of_images(script: Script, mnist: Path, tmp_path: Path) -> None:
+    """Other images of the same name are refused; the same ones replace what scripts wrote."""
     train(script, mnist)
-    results = tmp_path / RESULTS
+    results, decoded = tmp_path / RESULTS, tmp_path / DECODED
+    evaluate = ("evaluation.py", "--metrics", "psnr", "--num_workers", "0", "--gt_path")
     assert script("test.py", *TESTED, "--save_codes").code == 0
-    shutil.copy(results / "codes.looc", tmp_path / "x.looc")
-    originals = pictures(results / "original")
-    outcome = script("test.py", *TESTED, "--from_codes", "x.looc")
-    assert (outcome.code, pictures(results / "original")) == (0, originals), outcome.err
+    files = pictures(results, "*.*")
+    outcome = script("test.py", *TESTED, "--from_codes", str(RESULTS / "codes.looc"))
+    assert (outcome.code, pictures(results, "*.*")) == (0, files), outcome.err
+    outcome = script(*evaluate, str(results / "original"), "--g_path", str(decoded / "rec"))
+    assert outcome.code == 0, outcome.err
+    assert "bits per pixel, coded" in outcome.out
     outcome = script("test.py", *TESTED, "--from_codes", "x.looc", "--skip_bad_images")
-    assert "--skip_bad_images has no effect with --from_codes" in outcome.err
-    assert script("test.py", *TESTED).code == 0  # whose codes are not known
-    outcome = script("test.py", *TESTED, "--from_codes", "x.looc")
-    assert "removed original, analysis.json, reconstructions.png, " in outcome.err
-    assert not (results / "original").exists()
-    assert "analysis.json is not there" in (results / "report.html").read_text()
+    assert "x.looc does not exist" in outcome.err
+
+    for folder in (results, decoded):
+        (folder / "notes.txt").touch()
+    assert script(*evaluate, str(results / "original"), "--g_path", str(results / "rec")).code == 0
+    outcome = script("test.py", *TESTED)
+    before = "original, rec, reconstructions.png, usage.png, slots.png, codebook.png, codes.looc, "
+    before += "analysis.json, report.html, metrics.json, metrics.csv, worst_psnr.png"
+    assert f"replaced the results of an earlier run in {RESULTS}: {before}\n" in outcome.err
+    there = {path.name for path in results.iterdir()}
+    assert there == {*before.split(", ")[:6], "analysis.json", "report.html", "notes.txt"}
+    assert (decoded / "metrics.json").is_file()
+
+    moved = mnist.rename(tmp_path / "moved")
+    message = error_line(script("test.py", *TESTED, "--data_folder", str(moved)))
+    assert f"{RESULTS} has results of --dataset mnist --data_folder {mnist} --data_spl" in message
+    assert f", not of --dataset mnist --data_folder {moved} --data_split test: rename" in message
+    assert {path.name for path in results.iterdir()} == there
 
 
 def test_images_left_out(script: Script, tmp_path: Path) -> None:
@@ -174,10 +190,11 @@ def test_images_left_out(script: Script, tmp_path: Path) -> None:
     words = ("--skip_bad_images", "--batch_size", "2", "--save_codes")
     outcome = script("test.py", *data, *more, *TESTED[2:], *words)
     assert outcome.code == 0, outcome.err
-    before = pictures(tmp_path / RESULTS / "rec")
+    results = tmp_path / "out/results/e/best/pictures"
+    before = pictures(results / "rec")
     assert sorted(before) == [f"{number:08d}.png" for number in (0, 2, 3, 6, 7, 8, 9)]
-    assert script("test.py", *TESTED, "--from_codes", str(RESULTS / "codes.looc")).code == 0
-    assert pictures(tmp_path / RESULTS / "rec") == before
+    assert script("test.py", *TESTED, "--from_codes", str(results / "codes.looc")).code == 0
+    assert pictures(results.with_name("pictures-codes") / "rec") == before
 
 
 def test_several_processes_write_and_read_the_same(
@@ -188,12 +205,13 @@ def test_several_processes_write_and_read_the_same(
     words = (*TESTED, "--batch_size", "3", "--device", "cpu")
     assert script("test.py", *words, "--save_codes").code == 0
     one, expected = path.read_bytes(), pictures(path.parent / "rec")
-    for flags in (("--save_codes",), ("--from_codes", str(path))):
+    ways = (("--save_codes",), RESULTS), (("--from_codes", str(path)), DECODED)
+    for flags, folder in ways:
         outcomes = run_ranks(["test.py", *words, *flags], tmp_path)
         assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
         assert "".join(outcome.out for outcome in outcomes).count("bits per pixel, coded") == 1
         assert path.read_bytes() == one
-        assert pictures(path.parent / "rec") == expected
+        assert pictures(tmp_path / folder / "rec") == expected
 
 
 def test_refusals_are_one_line(

@@ -450,7 +450,7 @@ def test_pictures_of_code_files_are_the_same(name: str, script: Script, mnist: P
     pytest.importorskip("constriction", reason="the entropy coder")
     assert train(script, mnist, "--quantizer", name, "--num_embedding", "64").code == 0
     tested = ("test.py", "--output_folder", "out", "--model_name", "e/best.pt")
-    results = Path("out/results/e/best.pt")
+    results = Path("out/results/e/best/mnist")
     saved = script(*tested, "--save_codes")
     assert saved.code == 0, saved.err
     analysis = json.loads((results / "analysis.json").read_text())["codebook"]
@@ -469,7 +469,7 @@ def test_scripts_without_a_quantiser(script: Script, mnist: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "not quantised" in outcome.out
     assert "usage" not in outcome.out
-    results = Path("out/results/e/best.pt")
+    results = Path("out/results/e/best/mnist")
     page = (results / "report.html").read_text()
     assert "Latents are not quantised" in page
     assert 'id="slots"' not in page

@@ -112,7 +112,7 @@ def results(tmp_path: Path) -> Path:
     """Results folder of a small run, as the three scripts leave it."""
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = tmp_path / "out" / "results" / "e" / "best.pt"
+    folder = tmp_path / "out" / "results" / "e" / "best" / "folder"
     random = np.random.default_rng(0)
     for kind in ("original", "rec"):
         (folder / kind).mkdir(parents=True)
@@ -224,7 +224,7 @@ def test_the_commands_are_safe_and_whole(results: Path) -> None:
     write_json(results / "metrics.json", lambda c: c.update(settings={"gt_path": odd}))
     page = Page(write_report(results)).text
     assert f"--gt_path '{odd}'" in page
-    path = results.parents[2] / "models" / "e" / "best.pt"
+    path = results.parents[3] / "models" / "e" / "best.pt"
     content = torch.load(path, weights_only=True)
     torch.save({**content, "objective_config": {"disc_start": 5, "perceptual_weight": 1.0}}, path)
     page = Page(write_report(results)).text
@@ -254,7 +254,7 @@ def test_a_missing_file_is_named_with_its_command(results: Path, name: str) -> N
     "content", ["", "{", "[]", '{"codebook": 3, "metrics": [1]}', "\udcff,\n,,"]
 )
 def test_a_damaged_file_is_no_traceback(results: Path, name: str, content: str) -> None:
-    shutil.rmtree(results.parents[2] / "models")
+    shutil.rmtree(results.parents[3] / "models")
     (results / name).write_bytes(content.encode(errors="surrogateescape"))
     assert "Traceback" not in Page(write_report(results)).text
 
@@ -317,7 +317,7 @@ def test_quality_is_told_without_an_analysis(results: Path) -> None:
 
 
 def test_a_checkpoint_newer_than_the_results_is_told(results: Path) -> None:
-    (results.parents[2] / "models" / "e" / "best.pt").touch()
+    (results.parents[3] / "models" / "e" / "best.pt").touch()
     assert "newer than these results" in Page(write_report(results)).text
 
 

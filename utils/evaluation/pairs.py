@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -50,15 +50,25 @@ class Batch:
     skipped: dict[str, str]  # name → why the pair could not be decoded
 
 
-def open_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
-    """Find the pairs to measure, by their headers, and why others are skipped; sorted by name."""
+Files: TypeAlias = dict[str, dict[str, Path]]  # flag → name without suffix → image
+
+
+def find_images(config: EvaluationConfig) -> Files:
+    """Find the images of both folders. Raises UserError if there are fewer than --num_test."""
     folders = {"--gt_path": Path(config.gt_path), "--g_path": Path(config.g_path)}
     files = {flag: images_in(flag, folder) for flag, folder in folders.items()}
+    number = len(set().union(*files.values()))
+    if config.num_test is not None and config.num_test > number:
+        raise UserError(f"--num_test {config.num_test}, but there are {number} images")
+    if folders["--gt_path"].samefile(folders["--g_path"]):
+        log.warning("--gt_path and --g_path are one folder: images are compared with themselves")
+    return files
+
+
+def open_pairs(config: EvaluationConfig, files: Files) -> tuple[list[Pair], dict[str, str]]:
+    """Return the pairs to measure, by their headers, and why others are skipped; sorted by name."""
     originals, reconstructions = files.values()
-    names = sorted({*originals, *reconstructions})
-    if config.num_test is not None and config.num_test > len(names):
-        raise UserError(f"--num_test {config.num_test}, but there are {len(names)} images")
-    names = names[: config.num_test]
+    names = sorted({*originals, *reconstructions})[: config.num_test]
     lacking = {flag: [name for name in names if name not in found] for flag, found in files.items()}
     if any(lacking.values()):
         problems = "; ".join(
@@ -67,8 +77,6 @@ def open_pairs(config: EvaluationConfig) -> tuple[list[Pair], dict[str, str]]:
             if missing
         )
         raise UserError(f"images are paired by name, and {problems}")
-    if folders["--gt_path"].samefile(folders["--g_path"]):
-        log.warning("--gt_path and --g_path are one folder: images are compared with themselves")
     pairs, skipped, different = [], {}, []
     for name in names:
         try:

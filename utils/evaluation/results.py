@@ -47,13 +47,6 @@ def own_files(output: Path) -> list[Path]:
     return [output / name for name in names if (output / name).is_file()]
 
 
-def remove_results(output: Path) -> None:
-    """Remove the results of all earlier runs, which describe other pictures."""
-    for path in own_files(output):
-        path.unlink()
-    shutil.rmtree(output / PREVIOUS, ignore_errors=True)
-
-
 def write_results(
     output: Path, config: EvaluationConfig, scores: Scores, content: Metrics
 ) -> list[Path]:

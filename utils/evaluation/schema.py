@@ -141,6 +141,7 @@ class SkippedImages:
 class Analysis:
     """Content of analysis.json, written by test.py."""
 
+    images: str = ""  # those that were reconstructed, in words
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     image_format: str = "png"

@@ -83,10 +83,10 @@ def find(results: Path, kept: Mapping[str, Shown] | None = None) -> Found:
 
 
 def layout(results: Path) -> tuple[Path, str] | None:
-    """Return the output folder and <experiment>/<checkpoint>; None for a folder elsewhere."""
-    place = results.resolve()
+    """Return the output folder and the checkpoint's name; None for a folder elsewhere."""
+    place = results.resolve().parent  # results/<model_name without .pt>/<data set>
     folder = next((folder for folder in place.parents if folder.name == "results"), None)
-    return (folder.parent, str(place.relative_to(folder))) if folder else None
+    return (folder.parent, f"{place.relative_to(folder)}.pt") if folder else None
 
 
 def read_values(path: Path) -> dict[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """Print one table of the results of test.py and evaluation.py, and the places of all files.
 
-python -m utils.report.summary <output_folder> <model_name>
+python -m utils.report.summary <results folder>
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from utils.evaluation import schema
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.results import print_rows
 from utils.evaluation.schema import Analysis, Metrics
+from utils.report.files import layout
 
 FILES = {
     "originals": "original",
@@ -25,20 +26,19 @@ FILES = {
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        raise UserError("usage: python -m utils.report.summary <output_folder> <model_name>")
-    output, name = Path(sys.argv[1]), sys.argv[2]
-    results = output / "results" / name
+    if len(sys.argv) != 2:
+        raise UserError("usage: python -m utils.report.summary <results folder>")
+    results = Path(sys.argv[1])
     try:
         analysis = schema.read(results / "analysis.json", Analysis)
         metrics = schema.read(results / "metrics.json", Metrics)
     except FileNotFoundError as error:
         raise UserError(f"{results} has no complete results: {one_line(error)}") from error
-    places = {
-        "checkpoint": f"{output / 'models' / name}",
-        **{label: f"{results / file}" for label, file in FILES.items()},
-        "TensorBoard": f"{output / 'logs' / Path(name).parent}",
-    }
+    places = {label: f"{results / file}" for label, file in FILES.items()}
+    if place := layout(results):
+        output, name = place
+        places = {"checkpoint": f"{output / 'models' / name}", **places}
+        places["TensorBoard"] = f"{output / 'logs' / Path(name).parent}"
     for rows in (table(analysis, metrics), places):
         sys.stdout.write("\n")
         print_rows(rows)
