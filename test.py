@@ -5,12 +5,14 @@ picture per image, analysis.json, reconstructions.png, usage.png, slots.png, cod
 report.html; docs/evaluation.md says which folder. A model flag that contradicts the checkpoint is
 an error. Under torchrun the images are split over processes. --save_codes writes the indices of all
 images, entropy-coded, to codes.looc; --from_codes makes the pictures of rec/ from such a file and
-the checkpoint, without the data set.
+the checkpoint, without the data set. --images reconstructs whole pictures, each in its own size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ import torch
 
 from datasets import DATASETS, BatchLoader, ImageSet
 from datasets.config import DataConfig
+from datasets.pictures import Pictures, find_pictures
 from datasets.splits import open_tested
 from modules import ModelConfig
 from modules.options import option
 from utils.checkpoints.checkpoint import Checkpoint, read_named
 from utils.codebook.codes.coder import need_coder
 from utils.codebook.codes.files import CodeFile
-from utils.codebook.codes.header import codes_info
+from utils.codebook.codes.header import codes_info, pictures_info
 from utils.codebook.results import Format, reconstruct, reconstruct_codes, results_folder
 from utils.devices import keep_freed_memory
 from utils.distributed import first_goes_ahead, num_ranks, rank, start_ranks, stop_ranks
@@ -48,6 +51,9 @@ class TestConfig:
     jpeg_quality: int = option(75, "quality of jpg pictures", minimum=1, maximum=100)
     save_codes: bool = option(False, "write the indices, entropy-coded, to codes.looc")
     from_codes: str | None = option(None, "reconstruct from this code file instead of images")
+    images: tuple[str, ...] = option(
+        (), "files and folders of pictures to reconstruct whole, each in its own size"
+    )
     data_split: str | None = option(
         None,
         "images that are tested (default: test for the data that the model was trained on, all for "
@@ -60,8 +66,11 @@ class TestConfig:
             raise ValueError(f"--jpeg_quality {self.jpeg_quality} needs --image_format jpg")
         if self.save_codes and self.from_codes is not None:
             raise ValueError("--save_codes contradicts --from_codes, which reads codes")
-        if self.data_split is not None and self.from_codes is not None:
-            raise ValueError(f"--data_split {self.data_split} has no effect with --from_codes")
+        if self.images and self.from_codes is not None:
+            raise ValueError("--images contradicts --from_codes, which needs no images")
+        if self.data_split is not None and (self.images or self.from_codes is not None):
+            other = "--images" if self.images else "--from_codes"
+            raise ValueError(f"--data_split {self.data_split} has no effect with {other}")
 
 
 def main() -> None:
@@ -73,7 +82,9 @@ def main() -> None:
     torch.backends.cudnn.deterministic = True  # the same codes and pictures in every run
     torch.backends.cudnn.allow_tf32 = False  # results of a GPU close to those of the CPU
     checkpoint = read_named(config.output_folder, config.model_name, flags)
-    if config.from_codes is None:
+    if config.images:
+        test_pictures(checkpoint, config, flags, device)
+    elif config.from_codes is None:
         with memory_for(f"--batch_size {config.batch_size}"):
             test(checkpoint, config, flags, device)
     else:  # the file sets the size of a batch
@@ -122,16 +133,63 @@ def test(
         reconstruct(model, loader, form, results, info, known, images.name)
 
 
+def test_pictures(
+    checkpoint: Checkpoint, config: TestConfig, flags: dict[str, Any], device: torch.device
+) -> None:
+    """Reconstruct the pictures of --images, write everything and report."""
+    for name in ("batch_size", *(item.name for item in fields(DataConfig))):
+        if name in flags and name != "skip_bad_images":
+            raise UserError(f"--{name} has no effect with --images")
+    pictures = Pictures(
+        find_pictures(config.images),
+        checkpoint.model_config.in_channels,
+        device=device,
+        rank=rank(),
+        num_ranks=num_ranks(),
+        skip_bad=flags.get("skip_bad_images", False),
+    )
+    model = checkpoint.model().to(device)
+    apply_search(build(SearchConfig, flags), model, device)
+    info = pictures_info(model, pictures.names) if config.save_codes else None
+    name, tested = name_of(config.images)
+    results = results_folder(config.output_folder, str(config.model_name), name, tested)
+    form = Format(config.image_format, config.jpeg_quality)
+    known = Analysis(
+        images=tested,
+        model=asdict(model.config),
+        data={"dataset": name},
+        image_format=form.suffix,
+        rate=Rate(),
+    )
+    with locked(results, "--output_folder"):
+        reconstruct(model, pictures, form, results, info, known, pictures.source, pictures.names)
+
+
+def name_of(given: Sequence[str]) -> tuple[str, str]:
+    """A name for the results of these files and folders, and a text that tells them from others."""
+    paths = [Path(text).resolve() for text in given]
+    name = paths[0].stem if paths[0].is_file() else paths[0].name
+    tested = f"the whole pictures {paths[0]}"
+    if more := len(paths) - 1:
+        digest = sha256("\n".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
+        name, tested = f"{name}-and-{more}-more", f"{tested} and {more} more ({digest[:8]})"
+    return f"{name}-whole", tested
+
+
 def test_from_codes(
     checkpoint: Checkpoint, config: TestConfig, flags: dict[str, Any], device: torch.device
 ) -> None:
     """Make the pictures of rec/ from a code file, and report."""
     need_coder("--from_codes")
     codes = CodeFile(Path(str(config.from_codes)))
-    check_stored(flags, asdict(codes.info), codes.path)
-    for item in (*fields(DataConfig), *fields(SearchConfig)):
-        if item.name in flags and item.name not in ("dataset", "image_size"):
-            raise UserError(f"--{item.name} has no effect with --from_codes")
+    stored = asdict(codes.info)
+    check_stored(flags, stored, codes.path)
+    for name in (
+        "batch_size",
+        *(item.name for item in (*fields(DataConfig), *fields(SearchConfig))),
+    ):
+        if name in flags and name not in stored:
+            raise UserError(f"--{name} has no effect with --from_codes")
     model = checkpoint.model().to(device)
     codes.check_model(model, checkpoint.path)
     path, info = codes.path.resolve(), codes.info
@@ -141,7 +199,7 @@ def test_from_codes(
     known = Analysis(
         images=tested,
         model=asdict(model.config),
-        data={"dataset": info.dataset, "image_size": info.image_size},
+        data={name: stored[name] for name in ("dataset", "image_size") if name in stored},
         image_format=form.suffix,
         rate=Rate(),
         skipped_images=SkippedImages(len(info.left_out), [f"{n:08d}" for n in info.left_out]),

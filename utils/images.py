@@ -23,6 +23,12 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def padded(images: Tensor, factor: int) -> Tensor:
+    """Repeat the last row and column of (B, C, h, w), so that the sides are multiples of factor."""
+    height, width = images.shape[2:]
+    return pad(images, (0, -width % factor, 0, -height % factor), mode="replicate")
+
+
 def in_colour(images: Tensor) -> Tensor:
     """Repeat a grey channel three times: (B, 1 or 3, H, W) → (B, 3, H, W)."""
     return images.expand(-1, 3, -1, -1)

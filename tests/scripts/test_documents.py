@@ -286,12 +286,13 @@ def test_the_readmes_commands_run(
             outcome = script(name, *words[:-1], *SMALL[name].split())
             assert outcome.code == 0, f"{command.text}: {outcome.err}"
             ran.append(name)
-    assert ran == ["main.py", "test.py", "evaluation.py", "main.py", "test.py"]
+    assert ran == ["main.py", "test.py", "evaluation.py", "main.py", "test.py", "test.py"]
     results = tmp_path / "output/results/mine/best/fashion-mnist-sample"
     assert json.loads((results / "metrics.json").read_text())["pairs"] == 8
     for name in ("codes.looc", "metrics.csv", "report.html", "worst_psnr.png", "analysis.json"):
         assert (results / name).is_file()
-    assert (tmp_path / "output/results/pictures/best/my_pictures/report.html").is_file()
+    for name in ("my_pictures/report.html", "my_pictures-whole/codes.looc"):
+        assert (tmp_path / "output/results/pictures/best" / name).is_file()
 
 
 def test_the_photographs_of_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

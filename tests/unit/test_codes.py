@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from PIL import Image
 from modules import VQGAN, VQVAE, ModelConfig
 from tests.conftest import Outcome
 from tests.processes import run_ranks
-from tests.scripts.test_cli import TINY, error_line, train
+from tests.scripts.test_cli import GOLDEN, TINY, error_line, train
 from utils.codebook.codes import files
 from utils.codebook.codes.coder import FREQUENCIES, Coder, nearest_frequencies
-from utils.codebook.codes.files import DIGEST_SIZE, MAGIC, CodeFile, file_rate
-from utils.codebook.codes.header import CodesInfo, fingerprint
+from utils.codebook.codes.files import DIGEST_SIZE, CodeFile, file_rate
+from utils.codebook.codes.header import CodesInfo, Header, PicturesInfo, fingerprint
 from utils.codebook.statistics import CodebookStatistics, entropy_bits
 from utils.errors import UserError
 
@@ -54,7 +54,7 @@ def info_of(indices: torch.Tensor, num_embedding: int, **known: Any) -> CodesInf
 
 def write(
     path: Path, indices: torch.Tensor, num_embedding: int, num_ranks: int = 1, **known: Any
-) -> CodesInfo:
+) -> Header:
     """A code file of indices (n, H, W, m), whose batches went to several spools in turn."""
     info = info_of(indices, num_embedding, **known)
     spools = [files.spool_path(path, number) for number in range(num_ranks)]
@@ -73,12 +73,43 @@ def write(
             spool.unlink()
 
 
+def write_pictures(
+    path: Path,
+    sizes: Sequence[tuple[int, int]],
+    num_ranks: int = 1,
+    left_out: Sequence[int] = (),
+    chunk_codes: int = 20,
+) -> dict[int, torch.Tensor]:
+    """A code file of pictures of these heights and widths, f = 4, m = 2, K = 5; their indices."""
+    info = PicturesInfo(
+        num_images=len(sizes) + len(left_out),
+        left_out=tuple(left_out),
+        slots=2,
+        num_embedding=5,
+        downsampling=4,
+        chunk_codes=chunk_codes,
+        pictures=tuple((f"b/{n}", width, height) for n, (height, width) in enumerate(sizes)),
+    )
+    spools = [files.spool_path(path, number) for number in range(num_ranks)]
+    parts: list[list[bytes]] = [[] for _ in spools]
+    indices = {}
+    for position, size in zip(info.positions, sizes):
+        indices[position] = draw((1, *info.index_shape(*size)), 5, position)[0]
+        parts[position % num_ranks].append(indices[position].numpy().astype(info.dtype).tobytes())
+    for spool, part in zip(spools, parts):
+        spool.write_bytes(b"".join(part))
+    files.write_codes(path, info, spools)
+    for spool in spools:
+        spool.unlink()
+    return indices
+
+
 def read(path: Path, rank: int = 0, num_ranks: int = 1) -> dict[int, torch.Tensor]:
     """The indices (H, W, m) in a code file by the positions of their images."""
     return {
         int(position): image
-        for positions, batch in CodeFile(path).batches(rank, num_ranks)
-        for position, image in zip(positions, batch)
+        for batch, indices in CodeFile(path).batches(rank, num_ranks)
+        for position, image in zip(batch.positions, indices)
     }
 
 
@@ -281,6 +312,22 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
+SIZES = [(7, 9), (1, 1), (16, 30), (8, 8)]
+
+
+@pytest.fixture
+def pictured(tmp_path: Path) -> Path:
+    """A code file of four whole pictures, the third alone in its chunk."""
+    write_pictures(tmp_path / "pictures.looc", SIZES)
+    return tmp_path / "pictures.looc"
+
+
+@pytest.fixture(params=["small", "pictured"])
+def each_kind(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
 def refused(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         read(path)
@@ -289,23 +336,23 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-def test_every_truncation_is_refused(small: Path) -> None:
-    whole = small.read_bytes()
+def test_every_truncation_is_refused(each_kind: Path) -> None:
+    whole = each_kind.read_bytes()
     for length in range(len(whole)):
-        small.write_bytes(whole[:length])
-        refused(small)
-    small.write_bytes(whole + b"\0")
-    refused(small)
+        each_kind.write_bytes(whole[:length])
+        refused(each_kind)
+    each_kind.write_bytes(whole + b"\0")
+    refused(each_kind)
 
 
-def test_changed_bytes_are_refused(small: Path) -> None:
-    whole = small.read_bytes()
+def test_changed_bytes_are_refused(each_kind: Path) -> None:
+    whole = each_kind.read_bytes()
     random = np.random.default_rng(0)
     for _ in range(200):
         changed = bytearray(whole)
         changed[random.integers(len(whole))] ^= 1 << random.integers(8)
-        small.write_bytes(changed)
-        refused(small)
+        each_kind.write_bytes(changed)
+        refused(each_kind)
 
 
 def resealed(path: Path, content: bytes) -> None:
@@ -315,11 +362,12 @@ def resealed(path: Path, content: bytes) -> None:
 def with_header(path: Path, changes: Mapping[str, Any]) -> None:
     """Change the header of a code file, and its checksum to match."""
     content = path.read_bytes()[:-DIGEST_SIZE]
-    start = len(MAGIC) + 4
+    start = len(CodesInfo.magic) + 4
     (length,) = struct.unpack("<I", content[start - 4 : start])
-    header = {**json.loads(content[start : start + length]), **changes}
-    text = json.dumps(header).encode()
-    resealed(path, MAGIC + struct.pack("<I", len(text)) + text + content[start + length :])
+    values = {**json.loads(content[start : start + length]), **changes}
+    text = json.dumps(values).encode()
+    packed = struct.pack("<I", len(text)) + text
+    resealed(path, content[: start - 4] + packed + content[start + length :])
 
 
 @pytest.mark.parametrize(
@@ -363,28 +411,55 @@ def test_forged_headers_are_refused(changes: dict[str, Any], small: Path) -> Non
     refused(small)
 
 
-def test_forged_contents_are_refused(small: Path) -> None:
+def named(**changes: Any) -> dict[str, Any]:
+    """The pictures of `pictured`, with these values in place of those of the first."""
+    first = {"name": "b/0", "width": 9, "height": 7, **changes}
+    rest = [(f"b/{n}", width, height) for n, (height, width) in enumerate(SIZES)][1:]
+    return {"pictures": [[*first.values()], *rest]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"num_images": 3}, {"num_images": 2**40}, {"num_images": 5}, {"left_out": [0]}),
+        *({"num_tables": 3}, {"slots": 1}, {"slots": 4}, {"downsampling": 1}, {"downsampling": 0}),
+        *({"num_embedding": 4}, {"num_embedding": 2**40}, {"pictures": []}, {"pictures": 7}),
+        *({"pictures": [1, 2, 3, 4]}, {"pictures": [["a", 1]] * 4}, {"image_size": 8}),
+        *({"chunk_codes": 0}, {"chunk_codes": 1}, {"chunk_codes": 2**40}),
+        *(named(name=name) for name in ("../b", "/b", "b/../c", "", ".", "a//b", "a\0", "b/1", 3)),
+        *(named(width=width) for width in (0, -4, 4, 13, 2.0, True, "9", 2**40, 2**70)),
+    ],
+    ids=str,
+)
+def test_forged_headers_of_pictures_are_refused(changes: dict[str, Any], pictured: Path) -> None:
+    with_header(pictured, named())
+    assert len(read(pictured)) == 4
+    with_header(pictured, changes)
+    refused(pictured)
+
+
+def test_forged_contents_are_refused(each_kind: Path) -> None:
     """Bytes changed and the checksum made to match: the indices have checksums of their own."""
-    whole = small.read_bytes()[:-DIGEST_SIZE]
-    (length,) = struct.unpack_from("<I", whole, len(MAGIC))
-    expected, random, refusals = read(small), np.random.default_rng(0), 0
+    whole = each_kind.read_bytes()[:-DIGEST_SIZE]
+    (length,) = struct.unpack_from("<I", whole, len(CodesInfo.magic))
+    expected, random, refusals = read(each_kind), np.random.default_rng(0), 0
     for _ in range(200):
         changed = bytearray(whole)
-        place = random.integers(len(MAGIC) + 4 + length, len(whole))
+        place = random.integers(len(CodesInfo.magic) + 4 + length, len(whole))
         changed[place] ^= 1 << random.integers(8)
-        resealed(small, bytes(changed))
+        resealed(each_kind, bytes(changed))
         try:
-            found = read(small)
+            found = read(each_kind)
             assert all(torch.equal(found[position], expected[position]) for position in expected)
         except UserError:
             refusals += 1
     assert refusals > 150
 
 
-def test_a_header_nested_deeply(small: Path) -> None:
+def test_a_header_nested_deeply(each_kind: Path) -> None:
     text = b"[" * 10**5
-    resealed(small, MAGIC + struct.pack("<I", len(text)) + text)
-    refused(small)
+    resealed(each_kind, CodesInfo.magic + struct.pack("<I", len(text)) + text)
+    refused(each_kind)
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(
@@ -430,6 +505,33 @@ def test_indices_come_back(
     assert len(written) == 1
 
 
+def test_pictures_come_back(tmp_path: Path) -> None:
+    """Each in its shape, from any number of processes' spools, in one chunk or many."""
+    path = tmp_path / "c"
+    for codes in (2**22, 20):
+        written = set()
+        for num_ranks in (1, 2, 3):
+            indices = write_pictures(path, SIZES, num_ranks, (0, 3), codes)
+            written.add(path.read_bytes())
+            found = read(path)
+            assert list(found) == list(indices) == [1, 2, 4, 5]
+            assert all(torch.equal(found[position], indices[position]) for position in found)
+        assert len(written) == 1
+        info = CodeFile(path).info
+        assert (info.num_chunks, info.num_pixels) == (1 if codes > 20 else 3, 63 + 1 + 480 + 64)
+        assert [info.name(position) for position in found] == ["b/0", "b/1", "b/2", "b/3"]
+        shares = [read(path, rank, 2) for rank in range(2)]
+        assert sorted(position for share in shares for position in share) == [1, 2, 4, 5]
+
+
+def test_a_file_of_the_first_version_opens() -> None:
+    """Written by commit fee66e7."""
+    found = read(GOLDEN / "codes_1.looc")
+    assert list(found) == [0, 1, 2, 3, 5, 6]
+    expected = draw((7, 2, 3, 2), 5)
+    assert all(torch.equal(image, expected[position]) for position, image in found.items())
+
+
 def test_chunks_are_dealt_out(small: Path) -> None:
     shares = [read(small, rank, 2) for rank in range(2)]
     assert [sorted(share) for share in shares] == [[0, 1, 2, 6], [3, 4, 5]]
@@ -460,10 +562,10 @@ def test_tables_of_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_words_are_those_of_every_version() -> None:
     """A code file has to be readable for years: these words shall never change."""
     tables = np.array([[9, 0, 20, 123], [1, 1, 0, 40]], dtype=np.uint8)
-    indices = np.array([[3, 1, 0, 3], [2, 0, 1, 2]])
+    indices = np.array([3, 1, 0, 3, 2, 0, 1, 2])
     words = Coder(tables).encode(indices)
     assert words.tolist() == WORDS
-    assert Coder(tables).decode(words, 2, 4).tolist() == indices.tolist()
+    assert Coder(tables).decode(words, 8).tolist() == indices.tolist()
     assert FREQUENCIES[[0, 3, 4, 9, 20, 40, 123]].tolist() == [0, 3, 4, 10, 64, 2048, 7 * 2**29]
 
 

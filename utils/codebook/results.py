@@ -17,16 +17,16 @@ from tqdm import tqdm
 from modules import Autoencoder
 from utils.charts import save_figure
 from utils.codebook.codes.files import CodeFile, file_rate, save_codes, spooled
-from utils.codebook.codes.header import CodesInfo, pixel_sum
+from utils.codebook.codes.header import Header, by_position, pixel_sum
 from utils.codebook.plots import draw_all
 from utils.codebook.statistics import CodebookStatistics
 from utils.distributed import gather, gather_items, num_ranks, rank, shared_folder
-from utils.errors import UserError
+from utils.errors import UserError, memory_for
 from utils.evaluation import schema
 from utils.evaluation.results import PREVIOUS, own_files, print_rows
 from utils.evaluation.schema import Analysis, SkippedImages
 from utils.files import inside
-from utils.images import save_comparison, save_picture, to_bytes, to_signed
+from utils.images import padded, save_comparison, save_picture, to_bytes, to_signed
 from utils.logger import log
 from utils.report import write_report
 
@@ -43,7 +43,7 @@ class Batches(Protocol):
     bad_images: dict[int, str]  # position → why that image could not be decoded
 
     def numbered(self) -> Iterable[tuple[Tensor, Tensor]]: ...  # positions and images
-    def shares(self, epoch: int, start: int) -> Sequence[Sized]: ...  # positions, by batch
+    def shares(self, epoch: int, start: int, /) -> Sequence[Sized]: ...  # positions, by batch
 
 
 class Format(NamedTuple):
@@ -59,60 +59,79 @@ def reconstruct(
     loader: Batches,
     form: Format,
     results: Path,
-    info: CodesInfo | None,
+    info: Header | None,
     known: Analysis,
     name_of: Callable[[int], str],
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Write every image to original/ and its reconstruction to rec/, by its position, and report.
+    """Write every image to original/ and its reconstruction to rec/, and report.
 
     With info all indices go to codes.looc too. known: the analysis, as far as it is known before.
-    name_of: an image's name, by its position. Raises UserError if no image can be decoded.
+    name_of: an image's name, by its position. names: those of whole pictures, each a batch, to be
+    written under these names; others are named by their positions. Raises UserError if no image can
+    be decoded.
     """
     statistics = CodebookStatistics(model.config.num_embedding, model.config.num_codebooks)
     first: list[tuple[int, Tensor]] = []
-    total = sum(map(len, loader.shares(epoch=0, start=0)))
+    num_pixels = 0
+    total = sum(map(len, loader.shares(0, 0)))
+    written = by_position if names is None else names.__getitem__
     with (
         replacing(results) as folder,
-        pictures(folder / "original", form) as write_original,
-        pictures(folder / "rec", form) as write_rec,
+        pictures(folder / "original", form, written) as write_original,
+        pictures(folder / "rec", form, written) as write_rec,
         spooled(folder / CODES, info) if info else nullcontext() as spool,
     ):
         with tqdm(total=total, unit="image", disable=rank() > 0) as bar:
             for positions, images in loader.numbered():
-                if model.config.num_slots:  # exactly as --from_codes decodes them
-                    indices = model.encode(to_signed(images))  # (B, H, W, m)
-                    decoded = model.decode(indices)
-                else:
-                    decoded, quantized = model(to_signed(images))
-                    indices = quantized.indices
-                output = to_bytes(decoded).cpu()
-                statistics.add(indices)
-                if spool is not None:
-                    spool.add(indices, output)
                 numbers: list[int] = positions.tolist()
+                height, width = images.shape[2:]
+                whole = f"image {name_of(numbers[0])} of {width}×{height}"
+                with memory_for(whole) if names else nullcontext():
+                    indices, output = code(model, images)
+                statistics.add(indices)
+                num_pixels += len(images) * height * width
+                if spool is not None:
+                    spool.add(numbers, indices, output)
                 pairs = torch.stack([images.cpu(), output], dim=1)  # (B, 2, C, h, w)
-                # Clones: sending a view to the other processes would send the whole batch.
-                shown = [pair.clone() for pair in pairs[: NUM_SHOWN - len(first)]]
-                first.extend(zip(numbers, shown))
+                if names is None:
+                    # Clones: sending a view to the other processes would send the whole batch.
+                    shown = [pair.clone() for pair in pairs[: NUM_SHOWN - len(first)]]
+                    first.extend(zip(numbers, shown))
                 write_original(numbers, pairs[:, 0])
                 write_rec(numbers, output)
                 bar.update(len(images))
         statistics.sum_over_ranks()
         if not statistics.num_images:
-            raise UserError(f"none of the {loader.size:,} images of --data_folder can be decoded")
+            flag = "--images" if names else "--data_folder"
+            raise UserError(f"none of the {loader.size:,} images of {flag} can be decoded")
         found = dict(gather_items(first))
-        samples = torch.stack([found[position] for position in sorted(found)[:NUM_SHOWN]])
         bad_images = sorted(gather_items(loader.bad_images))
-        rate = statistics.rate(samples[0, 0, 0].numel())
+        rate = statistics.rate(sum(gather(num_pixels)) / statistics.num_images)
         if spool is not None:
             rate = replace(rate, **save_codes(folder / CODES, spool, bad_images))
         skipped = SkippedImages(len(bad_images), list(map(name_of, bad_images)))
         analysis = replace(known, rate=rate, codebook=statistics.summary(), skipped_images=skipped)
         if rank() == 0:
-            save_comparison(folder / "reconstructions.png", samples[:, 0], samples[:, 1])
+            if found:
+                samples = torch.stack([found[position] for position in sorted(found)[:NUM_SHOWN]])
+                save_comparison(folder / "reconstructions.png", samples[:, 0], samples[:, 1])
             write_analysis(folder, analysis, draw_all(statistics, model.quantizer.codebook))
     if rank() == 0:
         finish(results, analysis, {})
+
+
+def code(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Code images (B, C, h, w) of any size → indices, and reconstructions, uint8, on the CPU."""
+    height, width = images.shape[2:]
+    signed = padded(to_signed(images), model.config.downsampling)
+    if model.config.num_slots:  # exactly as --from_codes decodes them
+        indices = model.encode(signed)  # (B, H, W, m)
+        decoded = model.decode(indices)
+    else:
+        decoded, quantized = model(signed)
+        indices = quantized.indices
+    return indices, to_bytes(decoded[..., :height, :width]).cpu()
 
 
 @torch.no_grad()
@@ -122,20 +141,26 @@ def reconstruct_codes(
     """Write the reconstructions of a code file to rec/, and report. known: as above."""
     device, pixels = next(model.parameters()).device, 0
     statistics = CodebookStatistics(model.config.num_embedding, model.config.num_codebooks)
-    with replacing(results) as folder, pictures(folder / "rec", form) as write_rec:
-        with tqdm(total=codes.info.num_coded, unit="image", disable=rank() > 0) as bar:
-            for positions, indices in codes.batches(rank(), num_ranks()):
-                output = to_bytes(model.decode(indices.to(device))).cpu()  # (B, C, h, w)
+    info = codes.info
+    with replacing(results) as folder, pictures(folder / "rec", form, info.name) as write_rec:
+        with tqdm(total=info.num_coded, unit="image", disable=rank() > 0) as bar:
+            for batch, indices in codes.batches(rank(), num_ranks()):
+                height, width = batch.size
+                with memory_for(
+                    f"code file {codes.path}: {len(indices)} × {width}×{height} pixels"
+                ):
+                    decoded = model.decode(indices.to(device))  # (B, C, f·H, f·W)
+                    output = to_bytes(decoded[..., :height, :width]).cpu()
                 statistics.add(indices)
                 pixels += pixel_sum(output)
-                write_rec(positions.tolist(), output)
+                write_rec(batch.positions.tolist(), output)
                 bar.update(len(output))
         statistics.sum_over_ranks()
-        same = sum(gather(pixels)) == codes.info.pixel_sum
-        rate = statistics.rate(codes.info.image_size**2)
+        same = sum(gather(pixels)) == info.pixel_sum
+        rate = statistics.rate(info.num_pixels / info.num_coded)
         analysis = replace(
             known,
-            rate=replace(rate, **file_rate(codes.path, codes.info)),
+            rate=replace(rate, **file_rate(codes.path, info)),
             codebook=statistics.summary(),
         )
         if rank() == 0:
@@ -150,16 +175,20 @@ def reconstruct_codes(
 
 
 @contextmanager
-def pictures(folder: Path, form: Format) -> Iterator[Callable[[list[int], Tensor], object]]:
-    """Yield a function that writes images (B, C, h, w), uint8, named by their positions in the set.
+def pictures(
+    folder: Path, form: Format, name_of: Callable[[int], str]
+) -> Iterator[Callable[[list[int], Tensor], object]]:
+    """Yield a function that writes images (B, C, h, w), uint8, of these positions in the set.
 
-    All processes write to this folder, which is created.
+    All processes write to this folder, which is created. name_of: a picture's name without suffix.
     """
     folder.mkdir(exist_ok=True)
     with ThreadPoolExecutor() as pool:
 
         def write(number: int, image: Tensor) -> None:
-            save_picture(folder / f"{number:08d}.{form.suffix}", image, form.jpeg_quality)
+            path = folder / f"{name_of(number)}.{form.suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(path, image, form.jpeg_quality)
 
         yield lambda numbers, images: list(pool.map(write, numbers, images))
 

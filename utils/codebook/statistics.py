@@ -58,7 +58,6 @@ class CodebookStatistics:
         self.num_codebooks = num_codebooks
         self.slot_counts = torch.zeros(0, num_embedding, dtype=torch.int64)  # (m, K)
         self.num_images = 0
-        self.codes_per_image = 0
 
     def add(self, indices: Tensor) -> None:
         """Count indices (B, H, W, m)."""
@@ -68,7 +67,6 @@ class CodebookStatistics:
         counts = counts.view(slots, self.num_embedding)
         self.slot_counts = counts if self.num_images == 0 else self.slot_counts + counts
         self.num_images += len(indices)
-        self.codes_per_image = indices[0].numel()
 
     def sum_over_ranks(self) -> None:
         """Add up the counts of all processes."""
@@ -77,21 +75,21 @@ class CodebookStatistics:
         counts[: len(self.slot_counts)] = self.slot_counts
         self.slot_counts = sum_over_ranks(counts)
         self.num_images = sum(gather(self.num_images))
-        self.codes_per_image = max(gather(self.codes_per_image))
 
     @property
     def counts(self) -> Tensor:
         """Uses of each codevector: (K,), or (m·K,), slot after slot."""
         return self.slot_counts.sum(0) if self.num_codebooks == 1 else self.slot_counts.flatten()
 
-    def rate(self, num_pixels: int) -> Rate:
-        """Codes per image and bits per pixel, for images of num_pixels positions."""
+    def rate(self, num_pixels: float) -> Rate:
+        """Codes per image and bits per pixel, for images of num_pixels on average."""
         if not len(self.slot_counts):
             return Rate()
         by_slot = sum(entropy_bits(row) for row in self.slot_counts) / len(self.slot_counts)
-        codes = self.codes_per_image / num_pixels
+        codes_per_image = int(self.slot_counts.sum()) / self.num_images
+        codes = codes_per_image / num_pixels
         return Rate(
-            codes_per_image=self.codes_per_image,
+            codes_per_image=codes_per_image,
             nominal_bits_per_pixel=codes * math.log2(self.num_embedding),
             entropy_bits_per_pixel=codes * entropy_bits(self.slot_counts.sum(0)),
             entropy_bits_per_pixel_by_slot=codes * by_slot,

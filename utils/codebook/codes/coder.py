@@ -22,7 +22,7 @@ FREQUENCIES = np.array([*range(4), *((4 + c % 4) << (c // 4) for c in range(120)
 class Coder:
     """A range coder with fixed frequency tables.
 
-    tables (T, K), uint8, index FREQUENCIES; code j of an image uses table j mod T. The models are
+    tables (T, K), uint8, index FREQUENCIES; code j of a chunk uses table j mod T. The models are
     computed from these numbers alone, with the same arithmetic on every machine.
     """
 
@@ -37,23 +37,22 @@ class Coder:
         ]
 
     def encode(self, codes: Array) -> Array:
-        """Encode codes (n, c) to words, uint32."""
+        """Encode codes (n,), n a multiple of T, to words, uint32."""
         encoder = self.queue.RangeEncoder()
-        by_table = codes.astype(np.int32).reshape(len(codes), -1, len(self.models))
-        for symbols, model in zip(by_table.transpose(2, 0, 1), self.models):
+        by_table = codes.astype(np.int32).reshape(-1, len(self.models))
+        for symbols, model in zip(by_table.T, self.models):
             encoder.encode(symbols.ravel(), model)
         words: Array = encoder.get_compressed()
         return words
 
-    def decode(self, words: Array, num_images: int, codes_per_image: int) -> Array:
-        """Decode words to codes (num_images, codes_per_image), int32.
+    def decode(self, words: Array, number: int) -> Array:
+        """Decode words to codes (number,), int32.
 
         Raises ValueError or AssertionError for words that are detected as damaged.
         """
         decoder = self.queue.RangeDecoder(words.astype(np.uint32))
-        number = num_images * codes_per_image // len(self.models)
-        by_table = np.stack([decoder.decode(model, number) for model in self.models], axis=-1)
-        return by_table.reshape(num_images, codes_per_image)
+        each = number // len(self.models)
+        return np.stack([decoder.decode(model, each) for model in self.models], axis=-1).ravel()
 
 
 def need_coder(flag: str) -> None:
@@ -69,7 +68,7 @@ def cheapest_tables(counts: Array, slots: int) -> tuple[Array, bytes]:
     """Choose the frequency tables that make the smallest file: (T, K) uint8, and their bytes.
 
     counts (T', K) distinguish up to T' tables: one for all codes, one per unit slot (m), or one per
-    slot and position (H·W·m).
+    slot and position (H·W·m) where all images have one size.
     """
     cheapest, least = (counts, b""), np.inf
     for num_tables in sorted({1, slots, len(counts)}):

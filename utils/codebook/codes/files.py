@@ -1,8 +1,9 @@
 """Writing a code file from the indices of all processes, and reading it.
 
-Layout, numbers little-endian: MAGIC; length (u32) and text of a JSON header; length (u32) and bytes
-of the frequency tables (LZMA); the chunks, each with the number of its words (u32), the CRC-32 of
-its indices (u32) and the words (u32 each) of a range coder; the SHA-256 of everything before.
+Layout, numbers little-endian: the `magic` of the header's class; length (u32) and text of the
+header in JSON; length (u32) and bytes of the frequency tables (LZMA); the chunks, each with the
+number of its words (u32), the CRC-32 of its indices (u32) and the words (u32 each) of a range
+coder; the SHA-256 of everything before.
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ from utils.codebook.codes.coder import (
     Coder,
     cheapest_tables,
 )
-from utils.codebook.codes.header import CodesInfo, fingerprint, index_shape, parse_header, pixel_sum
-from utils.distributed import from_first, gather, num_ranks, rank
+from utils.codebook.codes.header import (
+    KINDS,
+    Batch,
+    Header,
+    PicturesInfo,
+    fingerprint,
+    parse_header,
+    pixel_sum,
+)
+from utils.distributed import from_first, gather, gather_items, num_ranks, rank
 from utils.errors import UserError, one_line
 from utils.files import whole_file
 
-MAGIC = b"looc-codes-1\n"
 DIGEST_SIZE = 32
 
 # ---------------------------------------------------------------------------------------- writing
@@ -46,15 +54,19 @@ DIGEST_SIZE = 32
 class Spool:
     """A file of this process's indices, batch by batch: all of them may not fit in memory."""
 
-    def __init__(self, path: Path, info: CodesInfo) -> None:
+    def __init__(self, path: Path, info: Header) -> None:
         self.path = path
         self.info = info
         self.pixel_sum = 0
+        self.pictures: dict[int, tuple[str, int, int]] = {}  # position → entry of PicturesInfo
         self.file = path.open("wb")
 
-    def add(self, indices: Tensor, images: Tensor) -> None:
+    def add(self, positions: Sequence[int], indices: Tensor, images: Tensor) -> None:
         """Append a batch of indices (B, H, W, m) and its reconstructions (B, C, h, w), uint8."""
         self.pixel_sum += pixel_sum(images)
+        if isinstance(self.info, PicturesInfo):
+            height, width = images.shape[2:]
+            self.pictures |= {place: (self.info.name(place), width, height) for place in positions}
         try:
             self.file.write(indices.cpu().numpy().astype(self.info.dtype).tobytes())
             self.file.flush()  # the first process reads it
@@ -68,7 +80,7 @@ def spool_path(path: Path, number: int) -> Path:
 
 
 @contextmanager
-def spooled(path: Path, info: CodesInfo) -> Iterator[Spool]:
+def spooled(path: Path, info: Header) -> Iterator[Spool]:
     """Yield a spool for the code file at path; it is removed when the block ends."""
     spool = Spool(spool_path(path, rank()), info)
     try:
@@ -86,17 +98,24 @@ def save_codes(path: Path, spool: Spool, left_out: Sequence[int]) -> dict[str, A
     """
     spools = [spool_path(path, number) for number in range(num_ranks())]
     pixels = sum(gather(spool.pixel_sum))  # also waits until all spools are written
-    info = replace(spool.info, left_out=tuple(left_out), pixel_sum=pixels)
+    found: dict[str, Any] = {"left_out": tuple(left_out), "pixel_sum": pixels}
+    if isinstance(spool.info, PicturesInfo):
+        by_position = sorted(gather_items(spool.pictures.items()))
+        found["pictures"] = tuple(picture for _, picture in by_position)
+    try:
+        info = replace(spool.info, **found)
+    except ValueError as error:
+        raise UserError(f"--save_codes: {error}") from error
     return from_first(lambda: file_rate(path, write_codes(path, info, spools)))
 
 
-def write_codes(path: Path, info: CodesInfo, spools: Sequence[Path]) -> CodesInfo:
+def write_codes(path: Path, info: Header, spools: Sequence[Path]) -> Header:
     """Write the code file; returns its header, which now includes the tables."""
     tables, packed = cheapest_tables(count_codes(info, spools), info.slots)
     info = replace(info, num_tables=len(tables))
     coder = Coder(tables)
     with whole_file(path) as temporary, temporary.open("w+b") as file:
-        file.write(MAGIC)
+        file.write(info.magic)
         for part in (json.dumps(asdict(info), separators=(",", ":")).encode(), packed):
             file.write(struct.pack("<I", len(part)) + part)
         for codes in spooled_chunks(info, spools):
@@ -107,23 +126,22 @@ def write_codes(path: Path, info: CodesInfo, spools: Sequence[Path]) -> CodesInf
     return info
 
 
-def spooled_chunks(info: CodesInfo, spools: Sequence[Path]) -> Iterator[Array]:
-    """Yield the codes (b, H·W·m) of each chunk; batches were dealt out to the spools in turn."""
+def spooled_chunks(info: Header, spools: Sequence[Path]) -> Iterator[Array]:
+    """Yield the codes of each chunk, flat; batches were dealt out to the spools in turn."""
     with ExitStack() as opened:
         files = [opened.enter_context(path.open("rb")) for path in spools]
         for chunk in range(info.num_chunks):
             parts = [np.empty(0, dtype=info.dtype)]
-            for positions in info.batches(chunk):
-                file = files[int(positions[0]) // info.batch_size % len(files)]
-                parts.append(np.fromfile(file, info.dtype, len(positions) * info.codes_per_image))
-            yield np.concatenate(parts).reshape(-1, info.codes_per_image)
+            for batch in info.batches(chunk):
+                file = files[batch.number % len(files)]
+                parts.append(np.fromfile(file, info.dtype, batch.num_codes))
+            yield np.concatenate(parts)
 
 
-def count_codes(info: CodesInfo, spools: Sequence[Path]) -> Array:
+def count_codes(info: Header, spools: Sequence[Path]) -> Array:
     """Count the uses of each codevector, for as many tables as are allowed: (T, K), int64."""
     size = info.num_embedding
-    allowed = [n for n in (info.codes_per_image, info.slots) if n * size <= LARGEST_TABLES]
-    num_tables = [*allowed, 1][0]
+    num_tables = next(n for n in info.periods if n == 1 or n * size <= LARGEST_TABLES)
     counts = np.zeros(num_tables * size, dtype=np.int64)
     offset = np.arange(num_tables) * size
     for codes in spooled_chunks(info, spools):
@@ -132,12 +150,12 @@ def count_codes(info: CodesInfo, spools: Sequence[Path]) -> Array:
     return counts.reshape(num_tables, size)
 
 
-def file_rate(path: Path, info: CodesInfo) -> dict[str, Any]:
+def file_rate(path: Path, info: Header) -> dict[str, Any]:
     """Size of the whole code file in bytes and bits per pixel, and its tables, as in `Rate`."""
     size = path.stat().st_size
     return {
         "coded_bytes": size,
-        "coded_bits_per_pixel": 8 * size / (info.num_coded * info.image_size**2),
+        "coded_bits_per_pixel": 8 * size / info.num_pixels,
         "coded_tables": info.num_tables,
     }
 
@@ -162,12 +180,13 @@ class CodeFile:
 
     def _read(self, file: IO[bytes]) -> None:
         end = os.fstat(file.fileno()).st_size - DIGEST_SIZE
-        if file.read(len(MAGIC)) != MAGIC:
+        kind = KINDS.get(file.readline(32))
+        if kind is None:
             raise ValueError("it is not a code file of this version, or damaged at its beginning")
         if digest_of(file, end) != file.read(DIGEST_SIZE):
             raise ValueError("it is truncated or damaged (checksum)")
-        file.seek(len(MAGIC))
-        self.info = info = parse_header(read_part(file, end))
+        file.seek(len(kind.magic))
+        self.info = info = parse_header(read_part(file, end), kind)
         size = info.num_tables * info.num_embedding
         unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
         tables = np.frombuffer(unpacker.decompress(read_part(file, end), size), np.uint8)
@@ -194,34 +213,31 @@ class CodeFile:
                 f"code file {self.path} is of another model than {checkpoint}: "
                 f"fingerprint {info.fingerprint[:16]}, that of the checkpoint is {found[:16]}"
             )
-        stored = (info.height, info.width, info.slots, info.channels, info.num_embedding)
-        shape = index_shape(config, info.image_size)
-        if stored != (*shape, config.in_channels, config.num_embedding):
+        values = (info.channels, info.num_embedding)
+        if values != (config.in_channels, config.num_embedding) or not info.fits(config):
             raise UserError(f"code file {self.path} is refused: its shapes do not fit the model")
 
-    def batches(self, rank: int = 0, num_ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of the set: positions (b,) and indices (b, H, W, m), both int64.
+    def batches(self, rank: int = 0, num_ranks: int = 1) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield the batches of the set with their indices (b, H, W, m), int64.
 
         Chunks are dealt out to the ranks in turn. Raises UserError if one cannot be decoded.
         """
-        info = self.info
-        for chunk in range(rank, info.num_chunks, num_ranks):
-            indices = torch.from_numpy(self._decode(chunk)).long()
-            batches = [torch.from_numpy(positions) for positions in info.batches(chunk)]
-            shaped = indices.view(-1, info.height, info.width, info.slots)
-            yield from zip(batches, torch.split(shaped, [len(batch) for batch in batches]))
+        for chunk in range(rank, self.info.num_chunks, num_ranks):
+            batches = self.info.batches(chunk)
+            codes = torch.from_numpy(self._decode(chunk, batches)).long()
+            parts = torch.split(codes, [batch.num_codes for batch in batches])
+            for batch, part in zip(batches, parts):
+                yield batch, part.view(len(batch.positions), *batch.shape)
 
-    def _decode(self, chunk: int) -> Array:
-        """Decode the codes (b, H·W·m) of a chunk."""
-        info = self.info
+    def _decode(self, chunk: int, batches: Sequence[Batch]) -> Array:
+        """Decode the codes of a chunk, flat."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.starts[chunk])
                 num_words, checksum = struct.unpack("<II", file.read(8))
                 words = np.fromfile(file, "<u4", num_words)
-            num_images = sum(map(len, info.batches(chunk)))
-            codes = self.coder.decode(words, num_images, info.codes_per_image)
-            if zlib.crc32(codes.astype(info.dtype).tobytes()) != checksum:
+            codes = self.coder.decode(words, sum(batch.num_codes for batch in batches))
+            if zlib.crc32(codes.astype(self.info.dtype).tobytes()) != checksum:
                 raise ValueError("its indices are not those that were saved")
         except (ValueError, AssertionError, struct.error) as error:
             raise UserError(
