@@ -131,6 +131,7 @@ def make_task(settings: Settings, training: ImageSet, device: torch.device) -> R
         variance=partial(pixel_variance, training, settings.data.skip_bad_images),
         betas=config.adam_betas,
         dtype=PRECISIONS[config.precision],
+        start={} if settings.pretrained is None else settings.pretrained.further,
     )
     losses = make_losses(setting)
     seed_rank(config.seed)

@@ -11,7 +11,7 @@ the checkpoint, without the data set. --images reconstructs whole pictures, each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from datasets.pictures import Pictures, find_pictures
 from datasets.splits import open_tested
 from modules import ModelConfig
 from modules.options import option
-from utils.checkpoints.checkpoint import Checkpoint, read_named
+from utils.checkpoints.checkpoint import Checkpoint, read_named, results_name
 from utils.codebook.codes.coder import need_coder
 from utils.codebook.codes.files import CodeFile
 from utils.codebook.codes.header import codes_info, pictures_info
@@ -44,7 +44,9 @@ class TestConfig:
     """Checkpoint that is tested, and files that are written."""
 
     output_folder: str = option("output", "folder of models, logs and results")
-    model_name: str | None = option(None, "checkpoint under <output_folder>/models, <exp>/best.pt")
+    model_name: str | None = option(
+        None, "checkpoint: <exp_name>/best.pt under <output_folder>/models, or a path"
+    )
     batch_size: int = option(16, "images at a time", minimum=1, maximum=2**20)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     image_format: str = option("png", "format of the pictures", choices=("png", "jpg"))
@@ -82,6 +84,8 @@ def main() -> None:
     torch.backends.cudnn.deterministic = True  # the same codes and pictures in every run
     torch.backends.cudnn.allow_tf32 = False  # results of a GPU close to those of the CPU
     checkpoint = read_named(config.output_folder, config.model_name, flags)
+    name = results_name(checkpoint.path, config.output_folder)
+    config = replace(config, model_name=name)  # which a path elsewhere has for its results
     if config.images:
         test_pictures(checkpoint, config, flags, device)
     elif config.from_codes is None:

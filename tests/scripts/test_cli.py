@@ -286,6 +286,7 @@ def test_what_is_overwritten_is_told(
 def test_a_refused_run_overwrites_nothing(script: Script, mnist: Path, tmp_path: Path) -> None:
     train(script, mnist)
     folder = tmp_path / "out/models/e"
+    (folder / "previous.pt").write_bytes((folder / "last.pt").read_bytes())
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     train(script, mnist, name="f")
     other = str(tmp_path / "out/models/f/last.pt")
@@ -304,6 +305,17 @@ def test_a_refused_run_overwrites_nothing(script: Script, mnist: Path, tmp_path:
         message = error_line(train(script, mnist, "--resume", f"out/models/e/{name}"))
         assert "out/models/e/last.pt is where this experiment continues" in message
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_checkpoint_anywhere_is_tested(script: Script, mnist: Path, tmp_path: Path) -> None:
+    """Its results are below --output_folder."""
+    train(script, mnist)
+    path = tmp_path / "elsewhere/run/copy.pt"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "out/models/e/best.pt").rename(path)
+    outcome = script("test.py", "--output_folder", "out", "--model_name", str(path))
+    assert outcome.code == 0, outcome.err
+    assert [*(tmp_path / "out/results/run").rglob("analysis.json")]
 
 
 def test_a_folder_that_cannot_be_made_is_told_at_once(
@@ -354,7 +366,7 @@ def test_cuda_where_there_is_none(name: str, script: Script, mnist: Path) -> Non
         ("--dataset cifra10", "did you mean cifar10?"),
         ("--exp_name ../../x", "--exp_name '../../x' leaves"),
         ("--output_folder file/x", "--output_folder file/x cannot be created"),
-        ("--resume absent.pt", "checkpoint absent.pt does not exist"),
+        ("--resume absent.pt", "--resume absent.pt does not exist, neither under"),
         ("--lr -1", "argument --lr: -1.0 is not greater than 0"),
         ("--batch_size 0", "argument --batch_size: 0 is less than 1"),
         ("--device tpu", "--device tpu"),
@@ -375,8 +387,8 @@ def test_main_refuses_in_one_line(words: str, message: str, script: Script, tmp_
     ("words", "message"),
     [
         ("", "--model_name is missing"),
-        ("--model_name absent/best.pt", "checkpoint output/models/absent/best.pt does not exist"),
-        ("--model_name ../secret.pt", "--model_name '../secret.pt' leaves"),
+        ("--model_name absent/best.pt", "as a path; there is e/best.pt, broken.pt"),
+        ("--model_name ../secret.pt", "--model_name ../secret.pt does not exist"),
         ("--model_name broken.pt", "checkpoint output/models/broken.pt is refused"),
         ("--model_name other.pt", "checkpoint output/models/other.pt is of another architecture"),
         ("--model_name looc.pt --dataset folder --data_folder rgb", "has 3 channels, output"),
@@ -386,7 +398,7 @@ def test_main_refuses_in_one_line(words: str, message: str, script: Script, tmp_
         ("--model_name looc.pt --jpeg_quality 90", "--jpeg_quality 90 needs --image_format jpg"),
         ("--model_name looc.pt --data_folder absent", "--data_folder absent does not exist"),
         ("--model_name looc.pt --flip", "--flip has no effect on test images"),
-        ("--model_name output/models/looc.pt", "relative to output/models: give looc.pt"),
+        ("--model_name output/models/looc.pt", "--dataset is missing: output/models/looc.pt does"),
         ("--model_name e", "--model_name e is a folder: give e/best.pt"),
     ],
 )

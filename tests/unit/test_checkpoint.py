@@ -13,8 +13,14 @@ import pytest
 import torch
 
 from modules import VQVAE, ModelConfig
-from tests.conftest import Outcome
-from utils.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
+from tests.conftest import Outcome, refusal
+from utils.checkpoints.checkpoint import (
+    find_checkpoint,
+    load_model,
+    read_checkpoint,
+    results_name,
+    save_checkpoint,
+)
 from utils.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -240,3 +246,29 @@ def test_images_the_network_cannot_take() -> None:
         model(torch.zeros(1, 3, 30, 28))
     with pytest.raises(ValueError, match=r"\(1, 1, 28, 28\) are not \(B, 3, height, width\)"):
         model(torch.zeros(1, 1, 28, 28))
+
+
+def test_a_checkpoint_is_found_by_name_or_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("out/models/mine/best.pt", "out/models/mine/last.pt", "out/models/a/b/last.pt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    (tmp_path / "copy.pt").touch()
+
+    def find(name: str) -> tuple[str, str]:
+        path = find_checkpoint("--model_name", name, "out")
+        return str(path), results_name(path, "out")
+
+    whole = str(tmp_path / "out/models/mine/best.pt")
+    assert find("mine/best.pt") == ("out/models/mine/best.pt", "mine/best.pt")
+    assert find("out/models/mine/best.pt") == ("out/models/mine/best.pt", "mine/best.pt")
+    assert find(whole) == (whole, "mine/best.pt")
+    assert find("../models/a/b/last.pt")[1] == "a/b/last.pt"
+    assert find("copy.pt") == ("copy.pt", f"{tmp_path.name}/copy.pt")
+    place = "does not exist, neither under out/models nor as a path; there is"
+    assert refusal(lambda: find("mnie/best.pt")).endswith(f"{place} mine/best.pt, a/b/last.pt")
+    assert "is a folder: give mine/best.pt" in refusal(lambda: find("mine"))
+    message = refusal(lambda: find_checkpoint("--resume", "mine", "out", "last.pt"))
+    assert "is a folder: give mine/last.pt" in message

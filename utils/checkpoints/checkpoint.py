@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +17,12 @@ from modules.vqgan import default_groups
 from utils.checkpoints.translate import StateDict, describe, from_reference
 from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
-from utils.files import inside, whole_file
+from utils.files import check_unicode, whole_file
 from utils.flags.arguments import check_stored, value_problem
 
 FORMAT = "looc-1"
 LARGEST_COUNT = 10**12
+SHOWN = 8  # checkpoints in a message
 Group = TypeVar("Group")
 
 
@@ -122,9 +124,13 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
     of the reference has no configuration: flags give what its shapes do not show.
     """
     path = Path(path)
+    return open_checkpoint(path, read_weights(f"checkpoint {path}", path), flags or {})
+
+
+def open_checkpoint(path: Path, content: Mapping[Any, Any], flags: Mapping[str, Any]) -> Checkpoint:
+    """Open a checkpoint that has been read, as `read_checkpoint` does."""
     names = {item.name for item in fields(ModelConfig)}
-    flags = {name: value for name, value in (flags or {}).items() if name in names}
-    content = read_weights(f"checkpoint {path}", path)
+    flags = {name: value for name, value in flags.items() if name in names}
     if content.get("format") == FORMAT:
         known = asdict(Stored(path, content).group("model_config", ModelConfig))
         state_dict: Any = content.get("model")
@@ -155,17 +161,46 @@ def read_checkpoint(path: str | Path, flags: Mapping[str, Any] | None = None) ->
 
 
 def read_named(output_folder: str, name: str | None, flags: Mapping[str, Any]) -> Checkpoint:
-    """Open <output_folder>/models/<name> and check it against the model flags given."""
+    """Open the checkpoint of --model_name and check it against the model flags given."""
     if name is None:
         raise UserError("--model_name is missing: a checkpoint under <output_folder>/models")
-    models, whole = Path(output_folder) / "models", Path(name).resolve()
-    if not (models / name).is_file() and whole.is_file() and models.resolve() in whole.parents:
-        relative = whole.relative_to(models.resolve())
-        raise UserError(f"--model_name {name} must be relative to {models}: give {relative}")
-    path = inside(models, name, "--model_name")
-    if (path / "best.pt").is_file():
-        raise UserError(f"--model_name {name} is a folder: give {Path(name) / 'best.pt'}")
-    return read_checkpoint(path, flags)
+    return read_checkpoint(find_checkpoint("--model_name", name, output_folder), flags)
+
+
+def find_checkpoint(flag: str, name: str, output_folder: str, usual: str = "best.pt") -> Path:
+    """Return <output_folder>/models/<name> or, if there is none, the path `name`.
+
+    Raises UserError for the folder of an experiment, whose usual file it names, and for what does
+    not exist; then it lists what there is under models, nearest first.
+    """
+    check_unicode(name, flag)
+    models = Path(output_folder) / "models"
+    for path in (models / name, Path(name)):
+        if (path / usual).is_file():
+            raise UserError(f"{flag} {name} is a folder: give {Path(name) / usual}")
+        if path.exists():
+            return path
+    nowhere = f"{flag} {name} does not exist, neither under {models} nor as a path"
+    raise UserError(f"{nowhere}; there is {known_names(models, name)}")
+
+
+def known_names(models: Path, name: str) -> str:
+    """List the checkpoints under models, one of each experiment, the nearest name first."""
+    found = {path.parent: path for file in ("last.pt", "best.pt") for path in models.rglob(file)}
+    there = {str(path.relative_to(models)) for path in (*found.values(), *models.glob("*.pt"))}
+    nearest = sorted(there, key=lambda other: (-SequenceMatcher(None, name, other).ratio(), other))
+    more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""
+    return f"{', '.join(nearest[:SHOWN])}{more}" if there else "no checkpoint"
+
+
+def results_name(path: Path, output_folder: str) -> str:
+    """Return the name of a checkpoint under models; of one elsewhere the last two parts."""
+    models = Path(output_folder) / "models"
+    if not path.is_relative_to(models) or ".." in path.parts:
+        path, models = path.resolve(), models.resolve()
+    return str(
+        path.relative_to(models) if path.is_relative_to(models) else Path(*path.parts[1:][-2:])
+    )
 
 
 def earlier_groups(width: int) -> int | None:

@@ -1,23 +1,28 @@
-"""Encoders and decoders trained elsewhere, from which --model vqgan can start: --pretrained.
+"""Weights that a run starts from: --pretrained.
 
-Their quantiser is dropped; a new one takes its place, and the whole model is fine-tuned.
+Checkpoints of this repository give the whole model, or with --new_quantizer all but its quantiser.
+Encoders and decoders of other projects are those of --model vqgan; the quantiser is new.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from modules import Autoencoder
+from modules.quantizers.registry import QUANTIZER_FLAGS
 from utils.checkpoints import translate
-from utils.checkpoints.checkpoint import FORMAT, check_tensors
+from utils.checkpoints.checkpoint import FORMAT, check_tensors, open_checkpoint
 from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
+from utils.flags.arguments import check_stored
 from utils.logger import log
+from utils.training.losses.adversarial import AdversarialConfig
 
 CLASSES = ("VQModel", "AutoencoderKL")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -30,28 +35,36 @@ BLOCKS = {
 CONVS = {"use_quant_conv": "pre_vq_conv.weight", "use_post_quant_conv": "post_vq_conv.weight"}
 # Objects in checkpoints that are ignored: callbacks of Lightning, NumPy numbers in schedules.
 INERT = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.")
+AROUND = ("pre_vq_conv.", "post_vq_conv.", "decoder.conv_1.")  # the quantiser; the last: VQ-VAE
 TAMING_GROUPS = 32  # normalisation groups, fixed in taming-transformers
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights of encoder, decoder and the 1×1 convolutions around the quantiser, as float32."""
+    """Weights of encoder, decoder, the 1×1 convolutions between them and perhaps the quantiser."""
 
     path: Path
-    flags: dict[str, Any]  # fields of ModelConfig that describe the network
-    state_dict: dict[str, Tensor]
+    flags: dict[str, Any]  # of the model that has these weights
+    state_dict: dict[str, Tensor]  # float32
     origin: str
+    further: Mapping[str, Any] = field(default_factory=dict)  # weights of the discriminator
 
 
-def read_pretrained(path: str | Path) -> Pretrained:
-    """Open a diffusers folder, or a checkpoint of taming-transformers or latent-diffusion.
+def read_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) -> Pretrained:
+    """Open a checkpoint of this repository, taming-transformers or latent-diffusion, or a diffusers
+    folder, and check the flags given against it.
 
-    Raises UserError, naming --pretrained, if it is missing, damaged, would execute code when
-    opened, or has an architecture that --model vqgan does not have.
+    Raises UserError, naming --pretrained or the flag, if it is missing, damaged, would execute code
+    when opened, contradicts a flag, or has an architecture that no --model has.
     """
-    path = Path(path)
+    path, given = Path(path), given or {}
+    content = None if path.is_dir() else read_weights(f"--pretrained {path}", path, INERT)
+    if content and (content.get("format") == FORMAT or "_vq_vae.embedding.weight" in content):
+        return from_ours(path, content, given)
     try:
-        label, groups, weights = from_diffusers(path) if path.is_dir() else from_taming(path)
+        label, groups, weights = (
+            from_diffusers(path) if content is None else from_taming(path, content)
+        )
         state_dict = translate.with_convs(weights)
         flags = translate.flags_of_shapes(state_dict, groups)
     except OSError as error:
@@ -59,7 +72,38 @@ def read_pretrained(path: str | Path) -> Pretrained:
         raise UserError(f"--pretrained {name} cannot be read: {reason}") from error
     except ValueError as error:
         raise UserError(f"--pretrained {path} {one_line(error)}") from error
+    check_stored(given, {"model": "vqgan", **flags}, f"--pretrained {path}", {"latent_channels"})
     return Pretrained(path, flags, state_dict, f"{label} in {path}")
+
+
+def from_ours(path: Path, content: Mapping[str, Any], given: Mapping[str, Any]) -> Pretrained:
+    """Take the weights of a checkpoint of this repository, or of a state dict of the reference.
+
+    With --new_quantizer flags of the quantiser may differ; if its kind does, none of them is kept.
+    """
+    new = given.get("new_quantizer", False)
+    free = {"quantizer", "latent_channels", *QUANTIZER_FLAGS} if new else set()
+    checkpoint = open_checkpoint(path, content, {n: v for n, v in given.items() if n not in free})
+    config, state_dict = checkpoint.model_config, dict(checkpoint.state_dict)
+    flags = {**asdict(config), "latent_channels": config.channels}
+    if config.model == "vqgan":
+        flags["z_channels"] = config.z_channels or config.channels
+    dropped: set[str] = set()
+    if given.get("quantizer", config.quantizer) != config.quantizer:
+        dropped = free - {"latent_channels"}
+    elif {"num_embedding", "embedding_dim", "levels"} & given.keys():
+        dropped = set(config.spec.derive(given, type(config)))  # they follow from those given
+    if new:
+        flags = {name: value for name, value in flags.items() if name not in dropped}
+        state_dict = {n: v for n, v in state_dict.items() if not n.startswith("quantizer.")}
+    further = {}
+    if "discriminator" in content:
+        own = asdict(checkpoint.group("objective_config", AdversarialConfig))
+        shape = {name: own[name] for name in ("disc_channels", "disc_layers")}
+        flags |= shape
+        if shape.items() <= {**shape, **given}.items():
+            further = {"discriminator": content["discriminator"]}
+    return Pretrained(path, flags, state_dict, str(path), further)
 
 
 def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> None:
@@ -72,8 +116,11 @@ def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> None:
         )
     loaded = fit(pretrained, model.state_dict())
     missing, _ = model.load_state_dict(loaded, strict=False)
-    new = dict.fromkeys(name.split(".")[0] for name in missing)
-    log.info("starting from %s; new: %s", pretrained.origin, ", ".join(new))
+    parts = (name.rpartition(".")[0] for name in missing)
+    new = list(dict.fromkeys("quantizer" if "quantizer" in part else part for part in parts))
+    if model.config.model == "vqgan" and not pretrained.further:
+        new.append("discriminator")
+    log.info("starting from %s%s", pretrained.origin, f"; new: {', '.join(new)}" if new else "")
 
 
 def fit(pretrained: Pretrained, expected: translate.StateDict) -> dict[str, Tensor]:
@@ -82,12 +129,12 @@ def fit(pretrained: Pretrained, expected: translate.StateDict) -> dict[str, Tens
     The convolutions around the quantiser stay new if the numbers of latent channels differ. Raises
     UserError naming the first tensor that is missing, misshapen or superfluous.
     """
-    given = pretrained.state_dict
-    parts: tuple[str, ...] = ("encoder.", "decoder.")
-    if given["pre_vq_conv.weight"].shape[0] == expected["pre_vq_conv.weight"].shape[0]:
-        parts += ("pre_vq_conv.", "post_vq_conv.")
+    given, conv = pretrained.state_dict, "pre_vq_conv.weight"
+    left_out = AROUND if given[conv].shape[0] != expected[conv].shape[0] else ()
+    if not any(name.startswith("quantizer.") for name in given):
+        left_out = (*left_out, "quantizer.")
     loaded, wanted = (
-        {name: value for name, value in weights.items() if name.startswith(parts)}
+        {name: value for name, value in weights.items() if not name.startswith(left_out)}
         for weights in (given, expected)
     )
     try:
@@ -127,13 +174,10 @@ def from_diffusers(folder: Path) -> tuple[str, Any, dict[str, Tensor]]:
     return f"{label} of diffusers", config.get("norm_num_groups", 32), state_dict
 
 
-def from_taming(path: Path) -> tuple[str, Any, dict[str, Tensor]]:
+def from_taming(path: Path, content: Mapping[Any, Any]) -> tuple[str, Any, dict[str, Tensor]]:
     """Read a checkpoint of PyTorch Lightning, or its bare state dict, as `from_diffusers` does."""
-    content = read_weights(f"--pretrained {path}", path, INERT)
     if any(str(name).startswith("encoder.down_blocks.") for name in content):
         raise ValueError(f"holds the weights of diffusers alone: give its folder, {path.parent}")
-    if content.get("format") == FORMAT:
-        raise ValueError("is a checkpoint of this repository, which --resume continues")
     state_dict = translate.renamed(content.get("state_dict", content), translate.TAMING)
     state_dict = translate.mirrored(state_dict)
     if len({name in state_dict for name in CONVS.values()}) > 1:

@@ -70,21 +70,22 @@ def parse_flags(
 def resolve(given: Mapping[str, Any], *groups: type) -> tuple[dict[str, Any], Pretrained | None]:
     """Complete the flags given; return them, and the weights of --pretrained if given.
 
-    A flag has the first value found in this order: command line, --preset, the network of
+    A flag has the first value found in this order: command line, --preset, the model of
     --pretrained, the quantiser's own defaults, --recipe. All others keep their declared default.
-    Raises UserError if a flag contradicts the weights; only --latent_channels may differ.
+    Raises UserError if a flag contradicts the weights.
     """
     flags, pretrained = dict(given), None
     if "preset" in given:
         parse = partial(parse_flags, None, *groups)
         flags = {**preset_flags(given["preset"], given.get("quantizer"), parse), **given}
     if "pretrained" in flags:
-        from utils.checkpoints.pretrained import read_pretrained  # it imports this file
+        from utils.checkpoints.checkpoint import find_checkpoint  # they import this file
+        from utils.checkpoints.pretrained import read_pretrained
 
-        pretrained = read_pretrained(flags["pretrained"])
-        network = {"model": "vqgan", **pretrained.flags}
-        check_stored(flags, network, f"--pretrained {pretrained.path}", {"latent_channels"})
-        flags = {**network, **flags}
+        output_folder = flags.get("output_folder", "output")
+        path = find_checkpoint("--pretrained", flags["pretrained"], output_folder)
+        pretrained = read_pretrained(path, flags)
+        flags = {"model": "vqgan", **pretrained.flags, **flags}
     return with_recipe(flags), pretrained
 
 

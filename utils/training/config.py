@@ -95,8 +95,8 @@ class LoopConfig:
     )
     resume: str = option(
         "auto",
-        "auto (continue from last.pt if it exists), none, or the checkpoint of another experiment "
-        "to start from",
+        "auto (continue from last.pt if it exists), none, or the last.pt of another experiment, "
+        "which this one continues with the same flags",
     )
     overwrite: bool = option(False, "replace an experiment of the same name")
 
@@ -144,8 +144,12 @@ class TrainConfig(LoopConfig):
     )
     pretrained: str | None = option(
         None,
-        "weights that --model vqgan starts from, without their quantiser: a folder of diffusers' "
-        "VQModel or AutoencoderKL, or a checkpoint of taming-transformers or latent-diffusion",
+        "weights to start from: a checkpoint of this repository, which also gives the model flags; "
+        "or, without the quantiser, a folder of diffusers' VQModel or AutoencoderKL, or a "
+        "checkpoint of taming-transformers or latent-diffusion",
+    )
+    new_quantizer: bool = option(
+        False, "start with a new quantiser instead of that of --pretrained"
     )
     validation: str = option(
         "split",
@@ -161,6 +165,11 @@ class TrainConfig(LoopConfig):
     checkpoint_gradients: bool = option(
         False, "save memory with --model vqgan: recompute activations in the backward pass"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.new_quantizer and self.pretrained is None:
+            raise ValueError("--new_quantizer needs --pretrained, whose quantiser it replaces")
 
 
 # What may differ between a run and its continuation.

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.checkpoint import Stored, read_stored
+from utils.checkpoints.checkpoint import Stored, find_checkpoint, read_stored
 from utils.distributed import from_first, rank
 from utils.errors import UserError
 from utils.files import remove_left_overs
@@ -68,7 +68,9 @@ def stored_to_resume(
     config, models = trainer.config, trainer.models
     remove_left_overs(models)
     own = [models / name for name in ("last.pt", "previous.pt") if (models / name).exists()]
-    given = None if config.resume in ("auto", "none") else Path(config.resume)
+    given = None
+    if config.resume not in ("auto", "none"):
+        given = find_checkpoint("--resume", config.resume, config.output_folder, "last.pt")
     if given is not None and given.resolve().parent == models.resolve():
         check_own(given, own, config)
     if config.overwrite:
@@ -77,9 +79,10 @@ def stored_to_resume(
         raise UserError(f"--resume none: {own[0]} exists; give --overwrite to replace it")
     if own and given is not None and given.resolve() != own[0].resolve():
         log.info("continuing from %s; --resume %s is where it began", own[0], given)
-    if not own and given is None:
+    paths = own or ([] if given is None else [given])
+    if not paths:
         return None, False
-    stored = read_first(own or [Path(config.resume)], trainer.task.read)
+    stored = read_first(paths, trainer.task.read)
     start = f"--pretrained {stored.path} starts from its weights"
     if "optimizer" not in stored.content:
         last = stored.path.with_name("last.pt")

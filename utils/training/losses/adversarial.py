@@ -91,7 +91,13 @@ class Adversarial(Loss):
     @classmethod
     def make(cls, setting: Setting) -> Adversarial:
         config = build(AdversarialConfig, setting.flags)
-        return cls(config, cast(VQGAN, setting.model), betas=setting.betas, dtype=setting.dtype)
+        made = cls(config, cast(VQGAN, setting.model), betas=setting.betas, dtype=setting.dtype)
+        try:
+            if setting.start:
+                made.load(setting.start)
+        except ValueError as error:
+            raise UserError(f"--pretrained: its discriminator is {error}") from error
+        return made
 
     def takes_part(self, step: int) -> bool:
         """Return whether the discriminator takes part in this step; the first is 1."""

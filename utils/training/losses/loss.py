@@ -43,6 +43,7 @@ class Setting:
     variance: Callable[[], float]  # of the training pixels in [0, 1]
     betas: tuple[float, float] = (0.9, 0.999)  # of further optimisers
     dtype: torch.dtype = torch.float32  # of further networks under autocast
+    start: Mapping[str, Any] = field(default_factory=dict)  # weights that `Loss.load` takes
 
 
 class Loss(ABC):

@@ -1,0 +1,178 @@
+"""A run that starts from the weights of another: --pretrained with a checkpoint of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modules import Autoencoder
+from modules.quantizers.registry import QUANTIZERS
+from modules.registry import MODELS, make_model
+from tests.conftest import Outcome, refusal
+from tests.scripts.test_cli import error_line, train
+from tests.scripts.test_vqgan import WORDS, write_pictures
+from tests.unit.test_checkpoint import GOLDEN
+from utils.checkpoints.checkpoint import read_checkpoint, save_checkpoint
+from utils.checkpoints.pretrained import load_pretrained
+from utils.flags.arguments import build_model_config, resolve
+
+Script = Callable[..., Outcome]
+NETWORKS: dict[str, dict[str, Any]] = {
+    "vqvae": {"hidden_size": 24, "num_residual_hidden": 4},
+    "vqgan": {
+        **{"model": "vqgan", "hidden_size": 8, "channel_multipliers": "1,2"},
+        **{"num_residual_layers": 1, "attention_levels": 0, "latent_channels": 12},
+    },
+}
+
+
+def trained(network: str, path: Path, **flags: Any) -> Autoencoder:
+    """Save a model whose quantiser has seen two batches."""
+    spec = QUANTIZERS[flags.get("quantizer", "looc")]
+    for package in (spec.library, MODELS[network].library):
+        if package:
+            pytest.importorskip(package.replace("-", "_"))
+    known = {**NETWORKS[network], "num_embedding": 64}
+    if not spec.any_channels:
+        known["latent_channels"] = None
+    if "num_embedding" not in spec.reads:
+        del known["num_embedding"]
+    model = make_model(build_model_config({**known, **flags}, 1))
+    for _ in range(2):
+        model(torch.rand(2, 1, 16, 16) * 2 - 1)
+    save_checkpoint(path, model, {})
+    return model.eval()
+
+
+def started(**flags: Any) -> Autoencoder:
+    """Make the model of a run with these flags."""
+    flags, pretrained = resolve(flags)
+    model = make_model(build_model_config(flags, 1))
+    assert pretrained is not None
+    load_pretrained(model, pretrained)
+    return model.eval()
+
+
+def differing(one: Autoencoder, other: Autoencoder) -> set[str]:
+    """The parts of two models that are not equal."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    equal = {n for n in ours.keys() & theirs if torch.equal(ours[n], theirs[n])}
+    return {name.rpartition(".")[0].removesuffix(".library") for name in ours.keys() - equal}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_run_starts_from_the_whole_model(network: str, quantizer: str, tmp_path: Path) -> None:
+    path, images = tmp_path / "m.pt", torch.rand(2, 1, 16, 16)
+    model = trained(network, path, quantizer=quantizer)
+    ours = started(pretrained=str(path), recipe="best")
+    assert not differing(model, ours)
+    assert torch.equal(ours(images)[0], model(images)[0])
+    assert ours.config.channels == model.config.channels
+    fresh = started(pretrained=str(path), new_quantizer=True)
+    assert {name.partition(".")[0] for name in differing(fresh, model)} <= {"quantizer"}
+
+
+def test_flags_that_contradict_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    trained("vqvae", path, latent_norm="running")
+    for flags, told in (
+        ({"num_embedding": 32}, f"--num_embedding 32 contradicts {path}, which has 64"),
+        ({"quantizer": "vq"}, f"--quantizer vq contradicts {path}, which has looc"),
+        ({"hidden_size": 8, "new_quantizer": True}, f"8 contradicts {path}, which has 24"),
+        ({"model": "vqgan", "new_quantizer": True}, "--model vqgan contradicts"),
+    ):
+        assert told in refusal(partial(started, pretrained=str(path), **flags))
+    resized = started(pretrained=str(path), num_embedding=32, new_quantizer=True)
+    assert (resized.config.num_embedding, resized.config.latent_norm) == (32, "running")
+
+
+def test_another_quantiser_in_the_same_network(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    model = trained("vqvae", path, latent_norm="running", rate_weight=0.1, distance="l2")
+    words = {"pretrained": str(path), "new_quantizer": True}
+    other = started(**words, quantizer="none")
+    assert (other.config.latent_norm, other.config.channels) == ("none", 24)
+    assert {name for name in differing(other, model) if not name.startswith("quantizer")} == set()
+    other = started(**words, latent_channels=8)
+    around = {"pre_vq_conv", "decoder.conv_1"}
+    assert {n for n in differing(other, model) if not n.startswith("quantizer")} == around
+
+
+def test_sizes_that_follow_from_those_given(tmp_path: Path) -> None:
+    trained("vqvae", tmp_path / "m.pt", quantizer="fsq", num_embedding=60, levels="5,4,3")
+    words = {"pretrained": str(tmp_path / "m.pt"), "new_quantizer": True}
+    config = started(**words, levels="8,5").config
+    assert (config.num_embedding, config.embedding_dim) == (40, 2)
+    assert started(**words).config.levels == "5,4,3"
+
+
+def test_a_state_dict_of_the_reference() -> None:
+    """Flags complete what its shapes do not show."""
+    path = GOLDEN / "checkpoint_looc.pt"
+    reference = read_checkpoint(path, {"distance": "l2"})
+    flags, pretrained = resolve({"pretrained": str(path), "distance": "l2"})
+    assert pretrained is not None
+    model = make_model(build_model_config(flags, reference.model_config.in_channels))
+    load_pretrained(model, pretrained)
+    assert model.config.distance == "l2"
+    assert not differing(reference.model(), model)
+
+
+def test_fine_tuning(script: Script, mnist: Path, tmp_path: Path) -> None:
+    """Every refusal names the way, and the way works, with other images and a fresh schedule."""
+    train(script, mnist, "--weight_ema", "0.9", "--recipe", "best", name="old")
+    best, last = (f"out/models/old/{name}.pt" for name in ("best", "last"))
+    way = f"--pretrained {last} starts from its weights"
+    for name, words in (("old", ("--lr", "1e-4")), ("new", ("--resume", last, "--lr", "1e-4"))):
+        assert way in error_line(train(script, mnist, *words, name=name))
+    told = error_line(train(script, mnist, "--resume", best, name="new"))
+    assert f"{last} continues the run, --pretrained {best} starts from its weights" in told
+    told = error_line(train(script, mnist, "--resume", str(GOLDEN / "checkpoint_looc.pt")))
+    assert f"--pretrained {GOLDEN / 'checkpoint_looc.pt'} starts from its weights" in told
+
+    command = (
+        *("main.py", "--output_folder", "out", "--exp_name", "new", "--device", "cpu"),
+        *("--pretrained", "old/best.pt", "--lr", "1e-9", "--batch_size", "512"),
+    )
+    outcome = script(*command, "--max_steps", "1")
+    assert outcome.code == 0, outcome.err
+    assert f"starting from {best}\n" in outcome.err
+    old, new = (read_checkpoint(tmp_path / f"out/models/{name}/best.pt") for name in ("old", "new"))
+    assert new.model_config.latent_norm == "batch"
+    assert new.count("step") == 1
+    for name, weight in old.state_dict.items():
+        if not name.startswith("quantizer."):  # which one step moves
+            torch.testing.assert_close(new.state_dict[name], weight, rtol=0, atol=1e-7)
+    outcome = script(*command, "--max_steps", "2")
+    assert "resumed out/models/new/last.pt at step 1" in outcome.err
+    assert "--new_quantizer needs --pretrained" in error_line(script("main.py", "--new_quantizer"))
+
+
+def test_the_discriminator_is_kept(script: Script, tmp_path: Path) -> None:
+    """Unless its size is given and another; its size is that of the checkpoint by default."""
+    pytest.importorskip("diffusers")
+    write_pictures(tmp_path / "pictures")
+    assert script("main.py", *WORDS, "--max_steps", "4").code == 0
+    old = read_checkpoint(tmp_path / "output/models/e/best.pt")
+    words = (
+        *("--dataset", "folder", "--data_folder", "pictures", "--image_size", "16"),
+        *("--perceptual_weight", "0", "--num_workers", "0", "--batch_size", "4"),
+        *("--max_steps", "1", "--exp_name", "f", "--pretrained", "e/best.pt", "--overwrite"),
+    )
+    outcome = script("main.py", *words)
+    assert outcome.code == 0, outcome.err
+    assert "starting from output/models/e/best.pt\n" in outcome.err
+    new = read_checkpoint(tmp_path / "output/models/f/best.pt").content
+    assert new["objective_config"]["disc_channels"] == 4
+    for name, weight in old.content["discriminator"].items():  # before --disc_start it rests
+        assert torch.equal(new["discriminator"][name], weight)
+    outcome = script("main.py", *words, "--disc_channels", "8")
+    assert "starting from output/models/e/best.pt; new: discriminator\n" in outcome.err
+    grey = error_line(script("main.py", *words, "--dataset", "fashion-mnist-sample"))
+    assert "fashion-mnist-sample" in grey
