@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,13 +13,13 @@ from datasets.image_sets import FileImages, FolderSplits, ImageSet, Split
 from datasets.sampling import hold_out_by_name
 from datasets.staging import fetch
 from utils.errors import UserError
-from utils.image_files import SUFFIXES, image_names
-from utils.logger import log
+from utils.image_files import SUFFIXES, brightest, image_names, listed
+from utils.logger import warn_once
 
 FFHQ_TRAIN = 60_000
 FFHQ_TEST = 10_000
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
-SAMPLED = 32  # test images of which a digest knows the content
+SAMPLED = 32  # images that are looked at when a set is opened
 IMAGENET_FOLDERS: dict[Split, str] = {"train": "train", "test": "val"}
 
 
@@ -28,21 +29,29 @@ def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
     Its subfolders train and test (or val) are the splits, if it has them; val beside both is for
     validation. Otherwise about a tenth, chosen by a hash of each name, is the test set.
     """
+    names = list_images(folder)
     own = [name for name in ("train", "test", "val") if (folder / name).is_dir()]
     if "train" in own and len(own) > 1:
-        held_out = folder / own[1]
-        part = held_out if split == "test" else folder / split
-        images = FileImages(part, list_images(part), image_size)
-        digest = digest_of(held_out, image_names(held_out))
+        parts = {
+            part: [name[len(part) + 1 :] for name in names if name.startswith(f"{part}/")]
+            for part in own
+        }
+        beside = len(names) - sum(map(len, parts.values()))
+        if beside:
+            warn_once(f"{folder}: {beside:,} images beside {slashed(own)} are left out")
+        part = own[1] if split == "test" else split
+        if not parts[part]:
+            raise UserError(f"--data_folder {folder / part} holds no images")
+        images = FileImages(folder / part, parts[part], image_size)
+        digest = digest_of(folder / own[1], parts[own[1]])
         images.splits = FolderSplits(digest, by_name=False, has_val=len(own) == 3)
         return images
-    names = list_images(folder)
     with os.scandir(folder) as entries:
         unlike = sorted(e.name for e in entries if e.name.lower() in SPLIT_NAMES and e.is_dir())
     if unlike:
-        log.warning(
-            "%s has %s, but not train/ with test/ or val/: a tenth of its %d images is for tests",
-            *(folder, ", ".join(f"{name}/" for name in unlike), len(names)),
+        warn_once(
+            f"{folder} has {slashed(unlike)}, but not train/ with test/ or val/: about a tenth of "
+            f"its {len(names)} images is for tests"
         )
     if len(names) == 1:
         raise UserError(f"--data_folder {folder} holds 1 image: training and testing need 2")
@@ -98,12 +107,40 @@ def digest_of(folder: Path, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def warn_of_empty_bits(images: FileImages) -> None:
+    """Warn once where images of 16 bits leave their upper bit empty, as 12-bit data do.
+
+    Some images of the set are looked at.
+    """
+    levels = []
+    for name in images.names[:: max(1, len(images) // SAMPLED)]:
+        with suppress(UserError):
+            levels.append(brightest(images.folder / name))
+    deep = [level for level in levels if level is not None]
+    if deep and max(deep) < 128:
+        warn_once(
+            f"{images.folder}: its images of 16 bits use {8 + max(deep).bit_length()} of them and "
+            "become dark; scale them to the full range before"
+        )
+
+
+def slashed(folders: Sequence[str]) -> str:
+    return ", ".join(f"{name}/" for name in folders)
+
+
 def list_images(folder: Path) -> list[str]:
-    """Return `image_names`. Raises UserError where the folder is missing or holds no image."""
+    """Return `image_names`, and tell once which files are left out.
+
+    Raises UserError where the folder is missing or holds no image.
+    """
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"--data_folder {folder} {problem}")
-    names = image_names(folder)
+    left_out: Counter[str] = Counter()
+    names = image_names(folder, left_out)
+    others = f"; left out: {listed(left_out)}" if left_out else ""
     if not names:
-        raise UserError(f"--data_folder {folder} holds no images ({', '.join(SUFFIXES)})")
+        raise UserError(f"--data_folder {folder} holds no images ({', '.join(SUFFIXES)}){others}")
+    if others:
+        warn_once(f"--data_folder {folder}: {len(names):,} images{others}")
     return names

@@ -41,7 +41,14 @@ def open_lsun(category: str, folder: Path, split: Split, image_size: int) -> Ima
     files as `open_folder` does.
     """
     databases = {which: folder / f"{category}_{ending}" for which, ending in ENDINGS.items()}
+    if (folder / "data.mdb").is_file():
+        parent = folder.absolute().parent
+        raise UserError(f"--data_folder {folder} is a database itself: give its folder, {parent}")
     if not any(path.is_dir() for path in databases.values()):
+        others = ", ".join(sorted(path.name for path in folder.glob("*_lmdb")))
+        if others:
+            wanted = " or ".join(path.name for path in databases.values())
+            raise UserError(f"--data_folder {folder} has {others}, but no {wanted}")
         return open_folder(folder, split, image_size)
     if not databases[split].is_dir():
         raise UserError(f"--data_folder {folder} has no {databases[split].name}")

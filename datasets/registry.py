@@ -11,7 +11,7 @@ from typing import Literal
 from datasets.cache import keep_decoded
 from datasets.celeba import open_celeba
 from datasets.cifar import open_cifar10
-from datasets.folders import list_images, open_ffhq, open_folder, open_imagenet
+from datasets.folders import list_images, open_ffhq, open_folder, open_imagenet, warn_of_empty_bits
 from datasets.idx import open_fashion_mnist, open_mnist, open_sample
 from datasets.image_sets import FileImages, ImageSet, Split, joined
 from datasets.lsun import open_lsun
@@ -93,6 +93,8 @@ def open_dataset(
         raise UserError(f"--data_folder {place} cannot be read: {reason}") from error
     if len(images) == 0:
         raise UserError(f"--data_folder {folder} holds no {split} images of --dataset {name}")
+    if isinstance(images, FileImages):
+        warn_of_empty_bits(images)
     if patch_scale is not None:
         return patches_of(images, patch_scale, image_cache, f"{name}-{split}")
     if image_cache is None or not entry.resizable:

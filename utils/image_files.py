@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,11 +20,12 @@ from PIL.ImageFile import ImageFile
 from utils.errors import UserError, one_line
 
 SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".tga"),
 )
 # No others, whatever a file's name: Pillow hands some (EPS) to other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+UNMARKED = "TGA"  # a format without a mark at its beginning: the suffix has to say it
 TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,11 +42,12 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 one_at_a_time = threading.Lock()
 
 
-def image_names(folder: Path) -> list[str]:
+def image_names(folder: Path, left_out: Counter[str] | None = None) -> list[str]:
     """Return the names of the images in folder and below, relative to it, sorted.
 
-    An image is a regular file with one of SUFFIXES, or a link to one. Hidden files and folders are
-    skipped; links are followed, but not in circles. Raises OSError where a folder cannot be read.
+    An image is a regular file with one of SUFFIXES, or a link to one; left_out counts the others,
+    by suffix. Hidden files and folders are skipped; links are followed, but not in circles. Raises
+    OSError where a folder cannot be read.
     """
     names: list[str] = []
     pending = [(str(folder), "", frozenset[tuple[int, int]]())]
@@ -61,7 +64,16 @@ def image_names(folder: Path) -> list[str]:
                     pending.append((entry.path, f"{prefix}{entry.name}/", above | {identity}))
                 elif kind == "file" and entry.name.lower().endswith(SUFFIXES):
                     names.append(prefix + entry.name)
+                elif left_out is not None and not entry.name.startswith("."):
+                    suffix = Path(entry.name).suffix.lower() or "without suffix"
+                    left_out[suffix if kind == "file" else "broken links"] += 1
     return sorted(names)
+
+
+def listed(left_out: Counter[str]) -> str:
+    """Return the files left out as text, the most frequent suffix first."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{number:,} {suffix}" for suffix, number in ordered)
 
 
 def kind_of(entry: os.DirEntry[str]) -> Literal["folder", "file"] | None:
@@ -84,14 +96,18 @@ def open_image(source: Path | IO[bytes], name: str) -> Iterator[ImageFile]:
     try:
         if isinstance(source, Path) and not source.is_file() and source.exists():
             raise ValueError("it is not a regular file")
-        with Image.open(source, formats=FORMATS) as image:
+        unmarked = [UNMARKED] if name.lower().endswith(f".{UNMARKED.lower()}") else []
+        with Image.open(source, formats=[*FORMATS, *unmarked]) as image:
+            if image.format == "MPO":  # a camera's JPEG, with further pictures behind the first
+                image.format = "JPEG"
             if min(image.size) < 1:
                 raise ValueError(f"its size is {image.width}×{image.height}")
             yield image
     except UserError:
         raise
     except Exception as error:  # damaged files raise anything
-        raise UserError(f"image {name} cannot be decoded: {reason_of(error)}") from error
+        fault = "read" if isinstance(error, OSError) and error.errno else "decoded"
+        raise UserError(f"image {name} cannot be {fault}: {reason_of(error)}") from error
 
 
 def reason_of(error: Exception) -> str:
@@ -132,6 +148,14 @@ def more_than_8_bits(image: ImageFile) -> bool:
     found = layout(image)
     deep_ppm = image.format == "PPM" and len(found) == 2 and found[1] > 255
     return image.mode.startswith(("I", "F")) or ";16" in str(found[0]) or deep_ppm
+
+
+def brightest(path: Path) -> int | None:
+    """Return the highest level, of 255, of an image with more than 8 bits; None for others."""
+    with open_image(path, str(path)) as image:
+        if more_than_8_bits(image):
+            return int(np.asarray(viewed(image, "RGB")).max())
+    return None
 
 
 def viewed(image: ImageFile, mode: Literal["L", "RGB"]) -> Image.Image:

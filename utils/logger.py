@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,6 +17,12 @@ class BarHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn, but not a second time in the same words."""
+    log.warning("%s", message)
 
 
 def start_logging(file: Path | None = None, *, quiet: bool = False) -> None:

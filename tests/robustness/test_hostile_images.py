@@ -152,7 +152,8 @@ TURNED = {
     7: [WHITE, GREEN, BLUE, RED],
     8: [GREEN, WHITE, RED, BLUE],
 }
-for kind, suffix in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("TIFF", "tif")):
+KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif", "AVIF": "avif"}
+for kind, suffix in KINDS.items():
     for number, colours in TURNED.items():
         content = encoded(COLOURS, kind, exif=orientation(number), quality=95)
         SHOWN[f"turned{number}.{suffix}"] = (content, list(colours))
@@ -251,7 +252,7 @@ def test_decoded_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(decoders) == 2
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", [1, 3, 6, 8])
 def test_a_turned_images_size_is_known_from_its_header(
     kind: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

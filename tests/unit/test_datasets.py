@@ -47,6 +47,7 @@ from datasets.image_sets import Place
 from datasets.loader import DecodedBatches
 from tests.conftest import refusal, run_process
 from utils.flags.arguments import build
+from utils.image_files import SUFFIXES
 from utils.training.resume import differing_flags
 
 CPU = torch.device("cpu")
@@ -456,6 +457,26 @@ def test_bad_celeba_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "no test images" in refusal(lambda: open_dataset("celeba", str(tmp_path), "test"))
 
 
+def test_celeba_as_kaggle_hands_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_celeba(tmp_path, monkeypatch)
+    base = tmp_path / "celeba"
+    (base / "img_align_celeba").rename(base / "inner")
+    (base / "img_align_celeba").mkdir()
+    (base / "inner").rename(base / "img_align_celeba" / "img_align_celeba")
+    path = base / "list_eval_partition.txt"
+    rows = path.read_text().replace(" ", ",")
+    path.write_text(path.read_text(), "utf-8-sig")
+    assert numbers_in(open_dataset("celeba", str(tmp_path), "train")) == TRAIN
+    path.unlink()
+    (base / "list_eval_partition.csv").write_text(f"image_id,partition\n{rows}", "utf-8-sig")
+    assert numbers_in(open_dataset("celeba", str(base), "train")) == TRAIN
+    for number in (0, 3):
+        (base / "img_align_celeba" / "img_align_celeba" / f"{number:06}.jpg").unlink()
+    message = refusal(lambda: open_dataset("celeba", str(base), "train"))
+    assert "lacks 2 images of" in message
+    assert message.endswith("list_eval_partition.csv, such as 000000.jpg")
+
+
 def tar_of(files: dict[str, bytes], path: Path) -> bytes:
     with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
         for name, content in files.items():
@@ -515,6 +536,18 @@ def test_lsun_folder(name: str, tmp_path: Path) -> None:
     save(2, tmp_path / "val" / "b.webp")
     assert numbers_in(open_dataset(name, str(tmp_path), "train", 16)) == [1]
     assert numbers_in(open_dataset(name, str(tmp_path), "test", 16)) == [2]
+
+
+def test_a_wrong_folder_of_lsun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_lsun("bedroom")(tmp_path, monkeypatch)
+    message = refusal(lambda: open_dataset("lsun-church", str(tmp_path), "train"))
+    assert message == (
+        f"--data_folder {tmp_path} has bedroom_train_lmdb, bedroom_val_lmdb, but no "
+        "church_outdoor_train_lmdb or church_outdoor_val_lmdb"
+    )
+    database = tmp_path / "bedroom_train_lmdb"
+    message = refusal(lambda: open_dataset("lsun-bedroom", str(database), "train"))
+    assert message == f"--data_folder {database} is a database itself: give its folder, {tmp_path}"
 
 
 def test_bad_lsun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,6 +610,36 @@ def test_listing(tmp_path: Path) -> None:
     assert names == ["a/1.jpeg", "b/2.PNG", "c.webp", "linked/4.png"]
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_is_read(suffix: str, tmp_path: Path) -> None:
+    """Of .JPG .jfif .jpe .avif .jp2 .tga … two fifths were used and the others not mentioned."""
+    flat(4).save(tmp_path / f"x{suffix.upper()}")
+    assert numbers_in(open_dataset("folder", str(tmp_path), "all", 8)) == [4]
+
+
+def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "b.heic", "c.HEIC", "d.txt", "noted", ".hidden"):
+        (tmp_path / name).touch()
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    for _ in range(2):
+        open_dataset("folder", str(tmp_path), "all", 8)
+    left_out = "left out: 2 .heic, 1 .txt, 1 broken links, 1 without suffix"
+    assert caplog.messages == [f"--data_folder {tmp_path}: 1 images; {left_out}"]
+    (tmp_path / "a.png").unlink()
+    message = refusal(lambda: open_dataset("folder", str(tmp_path), "all", 8))
+    assert "holds no images (.jpg, " in message
+    assert message.endswith(left_out)
+
+
+def test_images_beside_the_splits_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, name in enumerate(("train/a.png", "train/b.png", "test/c.png", "valid/d.png")):
+        save(number, tmp_path / name)
+    assert numbers_in(open_dataset("folder", str(tmp_path), "train", 8)) == [0, 1]
+    assert caplog.messages == [f"{tmp_path}: 1 images beside train/, test/ are left out"]
+
+
 def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty, file = tmp_path / "empty", tmp_path / "file"
     empty.mkdir()
@@ -627,6 +690,22 @@ def test_image_modes(tmp_path: Path) -> None:
     assert decoded(deep, tmp_path / "deep.png").unique().tolist() == [200]
     for image in (grey, bits, palette, alpha):
         assert (image.shape, image.dtype) == ((3, 8, 8), torch.uint8)
+
+
+@pytest.mark.parametrize("bits", [12, 14, 16])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_empty_upper_bits_are_told(
+    bits: int, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """12-bit data became nearly black without a word."""
+    save(20, tmp_path / "plain.png")
+    for number in range(3):
+        levels = np.linspace(0, 2**bits - 1, 64 + number).astype(np.uint16)[None].repeat(8, 0)
+        Image.fromarray(levels).save(tmp_path / f"{number}.{suffix}")
+    for _ in range(2):
+        open_dataset("folder", str(tmp_path), "all", 8)
+    dark = f"{tmp_path}: its images of 16 bits use {bits} of them and become dark; "
+    assert [message.startswith(dark) for message in caplog.messages] == [True] * (bits < 16)
 
 
 def test_transparent_palette_gives_no_warning(
@@ -992,7 +1071,8 @@ def test_damaged_image(
         path.write_bytes(damage(content))
     loader = BatchLoader(file_images, 4, device=CPU, num_workers=num_workers)
     message = refusal(lambda: list(loader.epoch()))
-    assert message.startswith(f"image {path} cannot be decoded: ")
+    fault = "decoded: " if damage else "read: No such file or directory"
+    assert message.startswith(f"image {path} cannot be {fault}")
     assert str(path) in refusal(lambda: pixel_variance(file_images))
     path.write_bytes(content)
     assert len(list(loader.epoch())) == 6

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -50,14 +51,21 @@ class Batch:
     skipped: dict[str, str]  # name → why the pair could not be decoded
 
 
-Files: TypeAlias = dict[str, dict[str, Path]]  # flag → name without suffix → image
+class Found(NamedTuple):
+    """The files of a folder."""
+
+    images: dict[str, Path]  # by name without suffix
+    left_out: Counter[str]  # other files, by suffix
+
+
+Files: TypeAlias = dict[str, Found]  # by flag
 
 
 def find_images(config: EvaluationConfig) -> Files:
     """Find the images of both folders. Raises UserError if there are fewer than --num_test."""
     folders = {"--gt_path": Path(config.gt_path), "--g_path": Path(config.g_path)}
     files = {flag: images_in(flag, folder) for flag, folder in folders.items()}
-    number = len(set().union(*files.values()))
+    number = len(set().union(*(found.images for found in files.values())))
     if config.num_test is not None and config.num_test > number:
         raise UserError(f"--num_test {config.num_test}, but there are {number} images")
     if folders["--gt_path"].samefile(folders["--g_path"]):
@@ -67,9 +75,11 @@ def find_images(config: EvaluationConfig) -> Files:
 
 def open_pairs(config: EvaluationConfig, files: Files) -> tuple[list[Pair], dict[str, str]]:
     """Return the pairs to measure, by their headers, and why others are skipped; sorted by name."""
-    originals, reconstructions = files.values()
+    originals, reconstructions = (found.images for found in files.values())
     names = sorted({*originals, *reconstructions})[: config.num_test]
-    lacking = {flag: [name for name in names if name not in found] for flag, found in files.items()}
+    lacking = {
+        flag: [name for name in names if name not in found.images] for flag, found in files.items()
+    }
     if any(lacking.values()):
         problems = "; ".join(
             f"{flag} lacks {len(missing)} of {len(names)} ({first_few(missing)})"
@@ -77,6 +87,10 @@ def open_pairs(config: EvaluationConfig, files: Files) -> tuple[list[Pair], dict
             if missing
         )
         raise UserError(f"images are paired by name, and {problems}")
+    for flag, found in files.items():
+        if found.left_out:
+            others = image_files.listed(found.left_out)
+            log.warning("%s: %d images; left out: %s", flag, len(found.images), others)
     pairs, skipped, different = [], {}, []
     for name in names:
         try:
@@ -109,10 +123,11 @@ class DifferentSizes(UserError):
         self.sizes = sizes
 
 
-def images_in(flag: str, folder: Path) -> dict[str, Path]:
-    """Images in a folder and its subfolders, by relative path without suffix."""
+def images_in(flag: str, folder: Path) -> Found:
+    """Images in a folder and its subfolders, by relative path without suffix, and other files."""
+    left_out: Counter[str] = Counter()
     try:
-        files = image_files.image_names(folder)
+        files = image_files.image_names(folder, left_out)
     except OSError as error:
         raise UserError(f"{flag} {error.filename} cannot be read: {error.strerror}") from error
     found: dict[str, Path] = {}
@@ -122,8 +137,10 @@ def images_in(flag: str, folder: Path) -> dict[str, Path]:
             raise UserError(f"{flag} holds two images with the same name: {found[name]} and {path}")
         found[name] = path
     if not found:
-        raise UserError(f"{flag} {folder} holds no images ({' '.join(image_files.SUFFIXES)})")
-    return found
+        others = f"; left out: {image_files.listed(left_out)}" if left_out else ""
+        known = " ".join(image_files.SUFFIXES)
+        raise UserError(f"{flag} {folder} holds no images ({known}){others}")
+    return Found(found, left_out)
 
 
 def first_few(names: Sequence[str]) -> str:
