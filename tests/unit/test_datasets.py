@@ -612,7 +612,7 @@ def test_listing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_suffix_is_read(suffix: str, tmp_path: Path) -> None:
-    """Of .JPG .jfif .jpe .avif .jp2 .tga … two fifths were used and the others not mentioned."""
+    """Two fifths of .JPG .jfif .jpe .avif .jp2 .tga … were used, the others not mentioned."""
     flat(4).save(tmp_path / f"x{suffix.upper()}")
     assert numbers_in(open_dataset("folder", str(tmp_path), "all", 8)) == [4]
 
