@@ -18,6 +18,7 @@ from utils.evaluation.pairs import find_images, open_pairs
 from utils.evaluation.results import print_rows, record, set_aside, show, write_results
 from utils.evaluation.scores import check_pairs, measure
 from utils.flags.arguments import build, parse_flags
+from utils.flags.command import Command, this_command
 from utils.locks import locked
 from utils.logger import start_logging
 from utils.report import write_report
@@ -26,17 +27,18 @@ from utils.report.pictures import NUM_SHOWN
 
 
 def main() -> None:
-    config = build(EvaluationConfig, parse_flags(__doc__, EvaluationConfig))
+    flags = parse_flags(__doc__, EvaluationConfig)
+    config = build(EvaluationConfig, flags)
     start_logging()
     if launched():
         raise UserError("it runs as one process; start it without torchrun")
     if config.fetch_weights:
         print_rows({}, fetch_weights(config.weights_dir))
     else:
-        evaluate(config)
+        evaluate(config, this_command(flags))
 
 
-def evaluate(config: EvaluationConfig) -> None:
+def evaluate(config: EvaluationConfig, command: Command) -> None:
     """Measure all pairs, write everything and report."""
     keep_freed_memory()
     device = resolve_device(config.device)
@@ -54,7 +56,7 @@ def evaluate(config: EvaluationConfig) -> None:
         named = spread([pair.name for pair in pairs], NUM_SHOWN)
         with memory_for(f"--batch_size {config.batch_size}"):
             scores = measure(config, pairs, skipped, networks, device, named)
-        metrics = record(config, scores, networks)
+        metrics = record(config, command, scores, networks)
         written = write_results(output, config, scores, metrics)
         show(metrics, [*written, write_report(output, kept=scores.shown)])
 

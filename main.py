@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from utils.distributed import (
 from utils.errors import memory_for, run
 from utils.files import check_unicode, inside, writable_folder
 from utils.flags.arguments import build, build_model_config, parse_flags, resolve
+from utils.flags.command import this_command
 from utils.flags.search import SearchConfig, apply_search
 from utils.locks import locked
 from utils.logger import log, start_logging
@@ -49,7 +50,8 @@ GROUPS = (ModelConfig, DataConfig, TrainConfig, *loss_configs(), SearchConfig)
 class Settings:
     """Everything that the command line asks for."""
 
-    flags: Mapping[str, Any]
+    given: Mapping[str, Any]
+    flags: Mapping[str, Any]  # with those of preset, pretrained weights and recipe
     data: DataConfig
     train: TrainConfig
     model: ModelConfig
@@ -77,8 +79,9 @@ def main() -> None:
 
 
 def read_settings() -> Settings:
-    """The flags given, with those of preset, pretrained weights and recipe."""
-    flags, pretrained = resolve(parse_flags(__doc__, *GROUPS), *GROUPS)
+    """Everything that the flags given, with preset, pretrained weights and recipe, ask for."""
+    given = parse_flags(__doc__, *GROUPS)
+    flags, pretrained = resolve(given, *GROUPS)
     if "data_folder" in flags:
         flags = {"dataset": "folder", **flags}
     data, train = build(DataConfig, flags), build(TrainConfig, flags)
@@ -87,7 +90,7 @@ def read_settings() -> Settings:
     image_size = data.image_size or known.image_size
     check_network(model, train, image_size)
     losses = build_loss_configs(flags, model, image_size)
-    return Settings(flags, data, train, model, tuple(losses), pretrained)
+    return Settings(given, flags, data, train, model, tuple(losses), pretrained)
 
 
 def open_images(settings: Settings) -> tuple[ImageSet, ImageSet]:
@@ -157,6 +160,7 @@ def make_trainer(
         skip_bad=data.skip_bad_images,
     )
     parts = num_ranks() * config.accumulate  # validation shall fit wherever training does
+    command = this_command(settings.given, num_ranks())
     configs = {"model_config": (settings.model,), "data_config": (data,)}
     if settings.losses:
         configs["objective_config"] = settings.losses
@@ -168,7 +172,7 @@ def make_trainer(
         models=models,
         logs=logs,
         configs=configs,
-        stored=names_stored(training, validation),
+        stored={**names_stored(training, validation), "command": asdict(command)},
     )
 
 

@@ -22,7 +22,7 @@ from datasets import DATASETS, BatchLoader, ImageSet
 from datasets.config import DataConfig
 from datasets.pictures import Pictures, find_pictures
 from datasets.splits import open_tested
-from modules import ModelConfig
+from modules import Autoencoder, ModelConfig
 from modules.options import option
 from utils.checkpoints.checkpoint import Checkpoint, read_named, results_name
 from utils.codebook.codes.coder import need_coder
@@ -34,6 +34,7 @@ from utils.distributed import first_goes_ahead, num_ranks, rank, start_ranks, st
 from utils.errors import UserError, memory_for, run
 from utils.evaluation.schema import Analysis, Rate, SkippedImages
 from utils.flags.arguments import build, check_stored, parse_flags
+from utils.flags.command import this_command
 from utils.flags.search import SearchConfig, apply_search
 from utils.locks import locked
 from utils.logger import log, start_logging
@@ -126,13 +127,7 @@ def test(
         num_ranks=num_ranks(),
         skip_bad=data.skip_bad_images,
     )
-    known = Analysis(
-        images=tested,
-        model=asdict(model.config),
-        data={**asdict(data), "data_split": split},
-        image_format=form.suffix,
-        rate=Rate(),
-    )
+    known = analysis_of(model, flags, form, tested, {**asdict(data), "data_split": split})
     with locked(results, "--output_folder"):
         reconstruct(model, loader, form, results, info, known, images.name)
 
@@ -158,13 +153,7 @@ def test_pictures(
     name, tested = name_of(config.images)
     results = results_folder(config.output_folder, str(config.model_name), name, tested)
     form = Format(config.image_format, config.jpeg_quality)
-    known = Analysis(
-        images=tested,
-        model=asdict(model.config),
-        data={"dataset": name},
-        image_format=form.suffix,
-        rate=Rate(),
-    )
+    known = analysis_of(model, flags, form, tested, {"dataset": name})
     with locked(results, "--output_folder"):
         reconstruct(model, pictures, form, results, info, known, pictures.source, pictures.names)
 
@@ -200,16 +189,25 @@ def test_from_codes(
     tested, name = f"--from_codes {path}", f"{path.parent.name}-{path.stem}"
     results = results_folder(config.output_folder, str(config.model_name), name, tested)
     form = Format(config.image_format, config.jpeg_quality)
-    known = Analysis(
+    data: dict[str, Any] = {k: stored[k] for k in ("dataset", "image_size") if k in stored}
+    known = analysis_of(model, flags, form, tested, data)
+    skipped = SkippedImages(len(info.left_out), list(map(info.name, info.left_out)))
+    with locked(results, "--output_folder"):
+        reconstruct_codes(model, codes, form, results, replace(known, skipped_images=skipped))
+
+
+def analysis_of(
+    model: Autoencoder, flags: dict[str, Any], form: Format, tested: str, data: dict[str, Any]
+) -> Analysis:
+    """The analysis, as far as it is known before an image is seen."""
+    return Analysis(
         images=tested,
+        command=this_command(flags),
         model=asdict(model.config),
-        data={name: stored[name] for name in ("dataset", "image_size") if name in stored},
+        data=data,
         image_format=form.suffix,
         rate=Rate(),
-        skipped_images=SkippedImages(len(info.left_out), [f"{n:08d}" for n in info.left_out]),
     )
-    with locked(results, "--output_folder"):
-        reconstruct_codes(model, codes, form, results, known)
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:

@@ -15,7 +15,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.children import words
 from experiments.options import (
     ALIVE,
     LRS,
@@ -30,6 +29,7 @@ from experiments.page import Experiment
 from modules.options import option
 from utils.errors import UserError, run
 from utils.flags.arguments import build, parse_flags
+from utils.flags.command import words
 from utils.flags.recipes import RECIPES
 from utils.logger import start_logging
 from utils.training.config import TrainConfig

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeAlias
 
 from utils.errors import Stopped, printable
+from utils.flags.command import words
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0  # seconds that a child has to end once it is asked to
@@ -73,18 +74,6 @@ class Children:
                 child.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
-
-
-def words(flags: Flags) -> list[str]:
-    """The words of a command line with these flags; those that are None are left out."""
-    found = []
-    for name, value in flags.items():
-        if isinstance(value, bool):
-            found.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            several = value if isinstance(value, (list, tuple)) else [value]
-            found += [f"--{name}", *map(str, several)]
-    return found
 
 
 def last_line(log_file: Path) -> str:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from experiments.children import words
 from experiments.options import Contender, Settings
 from experiments.runs import contests, read_json, run_all
 from experiments.tables import Row, collect, figures_table, merged
@@ -21,6 +20,7 @@ from utils.errors import UserError
 from utils.evaluation.metrics import METRICS
 from utils.files import write_json
 from utils.flags.arguments import with_recipe
+from utils.flags.command import words
 from utils.logger import log
 from utils.tables import Table, write_page
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.children import words
 from experiments.options import Contender, Settings
 from experiments.runs import Contest, finished
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.schema import CODEBOOK, RATES, Figure
+from utils.flags.command import words
 from utils.tables import Table, machine_line
 
 ENTROPY = "entropy_bits_per_pixel_by_slot"  # the rate that contenders are compared at

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +90,44 @@ def test_the_published_commands(mnist: Path) -> None:
     assert summary.code == 0, summary.err
     for word in ("PSNR", "codes per image", "98", "bits per pixel, entropy", "TensorBoard"):
         assert word in summary.out
+
+
+def test_the_reports_commands_repeat_the_run(mnist: Path, tmp_path: Path) -> None:
+    """Also where flags equal their defaults, which the recipe changes; but for the folder."""
+    data = ("--dataset", "mnist", "--data_folder", str(mnist), "--device", "cpu")
+    results = "output/results/e/best/mnist"
+    run = [
+        ["main.py", *data, *TINY, "--exp_name", "e", "--batch_size", "8", "--max_steps", "5"],
+        ["test.py", "--model_name", "e/best.pt", "--image_format", "jpg", "--save_codes"],
+        ["evaluation.py", "--gt_path", f"{results}/original", "-g_path", f"{results}/rec"],
+    ]
+    more = (
+        "--recipe best --latent_norm none --lr 3e-4 --distance cos",
+        "--jpeg_quality 90 --batch_size 5",
+        "--metrics l1 psnr --protocol reference --num_test 8 --num_workers 0",
+    )
+    run = [[*words, *others.split()] for words, others in zip(run, more)]
+    written = []
+    for folder in (tmp_path / "first", tmp_path / "again"):
+        folder.mkdir()
+        for words in run:
+            outcome = run_forked(words, folder)
+            assert outcome.code == 0, outcome.err
+        content = read_checkpoint(folder / "output/models/e/last.pt").content
+        paths = ("codes.looc", "metrics.csv", *(f"rec/{n:08d}.jpg" for n in range(12)))
+        files = [(folder / results / path).read_bytes() for path in paths]
+        names = ("analysis.json", "metrics.json")
+        records = [json.loads((folder / results / name).read_text()) for name in names]
+        commands = [record.pop("command") for record in (*records, dict(content))]
+        assert [command.pop("folder") for command in commands] == [str(folder)] * 3
+        written.append((files, records, commands, content["model"]))
+        page = html.unescape((folder / results / "report.html").read_text())
+        lines = re.findall(r"<code>cd (.*?) && python (.*?)</code>", page)
+        assert [where for where, _ in lines] == [str(folder)] * 3
+        run = [shlex.split(line) for _, line in lines]
+    (*first, weights), (*again, others) = written
+    assert first == again
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 @pytest.mark.usefixtures("draw_figures")

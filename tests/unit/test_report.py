@@ -26,6 +26,7 @@ from utils.charts import Chart
 from utils.checkpoints.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.evaluation.schema import Analysis, Metrics, parse
+from utils.flags.command import words
 from utils.report import write_report
 from utils.report.codebook_use import unit_slots, usage_histogram
 from utils.report.files import find
@@ -208,28 +209,43 @@ def test_the_page_is_whole_and_for_everyone(results: Path) -> None:
 
 def test_it_tells_the_figures(results: Path) -> None:
     text = Page(write_report(results)).text
-    for words in (
+    for found in (
         *("e/ best.pt", "PSNR 23.46 dB", "± 2.00", "1 identical pairs", "too few"),
         *("kid 0.01230", "precision 0.7500", "new 0.1250", "0.234", "0.247 bits per pixel"),
         *("87.5 %", "6.5", "seed 77", "1,234", "resize none"),
-        *("8 codevectors, 1 unused", "--lr 0.5", "--compile", "--model_name e/best.pt", "17.89"),
+        *("8 codevectors, 1 unused", "does not say how", "--model_name e/best.pt", "17.89"),
     ):
-        assert words.lower() in text.lower(), words
+        assert found.lower() in text.lower(), found
     assert "cannot be" not in text
 
 
 def test_the_commands_are_safe_and_whole(results: Path) -> None:
-    """Words from other files are quoted; the flags of the objective are shown."""
+    """Those that were given; words from other files are quoted, and a damaged one is told."""
     odd = "<x>; touch /tmp/y"
-    write_json(results / "metrics.json", lambda c: c.update(settings={"gt_path": odd}))
-    page = Page(write_report(results)).text
-    assert f"--gt_path '{odd}'" in page
+    own = {"script": "evaluation.py", "folder": "/a b", "flags": {"gt_path": odd, "cache": False}}
+    write_json(results / "metrics.json", lambda c: c.update(command=own))
     path = results.parents[3] / "models" / "e" / "best.pt"
     content = torch.load(path, weights_only=True)
-    torch.save({**content, "objective_config": {"disc_start": 5, "perceptual_weight": 1.0}}, path)
+    trained = {"script": "main.py", "folder": "/x", "flags": {"lr": 1e-4}, "num_processes": 2}
+    torch.save({**content, "command": trained}, path)
     page = Page(write_report(results)).text
-    assert "--disc_start 5" in page
-    assert "--perceptual_weight" not in page
+    assert f"cd '/a b' && python evaluation.py --gt_path '{odd}' --no-cache" in page
+    assert "cd /x && torchrun --nproc_per_node 2 main.py --lr 0.0001" in page
+    torch.save({**content, "command": {**trained, "num_processes": "2"}}, path)
+    assert 'num_processes is "2", not a whole number' in Page(write_report(results)).text
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"lr": 3e-4, "recipe": "best"}, ["--lr", "0.0003", "--recipe", "best"]),
+        ({"compile": True, "cache": False}, ["--compile", "--no-cache"]),
+        ({"metrics": ["l1", "psnr"], "seed": None}, ["--metrics", "l1", "psnr"]),
+        ({"exp_name": "-x", "lr": -1.0}, ["--exp_name=-x", "--lr=-1.0"]),
+    ],
+)
+def test_words_of_flags(flags: dict[str, Any], expected: list[str]) -> None:
+    assert words(flags) == expected
 
 
 def test_the_worst_come_first_and_infinite_is_best(results: Path) -> None:

@@ -25,9 +25,13 @@ from utils.evaluation.schema import (
 )
 
 # Keys as they were written before the schema, in their order.
-ANALYSIS = ("model", "data", "image_format", "rate", "codebook", "skipped_images")
+ANALYSIS = (
+    *("images", "command", "model", "data", "image_format", "rate", "codebook"),
+    "skipped_images",
+)
 METRICS_KEYS = (
-    *("metrics", "pairs", "skipped", "rate", "protocol", "settings", "weights", "versions"),
+    *("metrics", "pairs", "skipped", "rate", "command", "protocol", "settings", "weights"),
+    "versions",
 )
 RATE = (
     *("codes_per_image", "nominal_bits_per_pixel", "entropy_bits_per_pixel"),

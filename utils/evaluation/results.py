@@ -20,6 +20,7 @@ from utils.evaluation.protocols import PROTOCOLS
 from utils.evaluation.schema import Analysis, Metrics, Rate
 from utils.evaluation.scores import Scores, summarise
 from utils.files import whole_file
+from utils.flags.command import Command
 from utils.logger import log
 
 PREVIOUS = "previous_metrics"
@@ -67,7 +68,9 @@ def write_results(
     return [*pictures, whole, table]
 
 
-def record(config: EvaluationConfig, scores: Scores, networks: Mapping[str, Network]) -> Metrics:
+def record(
+    config: EvaluationConfig, command: Command, scores: Scores, networks: Mapping[str, Network]
+) -> Metrics:
     """The results, and everything needed to reproduce them."""
     protocol = PROTOCOLS[config.protocol]
     return Metrics(
@@ -75,6 +78,7 @@ def record(config: EvaluationConfig, scores: Scores, networks: Mapping[str, Netw
         pairs=len(scores.names),
         skipped=scores.skipped,
         rate=rate_of(Path(config.g_path)),
+        command=command,
         protocol={"name": config.protocol, **asdict(protocol)},
         settings={
             **{name: getattr(config, name) for name in ("gt_path", "g_path", "num_test")},

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from utils.errors import UserError, one_line
 from utils.files import write_json
+from utils.flags.command import Command
 
 Content = TypeVar("Content")
 
@@ -142,6 +143,7 @@ class Analysis:
     """Content of analysis.json, written by test.py."""
 
     images: str = ""  # those that were reconstructed, in words
+    command: Command | None = None
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     image_format: str = "png"
@@ -177,6 +179,7 @@ class Metrics:
     pairs: int = 0
     skipped: dict[str, str] = field(default_factory=dict)  # name → reason
     rate: Rate | None = None  # None: the reconstructions are not test.py's
+    command: Command | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, dict[str, str]] = field(default_factory=dict)

@@ -13,12 +13,12 @@ from typing import Any, TypeGuard
 from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import one_line
 from utils.evaluation.extremes import Shown
-from utils.evaluation.schema import Analysis, Metrics, Rate, read
+from utils.evaluation.schema import Analysis, Metrics, Rate, parse, read
+from utils.flags.command import Command, words
 from utils.image_files import image_names
 from utils.report.markup import Missing, command, text
 
 Point = tuple[float, float]
-TO_BE_FILLED_IN = ("<output_folder>", "<experiment>/best.pt")  # if they are not known
 
 
 @dataclass(frozen=True)
@@ -152,21 +152,26 @@ def stale(found: Found) -> str:
     )
 
 
+def train_command(found: Found) -> str:
+    """The command that was given; empty if it is not known."""
+    stored = found.stored("command")
+    return parse(stored, Command).line() if stored else ""
+
+
 def test_command(found: Found) -> str:
-    output, name = layout(found.results) or TO_BE_FILLED_IN
-    return joined(["python", "test.py", "--output_folder", str(output), "--model_name", name])
+    """The command that was given; if it is not known, that for the model's own data set."""
+    if found.analysis.command:
+        return found.analysis.command.line()
+    if place := layout(found.results):
+        flags = dict(zip(("output_folder", "model_name"), place))
+        return shlex.join(["python", "test.py", *words(flags)])
+    return "python test.py --output_folder <output_folder> --model_name <experiment>/best.pt"
 
 
 def evaluation_command(found: Found) -> str:
-    """The command with the metrics that were measured, or all that need no weights."""
-    settings = found.metrics.settings
-    measured = list(found.metrics.metrics) or ["l1", "ssim", "psnr"]
-    words = ["python", "evaluation.py", "--metrics", *measured]
-    for flag, name in (("gt_path", "original"), ("g_path", "rec")):
-        words += [f"--{flag}", str(settings.get(flag) or (found.results / name).resolve())]
-    return joined(words)
-
-
-def joined(words: Sequence[str]) -> str:
-    """A command line, quoted except for placeholders."""
-    return " ".join(word if word in TO_BE_FILLED_IN else shlex.quote(word) for word in words)
+    """The command that was given; if it is not known, that with all metrics without weights."""
+    if found.metrics.command:
+        return found.metrics.command.line()
+    folders = (str((found.results / name).resolve()) for name in ("original", "rec"))
+    flags = dict(zip(("gt_path", "g_path"), folders), metrics=["l1", "ssim", "psnr"])
+    return shlex.join(["python", "evaluation.py", *words(flags)])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from modules.config import ModelConfig
 from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
 from modules.quantizers.spec import QuantizerSpec
 from utils.evaluation.metrics import FID_ENOUGH, METRICS, Metric
 from utils.evaluation.schema import CODEBOOK, RATES
-from utils.report.files import Found, evaluation_command, finite, joined, stale, test_command
+from utils.report.files import Found, evaluation_command, finite, stale, test_command, train_command
 from utils.report.markup import Missing, Rows, command, shown, table, text
 
 
@@ -192,40 +190,8 @@ def configuration(found: Found) -> str:
 
 
 def commands(found: Found) -> str:
-    known = "These train, reconstruct and measure again."
+    known = "These train, reconstruct and measure again, as they were given."
     lines = [train_command(found), test_command(found), evaluation_command(found)]
     if not lines[0]:
         known = "The checkpoint does not say how it was trained."
     return f"<p>{known}</p>{command(*filter(None, lines))}"
-
-
-def train_command(found: Found) -> str:
-    """main.py with every flag that is not the default; empty if they are not known."""
-    from utils.training.config import TrainConfig
-    from utils.training.losses import loss_configs
-
-    train = found.stored("train_config")
-    if found.checkpoint is None or not train:
-        return ""
-    model = found.analysis.model or vars(found.checkpoint.model_config)
-    spec = QUANTIZERS.get(str(model.get("quantizer")))
-    words = ["python", "main.py"]
-    for group, base in (
-        (found.stored("data_config"), {}),
-        (model, {**defaults(ModelConfig), **(spec.implies if spec else {})}),
-        (found.stored("objective_config"), defaults(*loss_configs())),
-        (train, defaults(TrainConfig)),
-    ):
-        for name, value in group.items():
-            usual = value == base.get(name) or (value is False and not base)
-            if usual or name in ("in_channels", "resume", "overwrite"):
-                continue
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                words += [f"--{name}", str(value)]
-    return joined(words)
-
-
-def defaults(*groups: type) -> dict[str, Any]:
-    return {item.name: item.default for group in groups for item in fields(group)}
