@@ -59,17 +59,17 @@ def check_images(stored: Stored, data: DataConfig, current: dict[str, Any]) -> N
     current: their `names_stored`.
     """
     before, now, folder = stored.count("num_images"), current["num_images"], data.data_folder
+    way = f"--pretrained {stored.path} starts from its weights"
     if before != now:
-        raise UserError(f"{stored.path} was trained on {before} images, --data_folder gives {now}")
-    if current["names"] is not None and "names" not in stored.content:
         raise UserError(
-            f"{stored.path} {BEFORE}: its training images would be others now; "
-            f"--pretrained {stored.path} starts from its weights"
+            f"{stored.path} was trained on {before} images, --data_folder gives {now}; {way}"
         )
+    if current["names"] is not None and "names" not in stored.content:
+        raise UserError(f"{stored.path} {BEFORE}: its training images would be others now; {way}")
     if stored.content.get("names") != current["names"]:
         raise UserError(
             f"{stored.path} was trained on images of other names than those of --data_folder "
-            f"{folder}; --pretrained {stored.path} starts from its weights"
+            f"{folder}; {way}"
         )
     there = stored.group("data_config", DataConfig).data_folder
     if there and folder and Path(there).resolve() != Path(folder).resolve():

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import ROOT, Outcome, run_process, write_idx
 from tests.processes import run_forked
 from utils.checkpoints.checkpoint import load_model, read_checkpoint
+from utils.report.files import find
 
 Script = Callable[..., Outcome]
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -355,7 +356,11 @@ def test_a_checkpoint_anywhere_is_tested(script: Script, mnist: Path, tmp_path: 
     (tmp_path / "out/models/e/best.pt").rename(path)
     outcome = script("test.py", "--output_folder", "out", "--model_name", str(path))
     assert outcome.code == 0, outcome.err
-    assert [*(tmp_path / "out/results/run").rglob("analysis.json")]
+    place = Path(f"{tmp_path}/out/results{path.with_suffix('')}")
+    assert (place / "mnist/analysis.json").is_file()
+    found = find(place / "mnist")
+    assert found.checkpoint is not None
+    assert found.checkpoint.path == path
 
 
 def test_a_folder_that_cannot_be_made_is_told_at_once(

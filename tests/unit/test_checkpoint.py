@@ -266,7 +266,7 @@ def test_a_checkpoint_is_found_by_name_or_path(
     assert find("out/models/mine/best.pt") == ("out/models/mine/best.pt", "mine/best.pt")
     assert find(whole) == (whole, "mine/best.pt")
     assert find("../models/a/b/last.pt")[1] == "a/b/last.pt"
-    assert find("copy.pt") == ("copy.pt", f"{tmp_path.name}/copy.pt")
+    assert find("copy.pt") == ("copy.pt", str(tmp_path / "copy.pt").lstrip("/"))
     place = "does not exist, neither under out/models nor as a path; there is"
     assert refusal(lambda: find("mnie/best.pt")).endswith(f"{place} mine/best.pt, a/b/last.pt")
     assert "is a folder: give mine/best.pt" in refusal(lambda: find("mine"))

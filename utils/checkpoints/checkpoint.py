@@ -194,13 +194,11 @@ def known_names(models: Path, name: str) -> str:
 
 
 def results_name(path: Path, output_folder: str) -> str:
-    """Return the name of a checkpoint under models; of one elsewhere the last two parts."""
+    """Return the name of a checkpoint under models; of one elsewhere its whole path."""
     models = Path(output_folder) / "models"
     if not path.is_relative_to(models) or ".." in path.parts:
         path, models = path.resolve(), models.resolve()
-    return str(
-        path.relative_to(models) if path.is_relative_to(models) else Path(*path.parts[1:][-2:])
-    )
+    return str(path.relative_to(models if path.is_relative_to(models) else path.anchor))
 
 
 def earlier_groups(width: int) -> int | None:

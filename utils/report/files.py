@@ -66,6 +66,8 @@ def find(results: Path, kept: Mapping[str, Shown] | None = None) -> Found:
     if place := layout(results):
         output, name = place
         model, logs = output / "models" / name, output / "logs" / Path(name).parent
+        if not model.is_file():
+            model = Path("/", name)  # a checkpoint elsewhere
     metrics = attempt("metrics.json", lambda: read(results / "metrics.json", Metrics), Metrics())
     values = attempt("metrics.csv", lambda: read_values(results / "metrics.csv"), {})
     return Found(
@@ -100,7 +102,7 @@ def read_values(path: Path) -> dict[str, dict[str, float]]:
 
 def read_model(path: Path | None) -> Checkpoint:
     if path is None or not path.is_file():
-        raise Missing("is not in models/ beside results/")
+        raise Missing("is neither in models/ beside results/ nor elsewhere")
     return read_checkpoint(path)
 
 
