@@ -1,7 +1,7 @@
 """Measure what each part of the method contributes, one table per question.
 
 Trains the variants of a table with the same budget, measures them on the test images and writes the
-table to docs/results: python experiments/ablations.py --table codebook. Variants that are in
+table to docs in --output: python experiments/ablations.py --table codebook. Variants that are in
 several tables are trained once.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from datasets.config import DataConfig
 from experiments.options import (
     ALIVE,
     LRS,
@@ -160,7 +161,7 @@ class AblationsConfig:
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, AblationsConfig, Settings)
+    flags = parse_flags(__doc__, AblationsConfig, Settings, DataConfig)
     start_logging()
     config = build(AblationsConfig, flags)
     name, images, recipe = config.table, config.images, config.recipe
@@ -175,11 +176,12 @@ def main() -> None:
     selected = chosen(variants, flags.get("only", ()))
     setup = replace(SETUPS[images], lrs=question.lrs or ())
     settings = settings_of(flags, "ablations", setup, images)
+    label = settings.output.name
     other = None if recipe == "paper" else recipe
     options = words({"table": name, "images": images, "recipe": other})
     experiment = Experiment(
-        "-".join(filter(None, ["ablation", images, name, str(settings.steps), other])),
-        f"{question.title}: {setup.title}",
+        "-".join(filter(None, ["ablation", label, name, str(settings.steps), other])),
+        f"{question.title}: {settings.setup.title}",
         f"{question.about} K = `--num_embedding`, d = `--embedding_dim`.",
         command=" ".join(["python experiments/ablations.py", *options]),
         settings=settings,

@@ -1,8 +1,8 @@
 """Compare rate and distortion of LooC and its peers under one protocol.
 
 Trains every contender of a suite with the same budget, measures it on the test images and writes
-tables and curves to docs/results: python experiments/compare.py --suite fashion-mnist. The same
-command continues an interrupted run.
+tables and curves to docs in --output: python experiments/compare.py --suite fashion-mnist. The same
+command continues an interrupted run. Your own images: --suite photos --data_folder my_pictures.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from datasets.config import DataConfig
+from experiments.codecs import CODECS, measure_codecs
 from experiments.curves import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Style, draw
 from experiments.margins import margins_table
 from experiments.options import (
@@ -63,6 +65,8 @@ STYLES = {
     "residual-vq-norm": Style("residual VQ, LooC's norm", PINK, "s", "-."),
     "fsq-norm": Style("FSQ, LooC's norm", SKY, "D", "-."),
     "none-norm": Style("not quantised, LooC's norm", BLACK, "", "-."),
+    "jpeg": Style("JPEG", BLACK, "x", ":"),
+    "webp": Style("WebP", BLACK, "+", ":"),
 }
 OURS = [family for family in STYLES if family.startswith("looc")]
 
@@ -199,30 +203,36 @@ also have LooC's `--latent_norm`, and multi-head VQ its widths and distance too.
 latents is in the flags; `none` has 128 channels. Contenders of one family differ in the flags of
 the last column. Points of a curve are joined in order of rate. Times per step are those of runs
 that shared the machine, as noted below. Margins compare upper hulls, over log2 of the rate, of the
-means over seeds; beyond its last point a hull stays level."""
+means over seeds; beyond its last point a hull stays level. JPEG and WebP, where shown, are Pillow's
+at the qualities in the last column; their rate is the size of the files, headers included."""
 
 
 @dataclass(frozen=True)
 class CompareConfig:
     suite: str | None = option(None, "contenders and images", choices=tuple(SUITES))
+    codecs: tuple[str, ...] = option(
+        (), "image formats to measure as well, at several qualities", choices=tuple(CODECS)
+    )
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, CompareConfig, Settings)
+    flags = parse_flags(__doc__, CompareConfig, Settings, DataConfig)
     start_logging()
-    name = build(CompareConfig, flags).suite
+    config = build(CompareConfig, flags)
+    name = config.suite
     if name is None:
         raise UserError("--suite is missing")
     setup, contenders = SETUPS[name], SUITES[name]
     selected = chosen(contenders, flags.get("only", ()))
     settings = settings_of(flags, "compare", setup, name)
     experiment = Experiment(
-        f"compare-{name}-{settings.steps}",
-        f"Rate and distortion: {setup.title}",
+        f"compare-{settings.output.name}-{settings.steps}",
+        f"Rate and distortion: {settings.setup.title}",
         ABOUT,
         command=f"python experiments/compare.py --suite {name}",
         settings=settings,
         contenders=contenders,
+        codecs=measure_codecs(config.codecs, settings),
     )
     sys.exit(1 if experiment.run(selected, partial(extras, experiment)) else 0)
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from datasets import ImageSet, open_dataset
+from datasets import DATASETS, ImageSet
+from datasets.config import DataConfig
+from datasets.splits import opener
 from experiments.children import Flags
 from modules import ModelConfig
 from modules.options import option
 from utils.errors import UserError, unknown_name
 from utils.files import writable_folder
-from utils.flags.arguments import build
+from utils.flags.arguments import build, with_recipe
 from utils.flags.recipes import RECIPES
 from utils.logger import log
-from utils.training.config import TrainConfig
+from utils.training.config import FREE_TO_CHANGE, TrainConfig
+from utils.training.reconstruction import check_network
 from utils.weights.registry import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
 
 PIXEL_METRICS = ("l1", "ssim", "psnr")
@@ -73,20 +76,28 @@ class Settings:
     jobs: int = option(1, "runs at a time", minimum=1)
     threads: int = option(None, "threads per job (default: cores / jobs)", minimum=1)
     output: Path = option(None, "folder of the runs (default: output/compare or output/ablations)")
-    docs: Path = option(Path("docs/results"), "folder of the pages")
-    data_folder: str | None = option(None, "folder of the data set (default: the suite's)")
+    docs: Path = option(None, "folder of the pages (default: docs in --output)")
     weights_dir: str | None = option(None, "folder of LPIPS's weights (default: torch hub's)")
     num_test: int | None = option(None, "pairs to measure LPIPS on (default: all)", minimum=1)
     only: tuple[str, ...] = option(
         (), "run these contenders or families; * stands for any characters"
     )
     keep: bool = option(False, "keep rows and seeds of the existing page whose flags are the same")
+    data_folder: str | None = None
+    data: Flags = field(default_factory=dict)  # flags of the data set that were given
     images: str = ""  # their numbers and fingerprint
 
     @property
     def flags(self) -> Flags:
-        """The flags of main.py shared by all contenders."""
-        return {**self.setup.flags, "max_steps": self.steps}
+        """The flags of main.py shared by all contenders: those that decide the result."""
+        decisive = {k: value for k, value in self.data.items() if k not in FREE_TO_CHANGE}
+        return {**self.setup.flags, **decisive, "max_steps": self.steps}
+
+    @property
+    def free_flags(self) -> Flags:
+        """The other flags of main.py: where images are, and how they are read."""
+        free = {k: value for k, value in self.data.items() if k in FREE_TO_CHANGE}
+        return {"data_folder": self.data_folder, "num_workers": self.threads, **free}
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -134,21 +145,25 @@ def settings_of(flags: Mapping[str, Any], program: str, setup: Setup, suite: str
 
     Images are downloaded where that is possible. Raises UserError if images or folders are missing.
     """
-    jobs = flags.get("jobs", 1)
+    jobs, output = flags.get("jobs", 1), flags.get("output", Path("output", program))
+    data = {item.name: flags[item.name] for item in fields(DataConfig) if item.name in flags}
     defaults = {
         "setup": setup,
         "steps": setup.steps,
         "lrs": setup.lrs,
         "threads": max(1, (os.cpu_count() or 1) // jobs),
-        "output": Path("output", program),
+        "output": output,
+        "docs": output / "docs",
         "data_folder": setup.data_folder,
+        "data": data,
     }
     given = build(Settings, {**defaults, **flags})
     settings = replace(
         given,
+        setup=described(setup, given),
         seeds=tuple(dict.fromkeys(given.seeds)),
         lrs=tuple(dict.fromkeys(given.lrs)),
-        output=given.output / suite,
+        output=given.output / labelled(suite, given),
         images=images_of(given),
     )
     writable_folder(settings.output, "--output")
@@ -158,16 +173,49 @@ def settings_of(flags: Mapping[str, Any], program: str, setup: Setup, suite: str
     return settings
 
 
+def labelled(suite: str, settings: Settings) -> str:
+    """Return the suite's name, with that of the user's folder of images if there is one."""
+    own = settings.flags["dataset"] == "folder" and "data_folder" in settings.data
+    return f"{suite}-{Path(str(settings.data_folder)).resolve().name}" if own else suite
+
+
+def described(setup: Setup, settings: Settings) -> Setup:
+    """Return the setup, with a title that names folder and crop if other images are given."""
+    if not settings.data.keys() & {"dataset", "data_folder", "image_size", "crop", "crop_scale"}:
+        return setup
+    data = build(DataConfig, settings.flags)
+    name = Path(settings.data_folder).resolve().name if settings.data_folder else data.dataset
+    scale = f" at {data.crop_scale:g} of their resolution" if data.crop == "patch" else ""
+    size = f", {data.image_size}×{data.image_size}" if data.image_size else ""
+    return replace(setup, title=f"{name}{size}, --crop {data.crop}{scale}")
+
+
+def check_contenders(contenders: Sequence[Contender], settings: Settings) -> None:
+    """Raise UserError where main.py would refuse a contender's flags, before any is trained."""
+    for contender in contenders:
+        flags = with_recipe({**settings.flags, **contender.flags})
+        size = flags.get("image_size") or DATASETS[flags["dataset"]].image_size
+        try:
+            check_network(build(ModelConfig, flags), build(TrainConfig, flags), size)
+        except UserError as error:
+            raise UserError(f"{contender.name}: {error}") from error
+
+
 def images_of(settings: Settings) -> str:
     """Return the numbers of training and test images, and their fingerprint."""
     setup, folder = settings.setup, settings.data_folder
-    if setup.missing and not Path(str(folder)).is_dir():
+    if setup.missing and folder == setup.data_folder and not Path(str(folder)).is_dir():
         raise UserError(f"--data_folder {folder} does not exist; {setup.missing}")
-    source, size = (setup.flags["dataset"], folder), setup.flags.get("image_size")
-    training, test = (open_dataset(*source, split, size) for split in ("train", "test"))
+    training, test = (open_split(settings, split) for split in ("train", "test"))
     if settings.num_test is not None and settings.num_test > len(test):
         raise UserError(f"--num_test {settings.num_test}, but there are {len(test)} test images")
     return f"{len(training):,} + {len(test):,}, SHA-256 {fingerprint(training, test)}"
+
+
+def open_split(settings: Settings, split: str) -> ImageSet:
+    """Open training or test images, without the cache."""
+    flags = {**settings.flags, "data_folder": settings.data_folder}
+    return opener(build(DataConfig, flags))(split)
 
 
 def fingerprint(*sets: ImageSet) -> str:

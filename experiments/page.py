@@ -7,13 +7,14 @@ page are kept if they were trained with the same flags.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from experiments.options import Contender, Settings
+from experiments.options import Contender, Settings, check_contenders
 from experiments.runs import contests, read_json, run_all
 from experiments.tables import Row, collect, figures_table, merged
 from utils.errors import UserError
@@ -38,6 +39,7 @@ class Experiment:
     command: str
     settings: Settings
     contenders: Sequence[Contender]
+    codecs: Sequence[Row] = ()  # image formats, measured on the same images
 
     def run(
         self,
@@ -46,12 +48,15 @@ class Experiment:
     ) -> list[str]:
         """Train and measure those selected, write the page and return the failures."""
         earlier = self.earlier()
+        check_contenders(selected, self.settings)
         failures = run_all(contests(selected, self.settings), self.settings)
         rows = self.with_kept(
             collect(contests(self.contenders, self.settings), self.settings), earlier
         )
-        pictures, tables = extras(rows)
-        page = Page(self, rows, failures, pictures, tables)
+        codecs = {row["name"]: Row(**row) for row in earlier.get("codecs", ())}
+        codecs |= {row.name: row for row in self.codecs}
+        pictures, tables = extras([*rows, *codecs.values()])
+        page = Page(self, rows, failures, pictures, tables, [*codecs.values()])
         sys.stdout.write("".join(f"{path}\n" for path in page.write()))
         return failures
 
@@ -115,12 +120,13 @@ class Page:
     failures: Sequence[str]
     pictures: Mapping[str, str]  # file name → caption
     tables: Sequence[Table]  # before that of all figures
+    codecs: Sequence[Row] = ()
 
     def write(self) -> list[Path]:
         """Write <name>.md and <name>.json; return the paths, with those of the pictures."""
         docs, name = self.experiment.settings.docs, self.experiment.page
         page, data = docs / f"{name}.md", docs / f"{name}.json"
-        if not self.rows:
+        if not self.rows and not self.codecs:
             log.warning("nothing was measured; %s stays as it is", page)
             return []
         write_page(
@@ -130,7 +136,11 @@ class Page:
                 for line in sorted({m for row in self.rows for m in row.machines})
             ),
             *(f"![{caption}]({file})" for file, caption in self.pictures.items()),
-            *(table for table in (*self.tables, figures_table(self.rows)) if table.rows),
+            *(
+                table
+                for table in (*self.tables, figures_table([*self.rows, *self.codecs]))
+                if table.rows
+            ),
         )
         write_json(data, self.content())
         return [page, data, *(docs / file for file in self.pictures)]
@@ -160,16 +170,19 @@ class Page:
             "lrs": settings.lrs or None,
             "num_test": settings.num_test,
             "only": [row.name for row in self.rows] if self.lacking else None,
+            "codecs": list(dict.fromkeys(row.family for row in self.codecs)) or None,
+            **settings.data,
         }
-        return " ".join([self.experiment.command, *words(options)])
+        return f"{self.experiment.command} {shlex.join(words(options))}"
 
     def made(self) -> str:
         """The commands that make the figures."""
         settings = self.experiment.settings
         fewer = settings.num_test and "lpips" in self.metrics
+        flags = {**settings.flags, "data_folder": settings.data_folder}
         return (
             f"Made by `{self.command}`. Each row is `python main.py "
-            f"{' '.join(words(settings.flags))} --lr LR --seed SEED` with the flags of its last "
+            f"{shlex.join(words(flags))} --lr LR --seed SEED` with the flags of its last "
             f"column, then `test.py`, then `evaluation.py --metrics {' '.join(self.metrics)} "
             "--protocol clean` on all test images"
             f"{f' (LPIPS on the first {settings.num_test:,})' if fewer else ''}."
@@ -215,5 +228,6 @@ class Page:
             "rows": [
                 {**asdict(row), "all_flags": all_flags(row.flags, row.lr)} for row in self.rows
             ],
+            "codecs": [asdict(row) for row in self.codecs],
             "failures": self.failures,
         }

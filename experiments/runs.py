@@ -89,8 +89,7 @@ def train(run: Run, settings: Settings, children: Children) -> None:
     log_file.write_bytes(b"")
     flags = {
         **run.flags,
-        "data_folder": settings.data_folder,
-        "num_workers": settings.threads,
+        **settings.free_flags,
         "output_folder": run.output,
         "exp_name": run.name,
         "overwrite": before != run.identity,

@@ -138,7 +138,8 @@ def figures_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         cells = [spread(row.figures.get(name, ()), figure) for name, figure in shown.items()]
         flags = f"`{' '.join(words(row.flags))}`" if row.flags else "none"
-        table.rows.append([row.name, *cells, f"{row.lr:g}", ", ".join(map(str, row.seeds)), flags])
+        lr = f"{row.lr:g}" if row.seeds else ""  # a codec has none
+        table.rows.append([row.name, *cells, lr, ", ".join(map(str, row.seeds)), flags])
     return table
 
 

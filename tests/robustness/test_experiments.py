@@ -18,11 +18,13 @@ def test_the_smoke_suite_from_end_to_end(tmp_path: Path) -> None:
     command = [str(ROOT / "experiments" / "compare.py"), "--suite", "smoke", "--jobs", "2"]
     outcome = run_process([*command, "--weights_dir", str(tmp_path)], tmp_path)
     assert outcome.code == 0, outcome.err
-    content = json.loads((tmp_path / "docs" / "results" / "compare-smoke-60.json").read_text())
+    content = json.loads(
+        (tmp_path / "output" / "compare" / "docs" / "compare-smoke-60.json").read_text()
+    )
     figures = {row["name"]: row["figures"] for row in content["rows"]}
     assert set(figures) == {contender.name for contender in SUITES["smoke"]}
     assert all(math.isfinite(values["psnr"][0]) for values in figures.values())
-    assert (tmp_path / "docs" / "results" / "compare-smoke-60-psnr.png").exists()
+    assert (tmp_path / "output" / "compare" / "docs" / "compare-smoke-60-psnr.png").exists()
 
 
 def test_a_signal_ends_the_children_and_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from datasets.image_sets import TensorImages
 from experiments import photos, runs
 from experiments.ablations import TABLES
 from experiments.children import Children, Failure, words
+from experiments.codecs import CODECS, encode, measure_codecs
 from experiments.compare import STYLES, SUITES, draw_curves
 from experiments.margins import curve, margins, margins_table
-from experiments.options import SETUPS, Contender, Settings, chosen, fingerprint
+from experiments.options import SETUPS, Contender, Settings, chosen, fingerprint, settings_of
 from experiments.page import Experiment, Page
 from experiments.runs import Run, contests, finished, run_all
 from experiments.tables import Row, collect, figures_table, merged_validation, spread
@@ -73,7 +74,7 @@ def test_quality_and_speed_import_nothing_from_each_other(folder: str, other: st
 
 def test_every_family_has_a_style_of_its_own() -> None:
     families = {contender.family for contenders in SUITES.values() for contender in contenders}
-    assert families == set(STYLES)
+    assert families | set(CODECS) == set(STYLES)
     assert len({(s.colour, s.marker, s.line) for s in STYLES.values()}) == len(STYLES)
     assert len({s.label for s in STYLES.values()}) == len(STYLES)
 
@@ -452,6 +453,84 @@ def test_cells_are_mean_and_sample_deviation() -> None:
     table = figures_table(list(canned()))
     assert "LPIPS" not in table.columns
     assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+# ------------------------------------------------------------------- other images, image formats
+
+
+def test_a_users_folder_is_named(script: Any, tmp_path: Path) -> None:
+    """Photographs of one's own, cut into patches; nothing is written outside --output."""
+    (tmp_path / "my pictures").mkdir()
+    for number in range(12):
+        Image.new("RGB", (50 + number, 40), (number, 0, 0)).save(
+            tmp_path / f"my pictures/{number}.png"
+        )
+    words = ("experiments/compare.py", "--suite", "photos", "--data_folder", "my pictures")
+    outcome = script(*words, "--crop", "patch", "--image_size", "30")
+    assert outcome.code == 2
+    assert outcome.err.endswith(
+        "--image_size 30 is not a multiple of 4, which --model vqvae needs\n"
+    )
+    flags = {"data_folder": str(tmp_path / "my pictures"), "crop": "patch", "image_size": 32}
+    flags |= {"image_cache": "cache", "output": tmp_path / "out"}
+    settings = settings_of(flags, "compare", SETUPS["photos"], "photos")
+    assert settings.output == tmp_path / "out" / "photos-my pictures"
+    assert settings.docs == tmp_path / "out" / "docs"
+    assert settings.setup.title == "my pictures, 32×32, --crop patch at 1 of their resolution"
+    assert (settings.flags["crop"], settings.flags["image_size"]) == ("patch", 32)
+    assert "image_cache" not in settings.flags  # does not decide the result
+    assert settings.free_flags["image_cache"] == "cache"
+    experiment = Experiment("page", "Title", "About.", "compare.py", settings, ABC)
+    page = Page(experiment, list(canned())[:1], [], {}, [])
+    assert f"--crop patch --max_steps 1000 --data_folder '{tmp_path}/my pictures'" in page.made()
+    assert "--crop patch" in page.command
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("codec", CODECS)
+def test_codecs_have_the_size_of_their_files(codec: str, channels: int, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (3, channels, 32, 32), generator=random, dtype=torch.uint8)
+    bits = {}
+    for quality in (10, 90):
+        options = {**CODECS[codec], "quality": quality}
+        bits[quality] = encode(
+            TensorImages(noise), options, tmp_path / "original", tmp_path / "rec"
+        )
+        sizes = 0
+        for number in range(3):
+            with Image.open(tmp_path / f"original/{number:08d}.png") as original:
+                original.save(tmp_path / "x", **options)
+                sizes += 8 * (tmp_path / "x").stat().st_size
+                assert original.mode == ("L" if channels == 1 else "RGB")
+            with (
+                Image.open(tmp_path / "x") as expected,
+                Image.open(tmp_path / f"rec/{number:08d}.png") as rec,
+            ):
+                assert rec.tobytes() == expected.convert(rec.mode).tobytes()
+        assert bits[quality] == sizes / (3 * 32 * 32)
+    assert bits[10] < bits[90]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_codecs_stand_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.codecs.encode", lambda *_: 0.75)
+    monkeypatch.setattr("experiments.codecs.evaluate", lambda *_: {"psnr": 30.0, "l1": None})
+    settings = make_settings(tmp_path, lrs=(0.1,), seeds=(1,))
+    rows = measure_codecs(("jpeg",), settings)
+    assert [(row.name, row.figures) for row in rows][:1] == [
+        ("jpeg-q5", {"entropy": [0.75], "psnr": [30.0]})
+    ]
+    monkeypatch.setattr("experiments.codecs.encode", refusal)  # the results are kept
+    assert measure_codecs(("jpeg",), settings) == rows
+    experiment = Experiment("page", "Title", "About.", "compare.py", settings, ABC, rows)
+    experiment.run(ABC[:1])
+    text = (tmp_path / "docs" / "page.md").read_text()
+    assert "| jpeg-q5 | 0.75 |" in text.replace("0.750", "0.75")
+    assert "--codecs jpeg" in text
+    again = replace(experiment, settings=replace(settings, keep=True), codecs=())
+    again.run(ABC[:1])
+    assert (tmp_path / "docs" / "page.md").read_text() == text
 
 
 # ----------------------------------------------------------------------------------------- photos

@@ -57,7 +57,8 @@ SUBSTITUTES = {
 REACHED = 77  # exit code of a program whose flags were accepted
 # What the scripts say once their flags are accepted, as no file is there.
 ACCEPTED = re.compile(
-    r"--(model_name|pretrained|gt_path|data_folder data/photos) .*(does not exist|No such file)"
+    r"--(model_name|pretrained|gt_path|data_folder (data/photos|my_pictures)) .*(does not exist"
+    r"|No such file)"
     r"|--(gt_path|model_name) is missing"  # of a part of a command
 )
 

@@ -395,6 +395,7 @@ class Trainer:
             **self.stored,
             "epoch": self.epoch,
             "step": self.step,
+            "best": self.best,  # its score
             **self.task.state(),
             **(self.run_state() if name == "last.pt" else {}),
         }
@@ -409,7 +410,6 @@ class Trainer:
         return {
             "batch": self.batch,
             "validated": self.validated,
-            "best": self.best,
             "bad_in_a_row": int(self.bad_steps.state[0]),
             **({} if self.average is None else {"trained": self.model.state_dict()}),
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers().items()},
