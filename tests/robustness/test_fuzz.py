@@ -606,7 +606,7 @@ def continue_training(path: Path, whole: Path, output: Path) -> None:
     sets = TensorImages(images), TensorImages(images[:4])
     losses = {"reconstruction": MeanSquaredError(0.1), "quantizer": QuantizerLoss()}
     task = Reconstruction(stored.model().train(), losses, config)
-    settings = script["Settings"]({}, data, config, stored.model_config, (), None)
+    settings = script["Settings"]({}, {}, data, config, stored.model_config, (), None)
     trainer = script["make_trainer"](task, *sets, settings)
     current = {**trainer.stored, "num_images": stored.content["num_images"]}
     check = partial(check_images, data=data, current=current)

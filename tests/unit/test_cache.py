@@ -330,7 +330,7 @@ def test_main(script: Callable[..., Outcome], files: FileImages, tmp_path: Path)
     folder, cache = str(files.folder), str(tmp_path / "cache")
     data = DataConfig("folder", folder, 8, num_workers=0, image_cache=cache, flip=True)
     config = TrainConfig(output_folder=str(tmp_path / "output"), exp_name="x")
-    settings = main["Settings"]({}, data, config, ModelConfig(), (), None)
+    settings = main["Settings"]({}, {}, data, config, ModelConfig(), (), None)
     sets = open_training(data, "split")
     losses = {"reconstruction": MeanSquaredError(0.1), "quantizer": QuantizerLoss()}
     task = Reconstruction(VQVAE(settings.model), losses, config)
