@@ -7,6 +7,7 @@ LOOC_FUZZ is the number of cases of each kind. A case is a function of its kind 
 from __future__ import annotations
 
 import faulthandler
+import hashlib
 import io
 import json
 import os
@@ -43,7 +44,10 @@ from datasets.image_sets import TensorImages, decode
 from datasets.splits import check_images
 from modules import ModelConfig
 from tests.conftest import ROOT, write_mnist
+from tests.unit.test_codes import write_pictures
 from utils.checkpoints.checkpoint import read_checkpoint
+from utils.codebook.codes.files import CodeFile
+from utils.codebook.codes.header import CodesInfo, is_inside
 from utils.errors import UserError
 from utils.evaluation.pairs import Pair, read_header, read_image
 from utils.flags.arguments import flag_fields, names, number_kind
@@ -643,6 +647,53 @@ def test_checkpoints(
     assert all("%|" in line for line in lines(streams.err)), streams.err
 
 
+# ------------------------------------------------------------------------------------- code files
+
+
+def any_header(rng: random.Random, content: bytes) -> bytes:
+    """An odd value in the header or in a picture's entry, under a right checksum."""
+    start = len(CodesInfo.magic) + 4
+    (length,) = struct.unpack("<I", content[start - 4 : start])
+    values = json.loads(content[start : start + length])
+    holder: Any = values
+    if "pictures" in values and rng.random() < 0.5:
+        holder = rng.choice([values["pictures"], *values["pictures"]])
+    key = rng.choice(sorted(holder) if isinstance(holder, dict) else range(len(holder)))
+    odd = odd_value(rng)
+    holder[key] = odd if isinstance(odd, (str, int, float, list, dict)) else repr(odd)
+    text = json.dumps(values, default=repr).encode()
+    whole = (
+        content[: start - 4] + struct.pack("<I", len(text)) + text + content[start + length : -32]
+    )
+    return whole + hashlib.sha256(whole).digest()
+
+
+def any_part(rng: random.Random, content: bytes) -> bytes:
+    """Any bytes, under a right checksum."""
+    whole = rng.choice(BYTES)(rng, content[:-32])
+    return whole + hashlib.sha256(whole).digest()
+
+
+@cases
+def test_code_files(number: int, folder: Path) -> None:
+    rng = random.Random(f"codes-{number}")
+    path = folder / "c.looc"
+    if rng.random() < 0.5:
+        write_pictures(path, [(7, 9), (1, 1), (16, 30)])
+    else:
+        shutil.copy(GOLDEN / "codes_1.looc", path)
+    mutate = rng.choice([rng.choice(BYTES), any_part, any_header, any_header])
+    path.write_bytes(mutate(rng, path.read_bytes()))
+    with bounded():
+        try:
+            codes = CodeFile(path)
+            for batch, indices in codes.batches():
+                assert indices.shape == (len(batch.positions), *batch.shape)
+                assert all(is_inside(codes.info.name(int(place))) for place in batch.positions)
+        except UserError as error:
+            assert_one_line(error, str(path))
+
+
 # ---------------------------------------------------------------------------------- command lines
 
 
@@ -715,6 +766,7 @@ FEW = {
     "save_every": ["1", "2", "1m", "m", "-1"],
     "dataset": ["mnist", "folder", "fashion-mnist", "cifar10", "celeba", "lsun-church", "ffhq"],
     "data_folder": ["data", "pairs", "pairs/rec", "missing"],
+    "images": ["pairs", "pairs/rec", "data", "file", "loop", *ODD_NAMES],
     "image_cache": ["new", "file", "file/below", *ODD_NAMES],
     "exp_name": ["exp", "new", "a/b", "../x", "exp/best.pt", *ODD_NAMES],
     "model_name": ["exp/best.pt", "exp/last.pt", "exp", "exp/none.pt", *ODD_NAMES],

@@ -131,6 +131,7 @@ def test_pictures_of_any_size_come_back_under_their_names(script: Script, pictur
     assert json.loads((results / "metrics.json").read_text())["pairs"] == 5
     report = (results / "report.html").read_text()
     assert all(f"Image {name}: original" in report for name in SIZES)
+    assert "whole, each in its own size" in report
 
 
 def test_several_processes_write_the_same(script: Script, pictures: Path) -> None:

@@ -110,6 +110,8 @@ def key_figures(found: Found) -> str:
     whole = {"train": "of the training set", "all": "all of the data set"}
     part = whole.get(str(data.get("data_split")), "of the test set")
     skipped, size = found.analysis.skipped_images.count, data.get("image_size")
+    if data and "image_size" not in data:
+        part = "whole, each in its own size"
     groups: dict[str, Rows] = {
         "Quality": [*quality_rows(found), *([row] if row[1] else [])],
         "Rate": rates,

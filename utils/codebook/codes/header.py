@@ -7,7 +7,6 @@ import json
 import math
 import zlib
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -103,7 +102,7 @@ class Header(ABC):
 
     @abstractmethod
     def name(self, position: int) -> str:
-        """Return the name of an image's picture, without suffix."""
+        """Return the name of an image's picture without suffix; the number of one left out."""
 
     @property
     def num_coded(self) -> int:
@@ -216,6 +215,11 @@ class PicturesInfo(Header):
         return sorted({*range(self.num_images)}.difference(self.left_out))
 
     @cached_property
+    def names(self) -> dict[int, str]:
+        """Names by position."""
+        return {place: name for place, (name, *_) in zip(self.positions, self.pictures)}
+
+    @cached_property
     def chunks(self) -> list[list[Batch]]:
         """Pictures up to chunk_codes, at least one."""
         chunks: list[list[Batch]] = []
@@ -241,8 +245,7 @@ class PicturesInfo(Header):
         return (self.downsampling, self.slots) == (config.downsampling, config.num_slots)
 
     def name(self, position: int) -> str:
-        name: str = self.pictures[bisect_left(self.positions, position)][0]
-        return name
+        return self.names.get(position, by_position(position))
 
 
 KINDS: dict[bytes, type[Header]] = {kind.magic: kind for kind in (CodesInfo, PicturesInfo)}
