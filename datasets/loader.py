@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import signal
-import warnings
+import math
+import mmap
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from itertools import repeat
@@ -13,16 +12,14 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from datasets.image_sets import ImageSet, Place, TensorImages
 from datasets.sampling import draws, permutation
 from utils.errors import UserError, one_line
-from utils.training.signals import SIGNALS
+from utils.workers import from_workers, start_worker
 
-# --num_workers is the user's choice, and more than the cores may suit a slow disk.
-warnings.filterwarnings("ignore", "This DataLoader will create")
-
+AHEAD = 2  # batches that each worker decodes ahead of their use
 
 # Images to decode: their positions in the set, and the places of their cuts.
 Share: TypeAlias = list[tuple[int, Place | None]]
@@ -34,7 +31,15 @@ class Decoded(NamedTuple):
     positions: Tensor  # (b,), int64, on the CPU: where in the set each image is
     images: Tensor  # (b, C, H, W), uint8
     bad: dict[int, str]  # position → why that image could not be decoded and is not among them
-    fault: str = ""  # an error that no image caused: the image cache cannot be read or written
+
+
+class Written(NamedTuple):
+    """The message of a worker that has written a batch's images to a slot."""
+
+    slot: int
+    positions: list[int]
+    bad: dict[int, str]  # as in Decoded
+    fault: str  # an error that no image caused: the image cache cannot be read or written
 
 
 @dataclass(eq=False)
@@ -81,7 +86,9 @@ class BatchLoader:
         self.source = (
             MemoryBatches(images.images.to(self.device))
             if isinstance(images, TensorImages)
-            else DecodedBatches(images, self.device, min(num_workers, len(self)))
+            else DecodedBatches(
+                images, min(self.batch_size, self.size), self.device, min(num_workers, len(self))
+            )
         )
 
     def __len__(self) -> int:
@@ -100,9 +107,7 @@ class BatchLoader:
         """
         flips = draws(self.size, "flip", self.seed, epoch) < 0.5 if self.flip else None
         places = places_of(self.crop, self.size, self.seed, epoch)
-        for positions, images, bad, fault in self.source.batches(self.shares(epoch, start), places):
-            if fault:
-                raise UserError(fault)
+        for positions, images, bad in self.source.batches(self.shares(epoch, start), places):
             if bad and not self.skip_bad:
                 raise UserError(next(iter(bad.values())))
             self.bad_images.update(bad)
@@ -148,20 +153,35 @@ class MemoryBatches:
 
 
 class DecodedBatches:
-    """Batches decoded by a DataLoader, whose workers stay alive between epochs."""
+    """Batches decoded by a DataLoader, whose workers stay alive between epochs.
 
-    def __init__(self, images: ImageSet, device: torch.device, num_workers: int) -> None:
+    They write to memory that they inherit by fork: unlike tensors that processes send to each
+    other, it needs no open files and no room in /dev/shm, which is 64 MB in a Docker container.
+    """
+
+    def __init__(
+        self, images: ImageSet, batch_size: int, device: torch.device, num_workers: int
+    ) -> None:
         self.device = device
         self.num_workers = num_workers
-        self.order: list[Share] = []  # the batches of the current epoch
-        self.loader: DataLoader[Decoded] = DataLoader(
-            WholeBatches(images),
+        # With one slot more than are in work none is written to while this process reads it.
+        num_slots = AHEAD * num_workers + 1
+        shape = (num_slots, batch_size, images.channels, images.image_size, images.image_size)
+        try:
+            memory = mmap.mmap(-1, math.prod(shape))
+        except (OSError, OverflowError) as error:
+            raise MemoryError(f"--num_workers {num_workers}: {one_line(error)}") from error
+        self.slots = torch.frombuffer(memory, dtype=torch.uint8).view(shape)
+        self.order: list[tuple[int, Share]] = []  # slots and batches of the current epoch
+        self.loader: DataLoader[Written] = DataLoader(
+            WholeBatches(images, self.slots),
             batch_size=None,  # WholeBatches is indexed by batch, not by image
             sampler=self.order,
             num_workers=num_workers,
+            prefetch_factor=AHEAD if num_workers else None,
             persistent_workers=num_workers > 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
+            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             generator=torch.Generator(),  # instead of the global one
         )
 
@@ -169,56 +189,36 @@ class DecodedBatches:
         if not order:
             return
         self.order.clear()
-        for own in order:
+        for number, own in enumerate(order):
             cuts = repeat(None) if places is None else map(tuple, places[own].tolist())
-            self.order.append(list(zip(own.tolist(), cuts)))
-        try:
-            for batch in self.loader:
-                yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise UserError(f"--num_workers {self.num_workers}: {one_line(error)}") from error
+            self.order.append((number % len(self.slots), list(zip(own.tolist(), cuts))))
+        for written in from_workers(self.loader, self.num_workers):
+            if written.fault:
+                raise UserError(written.fault)
+            positions = torch.tensor(written.positions, dtype=torch.int64)
+            images = self.slots[written.slot, : len(positions)]
+            images = images.pin_memory() if self.device.type == "cuda" else images.clone()
+            yield Decoded(positions, images.to(self.device, non_blocking=True), written.bad)
 
 
-def ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C and the like to the main process: the workers end with it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end_workers() -> None:
-    """Kill the remaining workers: multiprocessing would wait, as they ignore SIGTERM."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which a DataLoader would report it
-    for worker in workers:
-        worker.kill()
-
-
-atexit.register(end_workers)  # runs before multiprocessing's own handler
-
-
-class WholeBatches(Dataset[Decoded]):
+class WholeBatches(Dataset[Written]):
     """A set's batches; errors come as messages, without the worker's traceback."""
 
-    def __init__(self, images: ImageSet) -> None:
+    def __init__(self, images: ImageSet, slots: Tensor) -> None:
         self.images = images
+        self.slots = slots
 
-    def __getitem__(self, share: Share) -> Decoded:
-        decoded: dict[int, Tensor] = {}
+    def __getitem__(self, batch: tuple[int, Share]) -> Written:
+        slot, share = batch
+        positions: list[int] = []
         bad: dict[int, str] = {}
-        fault = ""
         for position, place in share:
             try:
-                decoded[position] = self.images.cropped(position, place)
+                self.slots[slot, len(positions)] = self.images.cropped(position, place)
+                positions.append(position)
             except UserError as error:
                 bad[position] = str(error)
             except OSError as error:  # of the image cache
                 fault = f"{error.filename or 'reading images'}: {error.strerror}"
-                break
-        side = self.images.image_size
-        empty = torch.empty(0, self.images.channels, side, side, dtype=torch.uint8)
-        # Unlike torch.stack, default_collate writes to memory shared with the parent.
-        images = default_collate(list(decoded.values())) if decoded else empty
-        return Decoded(torch.tensor(list(decoded), dtype=torch.int64), images, bad, fault)
+                return Written(slot, positions, bad, fault)
+        return Written(slot, positions, bad, "")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
+import resource
 import signal
 import sys
 import threading
@@ -63,6 +65,21 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def limit_reached(error: BaseException) -> str | None:
+    """Return which limit of the machine caused an error, or that it ended a loader's worker."""
+    number, text = getattr(error, "errno", None), str(error)
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+        limit, option, what = resource.RLIMIT_NOFILE, "-n", "open files"
+    elif number == errno.EAGAIN or "can't start new thread" in text:
+        limit, option, what = resource.RLIMIT_NPROC, "-u", "processes and threads"
+    elif text.startswith("DataLoader worker"):
+        return f"{one_line(error).partition('. ')[0]} (out of memory or of processes)"
+    else:
+        return None
+    most = resource.getrlimit(limit)[0]
+    return f"too many {what} (ulimit {option}: {'unlimited' if most < 0 else most})"
+
+
 @contextmanager
 def memory_for(flags: str) -> Iterator[None]:
     """Raise a UserError naming the flags that determine memory use, if memory runs out."""
@@ -81,11 +98,18 @@ def thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
+def unraisable(failure: sys.UnraisableHookArgs) -> None:
+    """Print an error that nothing can catch, but not that of a loader whose workers never ran."""
+    if "DataLoaderIter" not in repr(failure.object):
+        sys.__unraisablehook__(failure)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError becomes one line and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold bytes that are not text
         sys.stdout.reconfigure(errors="backslashreplace")
     threading.excepthook = thread_failed
+    sys.unraisablehook = unraisable
     try:
         main()
     except UserError as error:
@@ -94,10 +118,14 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(error, BrokenPipeError):  # the reader of the output has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        if reached := limit_reached(error):
+            fail(f"{reached}; try --num_workers 0")
         fail(f"{error.filename or 'input or output'}: {error.strerror or one_line(error)}")
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             fail(f"out of memory: {one_line(error)}")
+        if reached := limit_reached(error):
+            fail(f"{reached}; try --num_workers 0")
         if lost_connection(error):
             fail(f"another process has ended or cannot be reached: {one_line(error)[:200]}")
         raise

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -21,12 +20,10 @@ from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.metrics import CHOICES, METRICS, Pixels, Values
 from utils.evaluation.protocols import PROTOCOLS, Protocol, from_picture
 from utils.logger import log
+from utils.workers import from_workers, start_worker
 
 GREY_MODES = ("1", "L", "LA", "La")
 MAX_NAMED = 5  # names in an error
-
-# More workers than cores can be right for a slow disk.
-warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 @dataclass(frozen=True)
@@ -207,13 +204,14 @@ def batches(config: EvaluationConfig, pairs: Sequence[Pair]) -> Iterator[Batch]:
     affine = hasattr(os, "sched_getaffinity")  # cores this process may use, where that is known
     cores = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
     workers = cores if config.num_workers is None else config.num_workers
-    loader: Iterable[Batch] = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         parts,  # type: ignore[arg-type]
         batch_size=None,
         num_workers=min(workers, len(parts)),
         collate_fn=read,
+        worker_init_fn=start_worker,
     )
-    for batch in loader:
+    for batch in from_workers(loader, workers):
         if batch.skipped and not config.skip_bad_images:
             raise UserError(next(iter(batch.skipped.values())))
         yield batch
