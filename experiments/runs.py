@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tqdm import tqdm
-
 from datasets.config import DataConfig
 from experiments.children import Children, Failure, Flags, stopping
 from experiments.options import PIXEL_METRICS, Contender, Settings
@@ -28,7 +27,7 @@ from utils.checkpoints.checkpoint import read_checkpoint
 from utils.errors import UserError, one_line
 from utils.files import write_json
 from utils.flags.arguments import with_recipe
-from utils.logger import log
+from utils.logger import log, progress
 from utils.tables import machine
 from utils.training.config import TrainConfig
 
@@ -256,7 +255,7 @@ def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
     waiting: deque[Task] = deque((train, run, contest) for contest in found for run in contest.runs)
     running: dict[Future[None], Task] = {}
     with (
-        tqdm(total=len(waiting) + len(found) * len(settings.seeds), unit="task") as bar,
+        progress(len(waiting) + len(found) * len(settings.seeds), "task") as bar,
         ThreadPoolExecutor(settings.jobs) as pool,
         stopping(children),
     ):
@@ -265,7 +264,7 @@ def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
                 work, run, contest = waiting.popleft()
                 running[pool.submit(work, run, settings, children)] = work, run, contest
             names = (f"{run.name} ({work.__name__})" for work, run, _ in running.values())
-            bar.set_postfix_str(", ".join(names))
+            bar.set_postfix_str(", ".join(names), refresh=sys.stderr.isatty())
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 work, run, contest = running.pop(future)
                 bar.update()

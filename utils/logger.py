@@ -6,10 +6,29 @@ import logging
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 log = logging.getLogger("looc")
+
+
+class Lines:
+    """stderr where it is a file: each state of a progress bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(total: int, unit: str, **options: Any) -> tqdm[NoReturn]:
+    """Return a progress bar; where stderr is a file, it writes a line a minute."""
+    if not sys.stderr.isatty():
+        options |= {"file": Lines(), "mininterval": 60, "maxinterval": 60}
+    return tqdm(total=total, unit=unit, **options)
 
 
 class BarHandler(logging.Handler):

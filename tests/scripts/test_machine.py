@@ -17,6 +17,7 @@ from PIL import Image
 
 from datasets import BatchLoader, FileImages
 from tests.conftest import ROOT, Outcome, refusal
+from utils.logger import log, progress, start_logging
 
 READ = """
 from pathlib import Path
@@ -110,3 +111,19 @@ def test_open_files(pics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pipe", no_pipe)
     message = refusal(lambda: list(loader.epoch()))
     assert message.startswith("--num_workers 3: too many open files (ulimit -n: ")
+
+
+def test_a_progress_bar_in_a_file_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    start_logging()
+    with progress(1000, "step") as bar:
+        for number in range(1000):
+            bar.set_postfix_str(f"loss {number}", False)
+            bar.update()
+        log.info("saved")
+    first, saved, last = capsys.readouterr().err.splitlines()
+    assert "0/1000" in first
+    assert saved == "saved"
+    assert last.startswith("100%")
+    assert last.endswith("loss 999]")

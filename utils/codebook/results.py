@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from modules import Autoencoder
 from utils.charts import save_figure
@@ -27,7 +26,7 @@ from utils.evaluation.results import PREVIOUS, own_files, print_rows
 from utils.evaluation.schema import Analysis, SkippedImages
 from utils.files import inside
 from utils.images import padded, save_comparison, save_picture, to_bytes, to_signed
-from utils.logger import log
+from utils.logger import log, progress
 from utils.report import write_report
 
 NUM_SHOWN = 32
@@ -82,7 +81,7 @@ def reconstruct(
         pictures(folder / "rec", form, written) as write_rec,
         spooled(folder / CODES, info) if info else nullcontext() as spool,
     ):
-        with tqdm(total=total, unit="image", disable=rank() > 0) as bar:
+        with progress(total, "image", disable=rank() > 0) as bar:
             for positions, images in loader.numbered():
                 numbers: list[int] = positions.tolist()
                 height, width = images.shape[2:]
@@ -143,7 +142,7 @@ def reconstruct_codes(
     statistics = CodebookStatistics(model.config.num_embedding, model.config.num_codebooks)
     info = codes.info
     with replacing(results) as folder, pictures(folder / "rec", form, info.name) as write_rec:
-        with tqdm(total=info.num_coded, unit="image", disable=rank() > 0) as bar:
+        with progress(info.num_coded, "image", disable=rank() > 0) as bar:
             for batch, indices in codes.batches(rank(), num_ranks()):
                 height, width = batch.size
                 with memory_for(

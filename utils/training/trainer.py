@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from modules.quantizers.looc.ranks import num_ranks, sum_over_ranks
 from utils.checkpoints.checkpoint import Stored, write_checkpoint
@@ -28,7 +27,7 @@ from utils.distributed import (
     sum_numbers,
 )
 from utils.errors import Stopped, UserError, one_line, printable
-from utils.logger import log
+from utils.logger import log, progress
 from utils.training.board import open_board
 from utils.training.config import PRECISIONS, SCHEDULES, LoopConfig, count_steps
 from utils.training.meter import BadSteps, Meter
@@ -108,9 +107,8 @@ class Trainer:
             return
         with (
             open_board(self.logs, self.step) as self.board,
-            tqdm(
-                total=self.total_steps, initial=self.step, unit="step", smoothing=0.1,
-                disable=rank() > 0,
+            progress(
+                self.total_steps, "step", initial=self.step, smoothing=0.1, disable=rank() > 0
             ) as self.bar,
             self.stop,
         ):  # fmt: skip
@@ -129,9 +127,9 @@ class Trainer:
         """Train the rest of this epoch, or as much of it as --max_steps allows."""
         for batch in self.train_loader.epoch(self.epoch, start=self.batch):
             self.train_step(batch)
-            self.bar.update()
             if self.step % self.config.log_every == 0:
                 self.show()
+            self.bar.update()
             stop, due = sum_numbers(bool(self.stop.signal), self.save_is_due())
             if stop:
                 self.save_and_stop()
@@ -244,7 +242,7 @@ class Trainer:
             return
         speed = scores.pop("num_items") / seconds
         items = self.task.items
-        self.bar.set_postfix_str(f"{self.task.describe(scores)}, {speed:.0f} {items}/s")
+        self.bar.set_postfix_str(f"{self.task.describe(scores)}, {speed:.0f} {items}/s", False)
         scores[f"{items}_per_second"] = speed
         self.write_scalars("train", {**scores, "learning_rate": self.learning_rate()})
 
