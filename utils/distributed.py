@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,8 +69,13 @@ def start_ranks(device_flag: str) -> torch.device:
             raise UserError(f"--nproc_per_node {local + 1} or more, but there are {count} GPUs")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    # Imported after it, this module's defaults would hold the group, and threads of it, for ever.
+    import_module("torch.distributed.nn")
     # CPU tensors use gloo in both cases: numbers for the host do not wait for the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cpu":  # after a signal or an error too, where NCCL would wait for the others
+        atexit.register(stop_ranks)
+    atexit.register(gc.collect)  # first: models in cycles hold the group
     return device
 
 
@@ -77,7 +86,7 @@ def seed_rank(seed: int) -> None:
 
 
 def stop_ranks() -> None:
-    """Leave the process group."""
+    """Leave the process group; its threads end with the last model that uses it."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -133,12 +142,20 @@ def from_first(make: Callable[[], Value]) -> Value:
 
 @contextmanager
 def first_goes_ahead() -> Iterator[None]:
-    """Run a block in the first process, then in the others: they find the files it downloaded."""
+    """Run a block in the first process, then in the others: they find the files it downloaded.
+
+    It may take hours to unpack them, longer than a process usually waits for another one.
+    """
+    if num_ranks() == 1:
+        yield
+        return
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     if rank() > 0:
-        wait_for_all()
+        dist.barrier(patient)
     yield
     if rank() == 0:
-        wait_for_all()
+        dist.barrier(patient)
+    dist.destroy_process_group(patient)
 
 
 def wait_for_all() -> None:

@@ -5,9 +5,12 @@ Each test starts 2 or 3 processes on this machine that talk by gloo.
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 import utils.distributed
 import utils.training.reconstruction
@@ -26,7 +30,7 @@ from tests.conftest import ROOT, run_process
 from tests.processes import context, run_forked, run_ranks
 from utils.checkpoints.checkpoint import read_stored
 from utils.devices import seed_everything
-from utils.distributed import rank, seed_rank
+from utils.distributed import first_goes_ahead, rank, seed_rank, start_ranks
 from utils.flags.recipes import RECIPES
 from utils.training.config import TrainConfig
 from utils.training.losses import (
@@ -412,6 +416,60 @@ def test_processes_resume_bit_for_bit(mnist: Path, tmp_path: Path) -> None:
     )
     for entry in ("model", "optimizer", "random_states", "best"):
         torch.testing.assert_close(parts[entry], whole[entry], rtol=0, atol=0)
+
+
+def wait_long(rank: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo",
+        f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=1),
+    )
+    with first_goes_ahead():
+        if rank == 0:
+            time.sleep(2.5)
+            (folder / "unpacked").touch()
+        assert (folder / "unpacked").exists()
+
+
+def test_others_wait_as_long_as_the_first_unpacks(tmp_path: Path) -> None:
+    """Longer than the process group's timeout."""
+    processes = [context.Process(target=wait_long, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def gloo_threads() -> int:
+    names = (path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+    return sum("gloo_runloop" in name for name in names)
+
+
+def end_in_order() -> None:
+    os.environ.update(
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
+    )
+    alone = partial(dist.init_process_group, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group = alone
+    start_ranks("cpu")
+    assert gloo_threads()
+    network = nn.parallel.DistributedDataParallel(nn.Linear(2, 2), broadcast_buffers=False)
+    network(torch.ones(1, 2)).sum().backward()
+    network.circle = [network]  # type: ignore[assignment]
+    del network
+    atexit._run_exitfuncs()
+    assert not gloo_threads()
+
+
+def test_no_thread_of_the_process_group_outlives_it() -> None:
+    """Or the interpreter, at its end, would end them in the middle of something."""
+    process = context.Process(target=end_in_order)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
