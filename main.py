@@ -30,7 +30,7 @@ from utils.distributed import (
     start_ranks,
     stop_ranks,
 )
-from utils.errors import memory_for, run
+from utils.errors import UserError, memory_for, run
 from utils.files import check_unicode, inside, writable_folder
 from utils.flags.arguments import build, build_model_config, parse_flags, resolve
 from utils.flags.command import this_command
@@ -86,6 +86,9 @@ def read_settings() -> Settings:
         flags = {"dataset": "folder", **flags}
     data, train = build(DataConfig, flags), build(TrainConfig, flags)
     known = DATASETS[data.dataset]
+    if data.skip_bad_images and not known.resizable:
+        memory = f"--dataset {data.dataset}, whose images are in memory"
+        raise UserError(f"--skip_bad_images has no effect with {memory}")
     model = build_model_config(flags, known.channels)
     image_size = data.image_size or known.image_size
     check_network(model, train, image_size)

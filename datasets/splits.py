@@ -58,24 +58,22 @@ def check_images(stored: Stored, data: DataConfig, current: dict[str, Any]) -> N
 
     current: their `names_stored`.
     """
-    before, now, folder = stored.count("num_images"), current["num_images"], data.data_folder
-    way = f"--pretrained {stored.path} starts from its weights"
-    if before != now:
-        raise UserError(
-            f"{stored.path} was trained on {before} images, --data_folder gives {now}; {way}"
-        )
+    path, folder = stored.path, data.data_folder
+    before, now = stored.count("num_images"), current["num_images"]
+    problem = ""
     if current["names"] is not None and "names" not in stored.content:
-        raise UserError(f"{stored.path} {BEFORE}: its training images would be others now; {way}")
-    if stored.content.get("names") != current["names"]:
-        raise UserError(
-            f"{stored.path} was trained on images of other names than those of --data_folder "
-            f"{folder}; {way}"
-        )
+        problem = f"{BEFORE}, and its training images would be others now"
+    elif before != now:
+        problem = f"was trained on {before} images, --data_folder gives {now}"
+    elif stored.content.get("names") != current["names"]:
+        problem = f"was trained on images of other names than those of --data_folder {folder}"
+    if problem:
+        raise UserError(f"{path} {problem}; --pretrained {path} starts from its weights")
     there = stored.group("data_config", DataConfig).data_folder
     if there and folder and Path(there).resolve() != Path(folder).resolve():
         log.warning(
             "%s was trained on the images of %s and continues on those of %s",
-            *(stored.path, there, folder),
+            *(path, there, folder),
         )
 
 

@@ -408,6 +408,10 @@ def test_cuda_where_there_is_none(name: str, script: Script, mnist: Path) -> Non
             "--dataset fashion-mnist-sample --data_folder empty",
             "--data_folder empty has no effect: the images of --dataset fashion-mnist-sample",
         ),
+        (
+            "--skip_bad_images",
+            "--skip_bad_images has no effect with --dataset fashion-mnist-sample",
+        ),
         ("--dataset cifra10", "did you mean cifar10?"),
         ("--exp_name ../../x", "--exp_name '../../x' leaves"),
         ("--output_folder file/x", "--output_folder file/x cannot be created"),

@@ -144,7 +144,8 @@ def test_resume_refuses_other_images(folder: Path) -> None:
     (folder / swapped).unlink()
     count = checkpoint.content["num_images"]
     assert refusal(lambda: resumed(checkpoint, folder)) == (
-        f"m.pt was trained on {count} images, --data_folder gives {count - 1}"
+        f"m.pt was trained on {count} images, --data_folder gives {count - 1}; "
+        "--pretrained m.pt starts from its weights"
     )
 
 
