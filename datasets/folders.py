@@ -107,19 +107,19 @@ def digest_of(folder: Path, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def warn_of_empty_bits(images: FileImages) -> None:
+def warn_of_empty_bits(folder: Path, names: Sequence[str]) -> None:
     """Warn once where images of 16 bits leave their upper bit empty, as 12-bit data do.
 
     Some images of the set are looked at.
     """
     levels = []
-    for name in images.names[:: max(1, len(images) // SAMPLED)]:
+    for name in names[:: max(1, len(names) // SAMPLED)]:
         with suppress(UserError):
-            levels.append(brightest(images.folder / name))
+            levels.append(brightest(folder / name))
     deep = [level for level in levels if level is not None]
     if deep and max(deep) < 128:
         warn_once(
-            f"{images.folder}: its images of 16 bits use {8 + max(deep).bit_length()} of them and "
+            f"{folder}: its images of 16 bits use {8 + max(deep).bit_length()} of them and "
             "become dark; scale them to the full range before"
         )
 
@@ -128,19 +128,19 @@ def slashed(folders: Sequence[str]) -> str:
     return ", ".join(f"{name}/" for name in folders)
 
 
-def list_images(folder: Path) -> list[str]:
+def list_images(folder: Path, flag: str = "--data_folder") -> list[str]:
     """Return `image_names`, and tell once which files are left out.
 
     Raises UserError where the folder is missing or holds no image.
     """
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"--data_folder {folder} {problem}")
+        raise UserError(f"{flag} {folder} {problem}")
     left_out: Counter[str] = Counter()
     names = image_names(folder, left_out)
     others = f"; left out: {listed(left_out)}" if left_out else ""
     if not names:
-        raise UserError(f"--data_folder {folder} holds no images ({', '.join(SUFFIXES)}){others}")
+        raise UserError(f"{flag} {folder} holds no images ({', '.join(SUFFIXES)}){others}")
     if others:
-        warn_once(f"--data_folder {folder}: {len(names):,} images{others}")
+        warn_once(f"{flag} {folder}: {len(names):,} images{others}")
     return names

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.folders import list_images, warn_of_empty_bits
 from utils.errors import UserError
-from utils.image_files import SUFFIXES, image_names, open_image, viewed
+from utils.image_files import open_image, viewed
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "F")  # and I;16 in its variants
 
@@ -83,10 +84,9 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
         path = Path(text)
         if not text or not path.exists():
             raise UserError(f"--images {text} does not exist" if text else "--images is empty")
-        names = image_names(path) if path.is_dir() else [path.name]
-        if not names:
-            raise UserError(f"--images {path} holds no images ({', '.join(SUFFIXES)})")
+        names = list_images(path, "--images") if path.is_dir() else [path.name]
         folder = path if path.is_dir() else path.parent
+        warn_of_empty_bits(folder, names)
         found |= {folder / name: name for name in names}
     stems = Counter(map(without_suffix, found.values()))
     files: dict[str, Path] = {}

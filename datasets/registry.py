@@ -94,7 +94,7 @@ def open_dataset(
     if len(images) == 0:
         raise UserError(f"--data_folder {folder} holds no {split} images of --dataset {name}")
     if isinstance(images, FileImages):
-        warn_of_empty_bits(images)
+        warn_of_empty_bits(images.folder, images.names)
     if patch_scale is not None:
         return patches_of(images, patch_scale, image_cache, f"{name}-{split}")
     if image_cache is None or not entry.resizable:

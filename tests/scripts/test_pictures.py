@@ -21,6 +21,7 @@ from utils.checkpoints.checkpoint import save_checkpoint
 from utils.codebook import results as results_module
 from utils.codebook.codes.files import CodeFile
 from utils.images import padded, to_bytes, to_signed
+from utils.logger import warn_once
 
 Script = Callable[..., Outcome]
 SIZES = {"a": (23, 17), "grey": (9, 40), "c/alpha": (16, 16), "dot": (1, 1), "turned": (7, 30)}
@@ -225,6 +226,17 @@ def test_names_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert refusal(lambda: find_pictures(["d", "e/f"])) == (
         "--images: d/y.v2.png and e/f/y.v2.png have one name; give the folder above"
     )
+
+
+def test_what_a_folder_holds_and_is_not_used_is_told(script: Script, pictures: Path) -> None:
+    dark = np.full((8, 8), 4095, np.uint16)
+    (pictures / "c").mkdir()
+    Image.fromarray(dark).save(pictures / "c/dark.png")
+    warn_once.cache_clear()
+    outcome = script(*TEST[:3], "--images", "b", "c")
+    assert outcome.code == 0, outcome.err
+    assert "--images b: 4 images; left out: 1 .txt" in outcome.err
+    assert "c: its images of 16 bits use 12 of them" in outcome.err
 
 
 def test_other_pictures_do_not_replace_results(script: Script, pictures: Path) -> None:
