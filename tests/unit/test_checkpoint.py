@@ -60,6 +60,9 @@ def test_an_older_checkpoint_opens_and_resumes(
     resumed = script("main.py", *flags.split(), "--max_steps", "5")
     assert resumed.code == 0, resumed.err
     assert "steps 3 to 5" in resumed.err
+    flags = flags.replace("--exp_name old", f"--exp_name new --resume {GOLDEN / 'last_step3.pt'}")
+    begun = script("main.py", *flags.split(), "--max_steps", "3")
+    assert "resumed" in begun.err, begun.err  # as a best.pt of that time, which had everything too
     checkpoint = read_checkpoint(models / "last.pt")
     assert checkpoint.count("step") == 5
     for name, key in (("codebook", "quantizer.codebook"), ("decoder", "decoder.conv_1.weight")):

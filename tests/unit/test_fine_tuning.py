@@ -149,7 +149,8 @@ def test_fine_tuning(script: Script, mnist: Path, tmp_path: Path) -> None:
     for name, weight in old.state_dict.items():
         if not name.startswith("quantizer."):  # which one step moves
             torch.testing.assert_close(new.state_dict[name], weight, rtol=0, atol=1e-7)
-    outcome = script(*command, "--max_steps", "2")
+    outcome = script(*(word.replace("best", "last") for word in command), "--max_steps", "2")
+    assert "began with --pretrained old/best.pt; old/last.pt is not used" in outcome.err
     assert "resumed out/models/new/last.pt at step 1" in outcome.err
     assert "--new_quantizer needs --pretrained" in error_line(script("main.py", "--new_quantizer"))
 

@@ -131,7 +131,9 @@ def read_first(paths: list[Path], read: Callable[[Path], Stored]) -> Stored:
 
 def differing_flags(stored: Any, current: Any) -> list[str]:
     """Return the flags of a dataclass that differ from those of a checkpoint, with both values."""
-    both = [getattr(config, "pretrained", None) for config in (stored, current)]
-    moved = () if None in both else ("pretrained",)  # the checkpoint holds the weights
+    before, now = (getattr(config, "pretrained", None) for config in (stored, current))
+    moved = () if None in (before, now) else ("pretrained",)  # the checkpoint holds the weights
+    if moved and before != now:
+        log.warning("this run began with --pretrained %s; %s is not used", before, now)
     found = contradictions(vars(current), vars(stored), (*FREE_TO_CHANGE, *moved))
     return [f"{flag} (it has {value})" for flag, value in found]
