@@ -185,7 +185,7 @@ def described(setup: Setup, settings: Settings) -> Setup:
         return setup
     data = build(DataConfig, settings.flags)
     name = Path(settings.data_folder).resolve().name if settings.data_folder else data.dataset
-    scale = f" at {data.crop_scale:g} of their resolution" if data.crop == "patch" else ""
+    scale = f" --crop_scale {data.crop_scale:g}" if data.crop == "patch" else ""
     size = f", {data.image_size}×{data.image_size}" if data.image_size else ""
     return replace(setup, title=f"{name}{size}, --crop {data.crop}{scale}")
 

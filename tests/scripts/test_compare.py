@@ -476,7 +476,7 @@ def test_a_users_folder_is_named(script: Any, tmp_path: Path) -> None:
     settings = settings_of(flags, "compare", SETUPS["photos"], "photos")
     assert settings.output == tmp_path / "out" / "photos-my pictures"
     assert settings.docs == tmp_path / "out" / "docs"
-    assert settings.setup.title == "my pictures, 32×32, --crop patch at 1 of their resolution"
+    assert settings.setup.title == "my pictures, 32×32, --crop patch --crop_scale 1"
     assert (settings.flags["crop"], settings.flags["image_size"]) == ("patch", 32)
     assert "image_cache" not in settings.flags  # does not decide the result
     assert settings.free_flags["image_cache"] == "cache"
