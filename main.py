@@ -195,7 +195,7 @@ def log_plan(
     side = training.image_size
     codes = model.codes_per_image(side)
     log.info(
-        "%s parameters; %s codes of %s per image, %.3g bits per pixel nominal",
+        "%s parameters; %s codes per image (K = %s), %#.3g bits per pixel nominal",
         *(f"{sum(item.numel() for item in trainer.model.parameters()):,}", f"{codes:,}"),
         *(f"{model.num_embedding:,}", codes * math.log2(model.num_embedding) / side**2),
     )

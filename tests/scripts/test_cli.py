@@ -222,7 +222,7 @@ def test_a_folder_of_colour_pictures(script: Script, tmp_path: Path) -> None:
     words = ("--dataset", "folder", "--data_folder", "pictures", "--image_size", "32")
     outcome = script("main.py", *words, *TINY, "--max_steps", "2", "--num_workers", "0")
     assert outcome.code == 0, outcome.err
-    assert "128 codes of 16 per image, 0.5 bits per pixel nominal" in outcome.err
+    assert "128 codes per image (K = 16), 0.500 bits per pixel nominal" in outcome.err
     outcome = script("test.py", "--model_name", "folder_looc_16x4/best.pt", "--num_workers", "0")
     assert outcome.code == 0, outcome.err
     rec = tmp_path / "output/results/folder_looc_16x4/best/pictures/rec/00000000.png"
