@@ -9,13 +9,15 @@ leaves them in previous_metrics/.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from utils.devices import keep_freed_memory, resolve_device
 from utils.distributed import launched
 from utils.errors import UserError, memory_for, run
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.networks import fetch_weights, load_networks
 from utils.evaluation.pairs import find_images, open_pairs
-from utils.evaluation.results import print_rows, record, set_aside, show, write_results
+from utils.evaluation.results import analysis_of, print_rows, record, set_aside, show, write_results
 from utils.evaluation.scores import check_pairs, measure
 from utils.flags.arguments import build, parse_flags
 from utils.flags.command import Command, this_command
@@ -56,8 +58,9 @@ def evaluate(config: EvaluationConfig, command: Command) -> None:
         named = spread([pair.name for pair in pairs], NUM_SHOWN)
         with memory_for(f"--batch_size {config.batch_size}"):
             scores = measure(config, pairs, skipped, networks, device, named)
-        metrics = record(config, command, scores, networks)
-        written = write_results(output, config, scores, metrics)
+        tested = analysis_of(Path(config.g_path))
+        metrics = record(config, command, scores, networks, tested)
+        written = write_results(output, config, scores, metrics, tested)
         show(metrics, [*written, write_report(output, kept=scores.shown)])
 
 

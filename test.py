@@ -10,6 +10,7 @@ the checkpoint, without the data set. --images reconstructs whole pictures, each
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
@@ -20,14 +21,14 @@ import torch
 
 from datasets import DATASETS, BatchLoader, ImageSet
 from datasets.config import DataConfig
-from datasets.pictures import Pictures, find_pictures
+from datasets.pictures import Pictures, find_pictures, picture_names
 from datasets.splits import open_tested
 from modules import Autoencoder, ModelConfig
 from modules.options import option
 from utils.checkpoints.checkpoint import Checkpoint, read_named, results_name
 from utils.codebook.codes.coder import need_coder
 from utils.codebook.codes.files import CodeFile
-from utils.codebook.codes.header import codes_info, pictures_info
+from utils.codebook.codes.header import by_position, codes_info, pictures_info
 from utils.codebook.results import Format, reconstruct, reconstruct_codes, results_folder
 from utils.devices import keep_freed_memory
 from utils.distributed import first_goes_ahead, num_ranks, rank, start_ranks, stop_ranks
@@ -57,6 +58,7 @@ class TestConfig:
     images: tuple[str, ...] = option(
         (), "files and folders of pictures to reconstruct whole, each in its own size"
     )
+    keep_names: bool = option(False, "name the pictures after their images, not by position")
     data_split: str | None = option(
         None,
         "images that are tested (default: test for the data that the model was trained on, all for "
@@ -71,9 +73,13 @@ class TestConfig:
             raise ValueError("--save_codes contradicts --from_codes, which reads codes")
         if self.images and self.from_codes is not None:
             raise ValueError("--images contradicts --from_codes, which needs no images")
-        if self.data_split is not None and (self.images or self.from_codes is not None):
-            other = "--images" if self.images else "--from_codes"
-            raise ValueError(f"--data_split {self.data_split} has no effect with {other}")
+        for flag, given in (
+            (f"--data_split {self.data_split}", self.data_split is not None),
+            ("--keep_names", self.keep_names),
+        ):
+            if given and (self.images or self.from_codes is not None):
+                other = "--images" if self.images else "--from_codes"
+                raise ValueError(f"{flag} has no effect with {other}")
 
 
 def main() -> None:
@@ -118,6 +124,7 @@ def test(
     tested = f"--dataset {data.dataset}{place} --data_split {split}"
     results = results_folder(config.output_folder, str(config.model_name), name, tested)
     form = Format(config.image_format, config.jpeg_quality)
+    names = names_of(images, data) if config.keep_names else None
     loader = BatchLoader(
         images,
         config.batch_size,
@@ -129,7 +136,16 @@ def test(
     )
     known = analysis_of(model, flags, form, tested, {**asdict(data), "data_split": split})
     with locked(results, "--output_folder"):
-        reconstruct(model, loader, form, results, info, known, images.name)
+        reconstruct(model, loader, form, results, info, known, images.name, names)
+
+
+def names_of(images: ImageSet, data: DataConfig) -> list[str]:
+    """Names of the images' files below the data set's folder, as `picture_names` has them."""
+    paths = [images.name(index) for index in range(len(images))]
+    if not Path(paths[0]).is_file():
+        raise UserError(f"--keep_names: the images of --dataset {data.dataset} are not files")
+    folder = data.data_folder or f"data/{data.dataset}"
+    return picture_names([os.path.relpath(path, folder) for path in paths])
 
 
 def test_pictures(
@@ -155,7 +171,10 @@ def test_pictures(
     form = Format(config.image_format, config.jpeg_quality)
     known = analysis_of(model, flags, form, tested, {"dataset": name})
     with locked(results, "--output_folder"):
-        reconstruct(model, pictures, form, results, info, known, pictures.source, pictures.names)
+        reconstruct(
+            *(model, pictures, form, results, info, known, pictures.source, pictures.names),
+            whole=True,
+        )
 
 
 def name_of(given: Sequence[str]) -> tuple[str, str]:
@@ -191,7 +210,7 @@ def test_from_codes(
     form = Format(config.image_format, config.jpeg_quality)
     data: dict[str, Any] = {k: stored[k] for k in ("dataset", "image_size") if k in stored}
     known = analysis_of(model, flags, form, tested, data)
-    skipped = SkippedImages(len(info.left_out), list(map(info.name, info.left_out)))
+    skipped = SkippedImages(len(info.left_out), list(map(by_position, info.left_out)))
     with locked(results, "--output_folder"):
         reconstruct_codes(model, codes, form, results, replace(known, skipped_images=skipped))
 

@@ -88,14 +88,19 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
         folder = path if path.is_dir() else path.parent
         warn_of_empty_bits(folder, names)
         found |= {folder / name: name for name in names}
-    stems = Counter(map(without_suffix, found.values()))
     files: dict[str, Path] = {}
-    for file, name in found.items():
-        stem = without_suffix(name)
-        other = files.setdefault(stem if stems[stem] == 1 else name, file)
+    for name, file in zip(picture_names(list(found.values())), found):
+        other = files.setdefault(name, file)
         if other != file:
             raise UserError(f"--images: {other} and {file} have one name; give the folder above")
     return files
+
+
+def picture_names(names: Sequence[str]) -> list[str]:
+    """Leave out the suffix of each file's name, unless another file would have the same name."""
+    stems = list(map(without_suffix, names))
+    taken = {*names, *(stem for stem, number in Counter(stems).items() if number > 1)}
+    return [name if stem in taken else stem for name, stem in zip(names, stems)]
 
 
 def without_suffix(name: str) -> str:

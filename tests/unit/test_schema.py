@@ -27,7 +27,7 @@ from utils.evaluation.schema import (
 # Keys as they were written before the schema, in their order.
 ANALYSIS = (
     *("images", "command", "model", "data", "image_format", "rate", "codebook"),
-    "skipped_images",
+    *("skipped_images", "sources"),
 )
 METRICS_KEYS = (
     *("metrics", "pairs", "skipped", "rate", "command", "protocol", "settings", "weights"),

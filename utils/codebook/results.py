@@ -62,12 +62,14 @@ def reconstruct(
     known: Analysis,
     name_of: Callable[[int], str],
     names: Sequence[str] | None = None,
+    *,
+    whole: bool = False,
 ) -> None:
     """Write every image to original/ and its reconstruction to rec/, and report.
 
     With info all indices go to codes.looc too. known: the analysis, as far as it is known before.
-    name_of: an image's name, by its position. names: those of whole pictures, each a batch, to be
-    written under these names; others are named by their positions. Raises UserError if no image can
+    name_of: the source of an image, by its position. names: those that are written; by default they
+    are the positions. whole: a batch is one picture, of any size. Raises UserError if no image can
     be decoded.
     """
     statistics = CodebookStatistics(model.config.num_embedding, model.config.num_codebooks)
@@ -85,15 +87,15 @@ def reconstruct(
             for positions, images in loader.numbered():
                 numbers: list[int] = positions.tolist()
                 height, width = images.shape[2:]
-                whole = f"image {name_of(numbers[0])} of {width}×{height}"
-                with memory_for(whole) if names else nullcontext():
+                large = f"image {name_of(numbers[0])} of {width}×{height}"
+                with memory_for(large) if whole else nullcontext():
                     indices, output = code(model, images)
                 statistics.add(indices)
                 num_pixels += len(images) * height * width
                 if spool is not None:
                     spool.add(numbers, indices, output)
                 pairs = torch.stack([images.cpu(), output], dim=1)  # (B, 2, C, h, w)
-                if names is None:
+                if not whole:
                     # Clones: sending a view to the other processes would send the whole batch.
                     shown = [pair.clone() for pair in pairs[: NUM_SHOWN - len(first)]]
                     first.extend(zip(numbers, shown))
@@ -102,7 +104,7 @@ def reconstruct(
                 bar.update(len(images))
         statistics.sum_over_ranks()
         if not statistics.num_images:
-            flag = "--images" if names else "--data_folder"
+            flag = "--images" if whole else "--data_folder"
             raise UserError(f"none of the {loader.size:,} images of {flag} can be decoded")
         found = dict(gather_items(first))
         bad_images = sorted(gather_items(loader.bad_images))
@@ -110,7 +112,18 @@ def reconstruct(
         if spool is not None:
             rate = replace(rate, **save_codes(folder / CODES, spool, bad_images))
         skipped = SkippedImages(len(bad_images), list(map(name_of, bad_images)))
-        analysis = replace(known, rate=rate, codebook=statistics.summary(), skipped_images=skipped)
+        sources = {
+            written(position): name_of(position)
+            for position in sorted({*range(loader.size)}.difference(bad_images))
+            if name_of(position) != by_position(position)  # of sets in memory
+        }
+        analysis = replace(
+            known,
+            rate=rate,
+            codebook=statistics.summary(),
+            skipped_images=skipped,
+            sources=sources,
+        )
         if rank() == 0:
             if found:
                 samples = torch.stack([found[position] for position in sorted(found)[:NUM_SHOWN]])

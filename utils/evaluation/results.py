@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from utils.evaluation.metrics import METRICS
 from utils.evaluation.networks import Network
 from utils.evaluation.pairs import first_few
 from utils.evaluation.protocols import PROTOCOLS
-from utils.evaluation.schema import Analysis, Metrics, Rate
+from utils.evaluation.schema import Analysis, Metrics
 from utils.evaluation.scores import Scores, summarise
 from utils.files import whole_file
 from utils.flags.command import Command
@@ -49,13 +49,23 @@ def own_files(output: Path) -> list[Path]:
 
 
 def write_results(
-    output: Path, config: EvaluationConfig, scores: Scores, content: Metrics
+    output: Path,
+    config: EvaluationConfig,
+    scores: Scores,
+    content: Metrics,
+    tested: Analysis | None,
 ) -> list[Path]:
-    """Write pictures, metrics.csv and metrics.json; returns the paths."""
+    """Write pictures, metrics.csv and metrics.json; returns the paths.
+
+    metrics.csv has the source of each image, if the analysis knows it.
+    """
     measured = Path(config.gt_path), Path(config.g_path)
     pictures = write_extremes(output, scores.names, scores.values, scores.shown, measured)
     table, whole = output / "metrics.csv", output / "metrics.json"
+    columns: dict[str, Sequence[float | str]]
     columns = {name: scores.values[name] for name in METRICS if name in scores.values}
+    if tested and tested.sources:
+        columns["source"] = [tested.sources.get(name, "") for name in scores.names]
     with (
         whole_file(table) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -69,7 +79,11 @@ def write_results(
 
 
 def record(
-    config: EvaluationConfig, command: Command, scores: Scores, networks: Mapping[str, Network]
+    config: EvaluationConfig,
+    command: Command,
+    scores: Scores,
+    networks: Mapping[str, Network],
+    tested: Analysis | None,
 ) -> Metrics:
     """The results, and everything needed to reproduce them."""
     protocol = PROTOCOLS[config.protocol]
@@ -77,7 +91,7 @@ def record(
         metrics=summarise(config.metrics, scores),
         pairs=len(scores.names),
         skipped=scores.skipped,
-        rate=rate_of(Path(config.g_path)),
+        rate=tested.rate.headline() if tested else None,
         command=command,
         protocol={"name": config.protocol, **asdict(protocol)},
         settings={
@@ -94,14 +108,14 @@ def record(
     )
 
 
-def rate_of(reconstructions: Path) -> Rate | None:
-    """The rate in the analysis.json beside test.py's folder rec; None if there is none."""
+def analysis_of(reconstructions: Path) -> Analysis | None:
+    """The analysis.json beside test.py's folder rec; None if there is none."""
     folder = reconstructions.resolve()
     file = folder.parent / "analysis.json"
     if folder.name != "rec" or not file.is_file():
         return None
     try:
-        return schema.read(file, Analysis).rate.headline()
+        return schema.read(file, Analysis)
     except (OSError, UserError) as error:
         log.warning("%s has no rate: %s", file, one_line(error))
         return None

@@ -150,6 +150,7 @@ class Analysis:
     rate: Rate
     codebook: CodebookUse = CodebookUse()
     skipped_images: SkippedImages = SkippedImages()
+    sources: dict[str, str] = field(default_factory=dict)  # name of a picture → path of its image
 
 
 @dataclass(frozen=True)

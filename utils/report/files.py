@@ -95,7 +95,11 @@ def read_values(path: Path) -> dict[str, dict[str, float]]:
     """Read the metrics of each pair, by name."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return {
-            row.pop("name"): {metric: float(value) for metric, value in row.items()}
+            row["name"]: {
+                metric: float(value)
+                for metric, value in row.items()
+                if metric not in ("name", "source")
+            }
             for row in csv.DictReader(file)
         }
 

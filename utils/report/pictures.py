@@ -66,7 +66,8 @@ def tiles(found: Found, names: Sequence[str], side: int) -> str:
     """A list of triplets with names and values, or with the reason why one cannot be read."""
     items, widest = [], 0
     for name in names:
-        values = found.values.get(name, {})
+        values, source = found.values.get(name, {}), found.analysis.sources.get(name)
+        label = name if source is None else f"{name}, {source}"
         scores = ", ".join(
             f"{METRICS[key].label} {METRICS[key].format(value)}"
             for key, value in values.items()
@@ -75,13 +76,13 @@ def tiles(found: Found, names: Sequence[str], side: int) -> str:
         try:
             picture = triplet(pair_of(found, name), side)
         except UserError as error:
-            items.append(f'<li class="tile">{text(name)}: {text(error)}</li>')
+            items.append(f'<li class="tile">{text(label)}: {text(error)}</li>')
             continue
         widest = max(widest, picture.width)
         described = f"Image {name}: original, reconstruction and error. {scores}"
         items.append(
             f'<li class="tile"><img src="{uri(picture)}" width="{picture.width}" '
-            f'height="{picture.height}" alt="{text(described)}">{text(name)}'
+            f'height="{picture.height}" alt="{text(described)}">{text(label)}'
             f"{'<br>' if scores else ''}{text(scores)}</li>"
         )
     return f'<ul class="tiles" style="--tile: {max(widest, 200)}px">{"".join(items)}</ul>'
