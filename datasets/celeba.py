@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from datasets.image_sets import FileImages, ImageSet, Split
@@ -33,7 +34,7 @@ def open_celeba(folder: Path, split: Split, image_size: int) -> ImageSet:
     if (images / IMAGES).is_dir():
         images /= IMAGES
     names = partition(path, NUMBERS[split])
-    absent = [name for name in names if not (images / name).is_file()]
+    absent = sorted({*names} - {*os.listdir(images)})  # noqa: PTH208, of 200,000 images
     if absent:
         raise UserError(f"{images} lacks {len(absent):,} images of {path}, such as {absent[0]}")
     return FileImages(images, names, image_size)
