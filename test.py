@@ -113,7 +113,8 @@ def test(
     check_fit(checkpoint, data, images)
     if split == "all" and config.data_split is None:
         source = data.data_folder or data.dataset
-        log.info("%s was not trained on %s: all its images are tested", checkpoint.path, source)
+        unknown = "%s is not known as training data of %s: all its images are tested"
+        log.info(unknown, source, checkpoint.path)
     model = checkpoint.model().to(device)
     apply_search(build(SearchConfig, flags), model, device)
     info = None

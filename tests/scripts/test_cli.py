@@ -234,7 +234,7 @@ def test_a_folder_of_colour_pictures(script: Script, tmp_path: Path) -> None:
         Image.open(path).rotate(180).save(tmp_path / "new" / path.name)
     new = ("--model_name", "folder_looc_16x4/best.pt", "--data_folder", "new", "--num_workers", "0")
     outcome = script("test.py", *new)
-    assert "best.pt was not trained on new: all its images are tested" in outcome.err
+    assert "new is not known as training data of output/models/folder_looc_16x4/" in outcome.err
     results = rec.parents[2]
     assert len(list((results / "new-all/rec").iterdir())) == 11
     outcome = script("test.py", *new, "--data_split", "train")

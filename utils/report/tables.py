@@ -140,7 +140,7 @@ def trained(found: Found) -> list[tuple[str, str, str]]:
         return [("steps", "–", f"the checkpoint {found.problems.get('the checkpoint', '')}")]
     content, config = found.checkpoint.content, found.stored("train_config")
     best, on_test = content.get("best"), config.get("validation") == "test"
-    images = "the test images, which is too optimistic" if on_test else "a tenth held out"
+    images = "the test images, which is too optimistic" if on_test else "images held out"
     score, value = METRICS["psnr"], float(best) if finite(best) else None
     if found.checkpoint.model_config.model == "vqgan":  # its score is minus this sum
         score, value = Metric("L1 + LPIPS"), None if value is None else -value
