@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -102,6 +103,19 @@ def test_a_lock_that_is_removed_at_its_end_keeps_others_out(tmp_path: Path) -> N
     assert len(lines) == 180
     assert lines[::2] == lines[1::2]
     assert [path.name for path in folder.iterdir()] == ["log"]
+
+
+def test_a_disk_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with locked(tmp_path / "e", "--exp_name"):
+        (tmp_path / "e/last.pt").touch()
+    assert "cannot be locked ([Errno 37] No locks available): start no second run" in caplog.text
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["last.pt"]
 
 
 def test_an_empty_folder_does_not_stay(tmp_path: Path) -> None:
