@@ -28,8 +28,11 @@ from utils.files import whole_folder
 Value = TypeVar("Value")
 
 
-# Numbers of processes, as set by torchrun, srun and mpirun; the first that is set counts.
-COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# What torchrun, srun and mpirun set, with the value of a process that works alone.
+ALONE = {
+    **{"WORLD_SIZE": "1", "RANK": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+    **{"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"},
+}
 
 
 def launched() -> bool:
@@ -37,16 +40,18 @@ def launched() -> bool:
 
     Raises UserError where something else started several: they would not train together.
     """
-    given = [(name, os.environ[name]) for name in COUNTS if os.environ.get(name)]
-    name, value = given[0] if given else ("", "1")
-    if value == "1":
+    if os.environ.get("WORLD_SIZE") == "1":
         return False
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise UserError(
-            f"{name} is {value}, but torchrun did not start this process: start several that work "
-            "together by torchrun, or set WORLD_SIZE=1 for one that works alone"
-        )
-    return True
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "WORLD_SIZE" in os.environ
+    for name, alone in ALONE.items():
+        value = os.environ.get(name) or alone
+        if value != alone:
+            raise UserError(
+                f"{name} is {value}, but torchrun did not start this process: start several that "
+                "work together by torchrun, or set WORLD_SIZE=1 for one that works alone"
+            )
+    return False
 
 
 def rank() -> int:

@@ -128,7 +128,8 @@ def test_an_empty_folder_does_not_stay(tmp_path: Path) -> None:
     ("script", "name"),
     [
         *(("main.py", "WORLD_SIZE"), ("main.py", "SLURM_STEP_NUM_TASKS"), ("main.py", "PMI_SIZE")),
-        *(("test.py", "WORLD_SIZE"), ("evaluation.py", "OMPI_COMM_WORLD_SIZE")),
+        *(("main.py", "SLURM_PROCID"), ("test.py", "RANK"), ("test.py", "WORLD_SIZE")),
+        ("evaluation.py", "OMPI_COMM_WORLD_SIZE"),
     ],
 )
 def test_several_processes_without_torchrun_are_refused(
