@@ -273,5 +273,8 @@ def test_a_checkpoint_is_found_by_name_or_path(
     place = "does not exist, neither under out/models nor as a path; there is"
     assert refusal(lambda: find("mnie/best.pt")).endswith(f"{place} mine/best.pt, a/b/last.pt")
     assert "is a folder: give mine/best.pt" in refusal(lambda: find("mine"))
+    assert "is a folder: give a/b/last.pt" in refusal(lambda: find("a/b"))
+    message = refusal(lambda: find_checkpoint("--resume", "mien", "out", "last.pt"))
+    assert message.endswith("there is mine/last.pt, a/b/last.pt")
     message = refusal(lambda: find_checkpoint("--resume", "mine", "out", "last.pt"))
     assert "is a folder: give mine/last.pt" in message

@@ -22,6 +22,7 @@ from utils.flags.arguments import check_stored, value_problem
 
 FORMAT = "looc-1"
 LARGEST_COUNT = 10**12
+USUAL = ("best.pt", "last.pt")
 SHOWN = 8  # checkpoints in a message
 Group = TypeVar("Group")
 
@@ -176,17 +177,18 @@ def find_checkpoint(flag: str, name: str, output_folder: str, usual: str = "best
     check_unicode(name, flag)
     models = Path(output_folder) / "models"
     for path in (models / name, Path(name)):
-        if (path / usual).is_file():
-            raise UserError(f"{flag} {name} is a folder: give {Path(name) / usual}")
+        for file in (usual, *USUAL):
+            if (path / file).is_file():
+                raise UserError(f"{flag} {name} is a folder: give {Path(name) / file}")
         if path.exists():
             return path
     nowhere = f"{flag} {name} does not exist, neither under {models} nor as a path"
-    raise UserError(f"{nowhere}; there is {known_names(models, name)}")
+    raise UserError(f"{nowhere}; there is {known_names(models, name, usual)}")
 
 
-def known_names(models: Path, name: str) -> str:
+def known_names(models: Path, name: str, usual: str) -> str:
     """List the checkpoints under models, one of each experiment, the nearest name first."""
-    found = {path.parent: path for file in ("last.pt", "best.pt") for path in models.rglob(file)}
+    found = {path.parent: path for file in (*USUAL, usual) for path in models.rglob(file)}
     there = {str(path.relative_to(models)) for path in (*found.values(), *models.glob("*.pt"))}
     nearest = sorted(there, key=lambda other: (-SequenceMatcher(None, name, other).ratio(), other))
     more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""

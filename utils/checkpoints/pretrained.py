@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modules import Autoencoder
+from modules import Autoencoder, ModelConfig
 from modules.quantizers.registry import QUANTIZER_FLAGS
 from utils.checkpoints import translate
 from utils.checkpoints.checkpoint import FORMAT, check_tensors, open_checkpoint
@@ -79,22 +79,20 @@ def read_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
 def from_ours(path: Path, content: Mapping[str, Any], given: Mapping[str, Any]) -> Pretrained:
     """Take the weights of a checkpoint of this repository, or of a state dict of the reference.
 
-    With --new_quantizer flags of the quantiser may differ; if its kind does, none of them is kept.
+    With --new_quantizer, the quantiser's weights are left out and its flags may differ.
     """
-    new = given.get("new_quantizer", False)
-    free = {"quantizer", "latent_channels", *QUANTIZER_FLAGS} if new else set()
-    checkpoint = open_checkpoint(path, content, {n: v for n, v in given.items() if n not in free})
+    flags = dict(given)
+    if new := given.get("new_quantizer", False):
+        free = {"quantizer", "latent_channels", *QUANTIZER_FLAGS}
+        flags = {name: value for name, value in given.items() if name not in free}
+    checkpoint = open_checkpoint(path, content, flags)
     config, state_dict = checkpoint.model_config, dict(checkpoint.state_dict)
     flags = {**asdict(config), "latent_channels": config.channels}
     if config.model == "vqgan":
         flags["z_channels"] = config.z_channels or config.channels
-    dropped: set[str] = set()
-    if given.get("quantizer", config.quantizer) != config.quantizer:
-        dropped = free - {"latent_channels"}
-    elif {"num_embedding", "embedding_dim", "levels"} & given.keys():
-        dropped = set(config.spec.derive(given, type(config)))  # they follow from those given
     if new:
-        flags = {name: value for name, value in flags.items() if name not in dropped}
+        left_out = replaced(config, given)
+        flags = {name: value for name, value in flags.items() if name not in left_out}
         state_dict = {n: v for n, v in state_dict.items() if not n.startswith("quantizer.")}
     further = {}
     if "discriminator" in content:
@@ -104,6 +102,15 @@ def from_ours(path: Path, content: Mapping[str, Any], given: Mapping[str, Any]) 
         if shape.items() <= {**shape, **given}.items():
             further = {"discriminator": content["discriminator"]}
     return Pretrained(path, flags, state_dict, str(path), further)
+
+
+def replaced(config: ModelConfig, given: Mapping[str, Any]) -> set[str]:
+    """Return the flags of a checkpoint that a new quantiser with the flags given does not keep."""
+    if given.get("quantizer", config.quantizer) != config.quantizer:
+        return {"quantizer", *QUANTIZER_FLAGS}
+    if {"num_embedding", "embedding_dim", "levels"} & given.keys():
+        return set(config.spec.derive(given, ModelConfig))  # they follow from those given
+    return set()
 
 
 def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> None:
