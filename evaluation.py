@@ -9,11 +9,13 @@ leaves them in previous_metrics/.
 
 from __future__ import annotations
 
+from utils.start import run  # isort: skip  # before those that take seconds
+
 from pathlib import Path
 
 from utils.devices import keep_freed_memory, resolve_device
 from utils.distributed import launched
-from utils.errors import UserError, memory_for, run
+from utils.errors import UserError, memory_for
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.networks import fetch_weights, load_networks
 from utils.evaluation.pairs import find_images, open_pairs

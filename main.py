@@ -7,6 +7,8 @@ torchrun several processes train together; --batch_size is then that of all of t
 
 from __future__ import annotations
 
+from utils.start import run  # isort: skip  # before those that take seconds
+
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +32,7 @@ from utils.distributed import (
     start_ranks,
     stop_ranks,
 )
-from utils.errors import UserError, memory_for, run
+from utils.errors import UserError, memory_for
 from utils.files import check_unicode, inside, writable_folder
 from utils.flags.arguments import build, build_model_config, parse_flags, resolve
 from utils.flags.command import this_command

@@ -10,6 +10,8 @@ the checkpoint, without the data set. --images reconstructs whole pictures, each
 
 from __future__ import annotations
 
+from utils.start import run  # isort: skip  # before those that take seconds
+
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,7 +34,7 @@ from utils.codebook.codes.header import by_position, codes_info, pictures_info
 from utils.codebook.results import Format, reconstruct, reconstruct_codes, results_folder
 from utils.devices import keep_freed_memory
 from utils.distributed import first_goes_ahead, num_ranks, rank, start_ranks, stop_ranks
-from utils.errors import UserError, memory_for, run
+from utils.errors import UserError, memory_for
 from utils.evaluation.schema import Analysis, Rate, SkippedImages
 from utils.flags.arguments import build, check_stored, parse_flags
 from utils.flags.command import this_command

@@ -27,6 +27,7 @@ from datasets.image_sets import (
     size_and_time,
 )
 from utils.errors import UserError, one_line
+from utils.packages import need
 
 ENDINGS: dict[Split, str] = {"train": "train_lmdb", "test": "val_lmdb"}
 
@@ -103,10 +104,7 @@ def read_keys(path: Path) -> np.ndarray:
 @contextmanager
 def open_database(path: Path) -> Iterator[Any]:
     """Open a database read-only, without a lock file. Raises UserError naming it."""
-    try:
-        import lmdb
-    except ImportError as error:
-        raise UserError(f"{path} needs the lmdb package: pip install lmdb") from error
+    lmdb = need("lmdb", str(path))
     try:
         with lmdb.open(str(path), readonly=True, lock=False, readahead=False) as database:
             yield database

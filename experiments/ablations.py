@@ -15,6 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.start import run  # isort: skip  # before those that take seconds
+
 from datasets.config import DataConfig
 from experiments.options import (
     ALIVE,
@@ -28,7 +30,7 @@ from experiments.options import (
 )
 from experiments.page import Experiment
 from modules.options import option
-from utils.errors import UserError, run
+from utils.errors import UserError
 from utils.flags.arguments import build, parse_flags
 from utils.flags.command import words
 from utils.flags.recipes import RECIPES

@@ -16,6 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.start import run  # isort: skip  # before those that take seconds
+
 from datasets.config import DataConfig
 from experiments.codecs import CODECS, measure_codecs
 from experiments.curves import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Style, draw
@@ -32,7 +34,7 @@ from experiments.options import (
 from experiments.page import Experiment, Extras
 from experiments.tables import Row
 from modules.options import option
-from utils.errors import UserError, run
+from utils.errors import UserError
 from utils.evaluation.metrics import METRICS
 from utils.flags.arguments import build, parse_flags
 from utils.logger import start_logging

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .autoencoder import NetworkSpec
+from .optional import require
 from .options import option
 from .quantizers.looc.anchors import ANCHORS, STARTS
 from .quantizers.looc.losses import GRADIENTS
@@ -15,7 +16,7 @@ from .quantizers.looc.search import DISTANCES
 from .quantizers.looc.units import SPLITS
 from .quantizers.looc.usage import CODEBOOK_UPDATES
 from .quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
-from .quantizers.spec import LARGEST_CODEBOOK, QuantizerSpec, require
+from .quantizers.spec import LARGEST_CODEBOOK, QuantizerSpec
 from .registry import MODELS, NETWORK_FLAGS
 
 CHANNELS: dict[str, Any] = {"minimum": 1, "maximum": 2**14}
@@ -155,7 +156,7 @@ class ModelConfig:
         return self.num_slots * (side // self.downsampling) ** 2
 
     def need_libraries(self) -> None:
-        """Raise ValueError if a library that the model needs is not installed."""
+        """Raise ValueError if a library that the model needs cannot be imported."""
         for name, spec in (("model", self.network), ("quantizer", self.spec)):
             if spec.library:
                 require(spec.library, f"--{name} {getattr(self, name)}")

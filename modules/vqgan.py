@@ -9,26 +9,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .autoencoder import Autoencoder, NetworkSpec, apply
+from .optional import require
 from .options import parse_numbers
-from .quantizers.spec import Problems, require
+from .quantizers.spec import Problems
 
 if TYPE_CHECKING:
     from .config import ModelConfig
+
+
+LIBRARY = "diffusers.models.autoencoders.vae"
 
 
 class VQGAN(Autoencoder):
     """Encoder and decoder of Esser, Rombach, Ommer, "Taming Transformers", CVPR 2021.
 
     Residual blocks at each resolution, attention at the lowest ones and in the middle, as in
-    latent diffusion and diffusers, whose weights fit. Raises ValueError if diffusers is not
-    installed.
+    latent diffusion and diffusers, whose weights fit. Raises ValueError if diffusers cannot be
+    imported.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        require("diffusers", "--model vqgan")
-        from diffusers.models.autoencoders.vae import Decoder, Encoder
-
+        blocks = require(LIBRARY, "--model vqgan")
         widths = [config.hidden_size * k for k in parse_numbers(config.channel_multipliers)]
         attentive, plain = config.attention_levels, len(widths) - config.attention_levels
         z_channels = config.z_channels or config.channels
@@ -37,7 +39,7 @@ class VQGAN(Autoencoder):
             "layers_per_block": config.num_residual_layers,
             "norm_num_groups": num_groups(config),
         }
-        self.encoder = Encoder(
+        self.encoder = blocks.Encoder(
             config.in_channels,
             z_channels,
             ("DownEncoderBlock2D",) * plain + ("AttnDownEncoderBlock2D",) * attentive,
@@ -47,7 +49,7 @@ class VQGAN(Autoencoder):
         self.pre_vq_conv = nn.Conv2d(z_channels, config.channels, 1)
         self.quantizer = config.spec.make(config)
         self.post_vq_conv = nn.Conv2d(config.channels, z_channels, 1)
-        self.decoder = Decoder(
+        self.decoder = blocks.Decoder(
             z_channels,
             config.in_channels,
             ("AttnUpDecoderBlock2D",) * attentive + ("UpDecoderBlock2D",) * plain,
@@ -111,5 +113,5 @@ SPEC = NetworkSpec(
     frozenset({"channel_multipliers", "attention_levels", "norm_groups", "z_channels"}),
     lambda config: 2 ** config.channel_multipliers.count(","),
     checks=(check,),
-    library="diffusers",
+    library=LIBRARY,
 )

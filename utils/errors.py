@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,24 @@ def limit_reached(error: BaseException) -> str | None:
     return f"too many {what} (ulimit {option}: {'unlimited' if most < 0 else most})"
 
 
+def failed_import(error: BaseException) -> str | None:
+    """Return which package cannot be imported and why, if that is what the error says."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "<module>" and not ours(name):
+            return f"{name} cannot be imported: {type(error).__name__}: {one_line(error)[:200]}"
+    if isinstance(error, ImportError) and error.name and not ours(error.name):
+        return f"{error.name} cannot be imported: {one_line(error)[:200]}"
+    return None
+
+
+def ours(module: str) -> bool:
+    """Return whether a module is of this repository."""
+    name = module.partition(".")[0]
+    root = Path(__file__).parents[1]
+    return name == "__main__" or (root / name).is_dir() or (root / f"{name}.py").is_file()
+
+
 @contextmanager
 def memory_for(flags: str) -> Iterator[None]:
     """Raise a UserError naming the flags that determine memory use, if memory runs out."""
@@ -110,6 +129,8 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     threading.excepthook = thread_failed
     sys.unraisablehook = unraisable
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "utils.start":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:
@@ -128,11 +149,17 @@ def run(main: Callable[[], None]) -> None:
             fail(f"{reached}; try --num_workers 0")
         if lost_connection(error):
             fail(f"another process has ended or cannot be reached: {one_line(error)[:200]}")
+        if reason := failed_import(error):
+            fail(reason)
         raise
     except Stopped as stop:
         end(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
         end("interrupted", 128 + signal.SIGINT)
+    except Exception as error:
+        if reason := failed_import(error):
+            fail(reason)
+        raise
 
 
 def fail(message: str) -> NoReturn:

@@ -27,6 +27,10 @@ def from_workers(loader: DataLoader[Item], num_workers: int) -> Iterator[Item]:
     """Iterate a loader. Raises UserError where its workers die or meet a limit of the machine."""
     try:
         yield from loader
+    except ImportError as error:
+        if not str(error).startswith("Caught"):  # then the worker has sent a traceback as text
+            raise
+        raise UserError(f"an import fails: {str(error).strip().splitlines()[-1]}") from error
     except (OSError, RuntimeError) as error:
         reached = limit_reached(error)
         if reached is None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..optional import require
 from .looc import Quantized
 from .looc.checks import check_indices
 from .looc.norms import WITH_AVERAGES, LatentNorm
-from .spec import COMMON_FLAGS, Problems, QuantizerSpec, check_position, check_units, require, units
+from .spec import COMMON_FLAGS, Problems, QuantizerSpec, check_position, check_units, units
 
 if TYPE_CHECKING:
     from ..config import ModelConfig

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from torch import Tensor
@@ -60,14 +58,6 @@ class QuantizerSpec:
     codebooks: Callable[[ModelConfig], int] = lambda _: 1  # 1 if shared, m if each slot has its own
     parts: bool = False  # a batch may be split over several calls or processes
     library: str | None = None  # the optional package that it needs
-
-
-def require(package: str, flag: str) -> ModuleType:
-    """Import an optional package. Raises ValueError naming the flag if it is not installed."""
-    try:
-        return importlib.import_module(package.replace("-", "_"))
-    except ImportError as error:
-        raise ValueError(f"{flag} needs {package}: pip install {package}") from error
 
 
 # Flags and checks that several quantisers share

@@ -273,9 +273,9 @@ def test_refusals_are_one_line(
     assert "that of the checkpoint is " in message
 
     monkeypatch.setitem(sys.modules, "constriction", None)
-    assert "--from_codes: constriction is not installed" in refused()
+    assert "--from_codes needs constriction: pip install constriction" in refused()
     message = error_line(script("test.py", *TESTED, "--save_codes"))
-    assert "--save_codes: constriction is not installed" in message
+    assert "--save_codes needs constriction: pip install constriction" in message
     assert script("test.py", *TESTED).code == 0
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from utils.errors import UserError, one_line
+from utils.packages import need
 
 
 class Inert:
@@ -37,12 +38,12 @@ def read_weights(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Mappi
             pass  # later errors of the system may be due to damaged content
     except OSError as error:
         raise UserError(f"{subject} cannot be read: {error.strerror or one_line(error)}") from error
+    if path.suffix == ".safetensors":
+        need("safetensors.torch", subject)
     try:
         content = read(path, inert)
     except MemoryError:
         raise
-    except ImportError as error:
-        raise UserError(f"{subject} needs safetensors: pip install safetensors") from error
     except Exception as error:  # damaged files raise errors of many types
         if "weights_only" in str(error) or "Unsupported" in str(error):
             named = re.search(r"GLOBAL ([\w.]+)", str(error))

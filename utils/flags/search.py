@@ -10,6 +10,7 @@ from modules import Autoencoder, LooCQuantizer
 from modules.options import option
 from modules.quantizers.looc.search import SEARCHES, faiss_installed
 from utils.errors import UserError
+from utils.packages import need
 
 
 @dataclass(frozen=True)
@@ -37,5 +38,6 @@ def apply_search(config: SearchConfig, model: Autoencoder, device: torch.device)
             raise UserError("--search faiss: faiss is not installed (pip install faiss-cpu)")
         if device.type != "cpu":
             raise UserError(f"--search faiss runs on the CPU, not on --device {device}")
+        need("faiss", "--search faiss")
     model.quantizer.search = config.search
     model.quantizer.search_memory = config.search_memory

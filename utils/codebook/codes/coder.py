@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.errors import UserError
+from utils.packages import need
 
 Array: TypeAlias = NDArray[Any]
 
@@ -56,12 +56,8 @@ class Coder:
 
 
 def need_coder(flag: str) -> None:
-    """Raise UserError naming the flag if the entropy coder is not installed."""
-    try:
-        Coder(np.ones((1, 1), dtype=np.uint8))
-    except ImportError as error:
-        reason = "constriction is not installed (pip install constriction)"
-        raise UserError(f"{flag}: {reason}") from error
+    """Raise UserError naming the flag if the entropy coder cannot be imported."""
+    need("constriction", flag)
 
 
 def cheapest_tables(counts: Array, slots: int) -> tuple[Array, bytes]:
