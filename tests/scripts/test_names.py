@@ -55,6 +55,18 @@ def test_the_source_of_every_image(script: Script, trained: Path, tmp_path: Path
     assert all(f">{name}, {file}<" in page for name, file in expected.items())
 
 
+def test_a_failed_test_leaves_earlier_results(script: Script, trained: Path) -> None:
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+    assert script(*TEST, *QUIET).code == 0
+    evaluated(script, trained)
+    before = contents()
+    message = script(*TEST, *QUIET, "--no-skip_bad_images").err.splitlines()[-1]
+    assert "my pictures/bad.png cannot be decoded" in message
+    assert contents() == before
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_names_are_kept(number: int, script: Script, trained: Path, tmp_path: Path) -> None:
     words = (*TEST, *QUIET, "--keep_names", "--save_codes")
