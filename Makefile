@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv once; nothing is installed twice.
 .DEFAULT_GOAL := help
-.PHONY: help demo vqgan weights test test-all lint bench compare ablations photos fuzz soak check-python
+.PHONY: help demo generate vqgan weights test test-all lint bench compare ablations photos fuzz soak check-python
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,6 +14,9 @@ DEMO = $(OUTPUT)/results/$(EXP)/best/fashion-mnist-sample
 PHOTOS = $(OUTPUT)/results/photos-64/best/photos
 # A run that fits 2 CPU cores and a few minutes; the paper's settings are main.py's defaults.
 DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
+# First stage and prior of generate, in less than 10 minutes on 2 CPU cores.
+STAGE_FLAGS ?= --recipe best --latent_channels 8 --batch_size 64 --max_steps 1000
+PRIOR_FLAGS ?= --class_conditional --width 128 --layers 4 --schedule cosine --max_steps 800
 # Flags of compare and ablations; their pages do not replace those in docs/results.
 RUN_FLAGS ?= --steps 300 --num_test 2000 --jobs 2 --docs $(OUTPUT)/docs
 # Flags besides those of --preset photos-64.
@@ -22,6 +25,7 @@ TABLES := headline codebook dimension anchor offline contrastive interpolation i
 
 help:
 	@echo "make demo      train, test and evaluate on bundled Fashion-MNIST images, 2 to 4 minutes on 2 cores"
+	@echo "make generate  train a first stage and a prior on the bundled images, draw 100 new ones, less than 10 minutes on 2 cores"
 	@echo "make test      run the tests of unit/ and scripts/, about 3 minutes on 2 cores"
 	@echo "make test-all  also run those of robustness/: damage, kills, random input; about 4 minutes on 2 cores"
 	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
@@ -86,6 +90,11 @@ demo: $(VENV)/.installed
 	$(PY) evaluation.py --metrics l1 ssim psnr $$($(PY) -m utils.weights lpips $(WEIGHTS_DIR)) $(WEIGHTS_FLAG) \
 	  --gt_path $(DEMO)/original/ -g_path $(DEMO)/rec
 	@$(PY) -m utils.report.summary $(DEMO)
+
+generate: $(VENV)/.installed
+	$(PY) main.py --output_folder $(OUTPUT) --exp_name small --overwrite $(STAGE_FLAGS)
+	$(PY) generate.py train --output_folder $(OUTPUT) --first_stage small/best.pt --exp_name small_prior --overwrite $(PRIOR_FLAGS)
+	$(PY) generate.py sample --output_folder $(OUTPUT) --model_name small_prior/best.pt --overwrite
 
 weights: $(VENV)/.installed
 	$(PY) evaluation.py --fetch_weights $(WEIGHTS_FLAG)

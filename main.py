@@ -33,7 +33,6 @@ from utils.distributed import (
     stop_ranks,
 )
 from utils.errors import UserError, memory_for
-from utils.files import check_unicode, inside, writable_folder
 from utils.flags.arguments import build, build_model_config, parse_flags, resolve
 from utils.flags.command import this_command
 from utils.flags.search import SearchConfig, apply_search
@@ -42,7 +41,7 @@ from utils.logger import log, start_logging
 from utils.training.config import PRECISIONS, TrainConfig
 from utils.training.losses import Setting, build_loss_configs, loss_configs, make_losses
 from utils.training.reconstruction import Reconstruction, check_network, prepare
-from utils.training.resume import remove_earlier, resume
+from utils.training.resume import experiment_folders, resume, start_files
 from utils.training.trainer import Trainer
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, *loss_configs(), SearchConfig)
@@ -152,9 +151,7 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of this experiment, at its first step."""
     data, config = settings.data, settings.train
-    check_unicode(config.output_folder, "--output_folder")
-    output, name = writable_folder(Path(config.output_folder), "--output_folder"), config.exp_name
-    models, logs = (inside(output / kind, str(name), "--exp_name") for kind in ("models", "logs"))
+    models, logs = experiment_folders(config)
     loader = partial(
         BatchLoader,
         device=next(task.model.parameters()).device,
@@ -179,14 +176,6 @@ def make_trainer(
         configs=configs,
         stored={**names_stored(training, validation), "command": asdict(command)},
     )
-
-
-def start_files(trainer: Trainer) -> None:
-    """Let the first process log to train.log and obey --overwrite."""
-    if rank() == 0:
-        start_logging(writable_folder(trainer.logs, "--output_folder") / "train.log")
-        if trainer.config.overwrite:  # everything is in order: not before
-            remove_earlier(trainer)
 
 
 def log_plan(

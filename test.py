@@ -27,10 +27,18 @@ from datasets.pictures import Pictures, find_pictures, picture_names
 from datasets.splits import open_tested
 from modules import Autoencoder, ModelConfig
 from modules.options import option
-from utils.checkpoints.checkpoint import Checkpoint, read_named, results_name
+from utils.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_named, results_name
 from utils.codebook.codes.coder import need_coder
 from utils.codebook.codes.files import CodeFile
-from utils.codebook.codes.header import by_position, codes_info, pictures_info
+from utils.codebook.codes.header import (
+    CodesInfo,
+    Header,
+    PriorCodesInfo,
+    by_position,
+    codes_info,
+    pictures_info,
+)
+from utils.codebook.codes.prior_coder import PriorCoder, open_prior
 from utils.codebook.results import Format, reconstruct, reconstruct_codes, results_folder
 from utils.devices import keep_freed_memory
 from utils.distributed import first_goes_ahead, num_ranks, rank, start_ranks, stop_ranks
@@ -57,6 +65,9 @@ class TestConfig:
     jpeg_quality: int = option(75, "quality of jpg pictures", minimum=1, maximum=100)
     save_codes: bool = option(False, "write the indices, entropy-coded, to codes.looc")
     from_codes: str | None = option(None, "reconstruct from this code file instead of images")
+    prior: str | None = option(
+        None, "prior that codes the indices, from generate.py train; of a code file, that coded it"
+    )
     images: tuple[str, ...] = option(
         (), "files and folders of pictures to reconstruct whole, each in its own size"
     )
@@ -82,6 +93,10 @@ class TestConfig:
             if given and (self.images or self.from_codes is not None):
                 other = "--images" if self.images else "--from_codes"
                 raise ValueError(f"{flag} has no effect with {other}")
+        if self.prior is not None and self.images:
+            raise ValueError(f"--prior {self.prior} models images of one size, not --images")
+        if self.prior is not None and not self.save_codes and self.from_codes is None:
+            raise ValueError(f"--prior {self.prior} needs --save_codes or --from_codes")
 
 
 def main() -> None:
@@ -119,9 +134,12 @@ def test(
         log.info(unknown, source, checkpoint.path)
     model = checkpoint.model().to(device)
     apply_search(build(SearchConfig, flags), model, device)
-    info = None
+    info, prior = None, None
     if config.save_codes:
         info = codes_info(model, data.dataset, images.image_size, len(images), config.batch_size)
+        prior = prior_of(config, model, info, device)
+        if prior is not None:
+            info = PriorCodesInfo(**asdict(info), prior_digest=prior.digest)
     name = data.name if split == "test" else f"{data.name}-{split}"
     place = f" --data_folder {Path(data.data_folder).resolve()}" if data.data_folder else ""
     tested = f"--dataset {data.dataset}{place} --data_split {split}"
@@ -139,7 +157,7 @@ def test(
     )
     known = analysis_of(model, flags, form, tested, {**asdict(data), "data_split": split})
     with locked(results, "--output_folder"):
-        reconstruct(model, loader, form, results, info, known, images.name, names)
+        reconstruct(model, loader, form, results, info, known, images.name, names, prior=prior)
 
 
 def names_of(images: ImageSet, data: DataConfig) -> list[str]:
@@ -207,6 +225,7 @@ def test_from_codes(
             raise UserError(f"--{name} has no effect with --from_codes")
     model = checkpoint.model().to(device)
     codes.check_model(model, checkpoint.path)
+    codes.use_prior(prior_of(config, model, codes.info, device))
     path, info = codes.path.resolve(), codes.info
     tested, name = f"--from_codes {path}", f"{path.parent.name}-{path.stem}"
     results = results_folder(config.output_folder, str(config.model_name), name, tested)
@@ -216,6 +235,16 @@ def test_from_codes(
     skipped = SkippedImages(len(info.left_out), list(map(by_position, info.left_out)))
     with locked(results, "--output_folder"):
         reconstruct_codes(model, codes, form, results, replace(known, skipped_images=skipped))
+
+
+def prior_of(
+    config: TestConfig, model: Autoencoder, info: Header, device: torch.device
+) -> PriorCoder | None:
+    """The prior of --prior, if given, as a coder of these codes."""
+    if config.prior is None or not isinstance(info, CodesInfo):
+        return None
+    path = find_checkpoint("--prior", config.prior, config.output_folder)
+    return open_prior(path, model, info, device)
 
 
 def analysis_of(

@@ -14,7 +14,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from datasets.image_sets import ImageSet, Place
+from datasets.image_sets import ImageSet, Labels, Place
 from utils.errors import UserError, one_line
 from utils.logger import log
 
@@ -58,6 +58,9 @@ class CachedImages(ImageSet):
 
     def split_keys(self) -> Sequence[str]:
         return self.images.split_keys()
+
+    def labels(self) -> Labels:
+        return self.images.labels()
 
     def stored(self, index: int) -> Tensor | None:
         """Return an image (C, H, W) from the file; None where its record is not valid."""

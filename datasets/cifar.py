@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.image_sets import ImageSet, Split, TensorImages
+from datasets.image_sets import ImageSet, Labels, Split, TensorImages
 from datasets.staging import fetch
 
 
@@ -19,9 +19,11 @@ def open_cifar10(folder: Path, split: Split, _image_size: int) -> ImageSet:
 
     root = str(folder.absolute())
     try:
-        data = CIFAR10(root, train=split == "train").data
+        data = CIFAR10(root, train=split == "train")
     except RuntimeError:
         missing = f"--dataset cifar10: {folder / CIFAR10.base_folder} is missing or incomplete"
         fetch(lambda root: CIFAR10(root, download=True), folder, missing, [CIFAR10.filename])
-        data = CIFAR10(root, train=split == "train").data
-    return TensorImages(torch.from_numpy(data).permute(0, 3, 1, 2).contiguous())
+        data = CIFAR10(root, train=split == "train")
+    labels = Labels(torch.tensor(data.targets), tuple(data.classes))
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return TensorImages(images, lambda: labels)

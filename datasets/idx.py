@@ -1,29 +1,41 @@
 """MNIST, Fashion-MNIST and its sample: grey images in idx files, plain or gzip'd, kept in memory.
 
 The format is that of http://yann.lecun.com/exdb/mnist/: the bytes 0 0 8 3, three big-endian 32-bit
-sizes (images, height, width), then the pixels.
+sizes (images, height, width), then the pixels. Labels have the bytes 0 0 8 1 and one size.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from datasets.image_sets import ImageSet, Split, TensorImages
+from datasets.image_sets import ImageSet, Labels, Split, TensorImages
 from datasets.staging import fetch
 from utils.errors import UserError, one_line
 
 SIDE = 28  # height and width of every image, in pixels
 FILES: dict[Split, str] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
-HEADER = struct.Struct(">4I")
-MAGIC = 0x00000803  # uint8, three dimensions
+
+
+class IdxKind(NamedTuple):
+    """Kind of an idx file."""
+
+    content: str
+    magic: int  # uint8, and the number of dimensions
+    shape: list[int]  # of an item
+
+
+IMAGES, LABELS = IdxKind("images", 0x803, [SIDE, SIDE]), IdxKind("labels", 0x801, [])
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
 SAMPLE = Path(__file__).parent / "fashion_mnist_sample"
@@ -52,7 +64,7 @@ def open_sample(_folder: Path, split: Split, _image_size: int) -> ImageSet:
         raise UserError(
             f"{path} is damaged: its sha256 is {digest[:12]}…, not {SAMPLE_SHA256[split][:12]}…"
         )
-    return TensorImages(parse_idx(content, path))
+    return TensorImages(parse_idx(content, path), partial(read_labels, path, "FashionMNIST"))
 
 
 def open_idx(
@@ -71,7 +83,8 @@ def open_idx(
         path = find_idx(places, split)
         if path is None:
             raise UserError(f"{missing}, not even after the download")
-    return TensorImages(parse_idx(path.read_bytes(), path))
+    images = parse_idx(path.read_bytes(), path)
+    return TensorImages(images, partial(read_labels, path, torchvision_class))
 
 
 def find_idx(places: Sequence[Path], split: Split) -> Path | None:
@@ -80,20 +93,38 @@ def find_idx(places: Sequence[Path], split: Split) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def parse_idx(content: bytes, path: Path) -> Tensor:
-    """Parse an idx file, gzip'd if its name ends in .gz → (n, 1, 28, 28), uint8."""
+def read_labels(images: Path, torchvision_class: str) -> Labels:
+    """Read the file of labels beside the images'. Raises UserError if missing or damaged."""
+    import torchvision
+
+    name = images.name.removesuffix(".gz").replace("images-idx3", "labels-idx1")
+    paths = [images.with_name(name), images.with_name(f"{name}.gz")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UserError(f"{paths[0]} (or .gz), the labels of {images.name}, does not exist")
+    numbers = parse_idx(path.read_bytes(), path, LABELS)
+    names = tuple(getattr(torchvision.datasets, torchvision_class).classes)
+    if len(numbers) and int(numbers.max()) >= len(names):
+        raise UserError(f"{path} holds label {int(numbers.max())}, there are {len(names)} classes")
+    return Labels(numbers.long(), names)
+
+
+def parse_idx(content: bytes, path: Path, kind: IdxKind = IMAGES) -> Tensor:
+    """Parse an idx file, gzip'd if its name ends in .gz → images (n, 1, 28, 28), labels (n,)."""
+    header = struct.Struct(f">{2 + len(kind.shape)}I")
     try:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-        magic, number, height, width = HEADER.unpack_from(content)
+        magic, number, *sides = header.unpack_from(content)
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from error
-    if magic != MAGIC:
-        raise UserError(f"{path} is not an idx file of images")
-    if (height, width) != (SIDE, SIDE):
+    if magic != kind.magic:
+        raise UserError(f"{path} is not an idx file of {kind.content}")
+    if sides != kind.shape:
+        height, width = sides
         raise UserError(f"{path} holds images of {height}×{width}, not {SIDE}×{SIDE}")
-    expected = HEADER.size + number * height * width
+    expected = header.size + number * math.prod(sides)
     if len(content) != expected:
         raise UserError(f"{path} is damaged: {len(content):,} bytes instead of {expected:,}")
-    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)[HEADER.size :]
-    return pixels.view(number, 1, height, width)
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8)[header.size :]
+    return values.view(number, 1, *sides) if sides else values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, TypeAlias
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from utils.errors import UserError
 from utils.image_files import open_image, viewed, viewed_size
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -32,6 +33,13 @@ class FolderSplits(NamedTuple):
     test: str  # digest of the test images
     by_name: bool  # by a hash of the names; otherwise the folder has train/ and test/ or val/
     has_val: bool = False  # beside train/ and test/
+
+
+class Labels(NamedTuple):
+    """Classes of images."""
+
+    numbers: Tensor  # (n,), int64
+    names: tuple[str, ...]  # of the classes
 
 
 class ImageSet(Dataset[Tensor], ABC):
@@ -68,16 +76,21 @@ class ImageSet(Dataset[Tensor], ABC):
         """Return the images' names within the set, by which some are held out."""
         return [self.name(index) for index in range(len(self))]
 
+    def labels(self) -> Labels:
+        """Return the class of every image. Raises UserError where they have no classes."""
+        raise UserError(f"the images ({self.name(0)} …) have no classes")
+
     def identity(self) -> Iterator[str]:
         """Yield strings that change whenever the images do; they name the image cache."""
         raise NotImplementedError(f"{type(self).__name__} has no files")
 
 
 class TensorImages(ImageSet):
-    """Images held in memory: (n, C, H, W), uint8."""
+    """Images held in memory: (n, C, H, W), uint8; labels are read when they are asked for."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Callable[[], Labels] | None = None) -> None:
         self.images = images
+        self.read_labels = labels
         self.channels, self.image_size = images.shape[1], images.shape[3]
 
     def __len__(self) -> int:
@@ -85,6 +98,9 @@ class TensorImages(ImageSet):
 
     def cropped(self, index: int, _place: Place | None = None) -> Tensor:
         return self.images[index]
+
+    def labels(self) -> Labels:
+        return self.read_labels() if self.read_labels else super().labels()
 
 
 class FileImages(ImageSet):
@@ -114,6 +130,15 @@ class FileImages(ImageSet):
     def split_keys(self) -> Sequence[str]:
         return self.names
 
+    def labels(self) -> Labels:
+        """Return the folder of every image: the first one of its name, as in ImageNet."""
+        folders = [name.rpartition("/")[0].partition("/")[0] for name in self.names]
+        if "" in folders:
+            return super().labels()
+        names = sorted(set(folders))
+        numbers = {name: number for number, name in enumerate(names)}
+        return Labels(torch.tensor([numbers[folder] for folder in folders]), tuple(names))
+
     def identity(self) -> Iterator[str]:
         folder = str(self.folder)  # a Path for each of a million would take seconds
         return (f"{name} {size_and_time(os.path.join(folder, name))}" for name in self.names)  # noqa: PTH118
@@ -136,6 +161,9 @@ class ChosenImages(ImageSet):
 
     def name(self, index: int) -> str:
         return self.images.name(int(self.chosen[index]))
+
+    def labels(self) -> Labels:
+        return chosen_labels(self.images, self.chosen)
 
     def split_keys(self) -> Sequence[str]:
         keys = self.images.split_keys()
@@ -180,6 +208,12 @@ def joined(parts: Sequence[ImageSet]) -> ImageSet:
     if len(in_memory) == len(parts):
         return TensorImages(torch.cat(in_memory))
     return JoinedImages(parts)
+
+
+def chosen_labels(images: ImageSet, chosen: Tensor) -> Labels:
+    """Labels of the images of these indices."""
+    numbers, names = images.labels()
+    return Labels(numbers[chosen], names)
 
 
 def decode(source: Path | IO[bytes], size: int, name: str, place: Place | None = None) -> Tensor:

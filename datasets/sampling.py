@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from datasets.image_sets import ChosenImages, ImageSet, TensorImages
+from datasets.image_sets import ChosenImages, ImageSet, TensorImages, chosen_labels
 from utils.errors import UserError
 
 
@@ -80,5 +81,5 @@ def evenly_spread(images: ImageSet, most: int) -> ImageSet:
 def choose(images: ImageSet, indices: Tensor) -> ImageSet:
     """The images of these indices (n,), in memory if the set is."""
     if isinstance(images, TensorImages):
-        return TensorImages(images.images[indices])
+        return TensorImages(images.images[indices], partial(chosen_labels, images, indices))
     return ChosenImages(images, indices)

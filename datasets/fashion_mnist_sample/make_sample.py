@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import math
 import struct
 from pathlib import Path
 
-FILES = ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz")
+FILES = (
+    *("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"),
+    *("train-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+)
 STEP = 10  # every tenth image, from the first on
-HEADER = struct.Struct(">4I")  # magic number, images, height, width
 
 
 def every_tenth(content: bytes) -> bytes:
-    """An idx file of n images → one of every tenth of them."""
-    magic, number, height, width = HEADER.unpack_from(content)
-    starts = range(HEADER.size, len(content), height * width * STEP)
-    images = [content[start : start + height * width] for start in starts]
-    return HEADER.pack(magic, -(-number // STEP), height, width) + b"".join(images)
+    """An idx file of n images or labels → one of every tenth of them."""
+    header = struct.Struct(f">{1 + content[3]}I")  # magic number, n, height and width of images
+    magic, number, *sides = header.unpack_from(content)
+    size = math.prod(sides)
+    starts = range(header.size, len(content), size * STEP)
+    items = [content[start : start + size] for start in starts]
+    return header.pack(magic, -(-number // STEP), *sides) + b"".join(items)
 
 
 def compress(content: bytes, path: Path) -> None:

@@ -24,7 +24,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import DATASETS, ImageSet, TensorImages
+from datasets import DATASETS, ImageSet
+from datasets.sampling import choose
 from modules import LooCQuantizer
 from tests.conftest import ROOT, Outcome
 
@@ -37,7 +38,7 @@ Script = Callable[..., Outcome]
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")))
 PROGRAMS = ("python", "make", "pytest", "torchrun", "srun", "pip", "conda", "pre-commit")
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
-SCRIPTS = ("main.py", "test.py", "evaluation.py")
+SCRIPTS = ("main.py", "test.py", "evaluation.py", "generate.py")
 # Commands that are not run, by how they begin.
 EXCUSED = {
     "conda env create": "needs conda; test_project.py compares environment.yaml",
@@ -57,9 +58,9 @@ SUBSTITUTES = {
 REACHED = 77  # exit code of a program whose flags were accepted
 # What the scripts say once their flags are accepted, as no file is there.
 ACCEPTED = re.compile(
-    r"--(model_name|pretrained|gt_path|data_folder (data/photos|my_pictures)) .*(does not exist"
-    r"|No such file)"
-    r"|--(gt_path|model_name) is missing"  # of a part of a command
+    r"--(model_name|first_stage|pretrained|gt_path|data_folder (data/photos|my_pictures)) .*"
+    r"(does not exist|No such file)"
+    r"|--(gt_path|model_name|first_stage) is missing"  # of a part of a command
 )
 
 
@@ -220,6 +221,7 @@ def test_every_flag_named_exists(script: Script) -> None:
     """Flags within sentences, tables and commands are flags of a script, or of others' programs."""
     own = (*SCRIPTS, "experiments/compare.py", "experiments/ablations.py", "experiments/photos.py")
     texts = [script(name, "--help").out for name in own]
+    texts += [script("generate.py", command, "--help").out for command in ("train", "sample")]
     texts += [path.read_text() for path in (ROOT / "benchmarks").glob("*.py")]
     known = set(re.findall(r"--\w[\w-]*", " ".join(texts)))
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
@@ -261,6 +263,8 @@ SMALL = {
     "main.py": "--max_steps 2 --hidden_size 8 --num_residual_hidden 4 --device cpu --num_workers 0",
     "test.py": "",
     "evaluation.py": "--num_test 8 --num_workers 0",
+    "generate.py train": "--max_steps 2 --width 8 --layers 1 --device cpu",
+    "generate.py sample": "--num_samples 4 --device cpu",
 }
 
 
@@ -272,7 +276,7 @@ def test_the_readmes_commands_run(
 
     def few(*where: Any) -> ImageSet:
         images = entry.open(*where)
-        return TensorImages(torch.stack([images[index] for index in range(40)]))
+        return choose(images, torch.arange(40))
 
     monkeypatch.setitem(DATASETS, "fashion-mnist-sample", replace(entry, open=few))
     random = np.random.default_rng(0)
@@ -284,10 +288,13 @@ def test_the_readmes_commands_run(
     for command in commands("README.md"):
         first, name, *words = [*command.words, ""]
         if first == "python" and name in SCRIPTS and words[0]:
-            outcome = script(name, *words[:-1], *SMALL[name].split())
+            step = f"{name} {words[0]}" if name == "generate.py" else name
+            outcome = script(name, *words[:-1], *SMALL[step].split())
             assert outcome.code == 0, f"{command.text}: {outcome.err}"
-            ran.append(name)
-    assert ran == ["main.py", "test.py", "evaluation.py", "main.py", "test.py", "test.py"]
+            ran.append(step)
+    pictures = ["main.py", "test.py", "test.py"]
+    generated = ["generate.py train", "generate.py sample"]
+    assert ran == ["main.py", "test.py", "evaluation.py", *pictures, *generated]
     results = tmp_path / "output/results/mine/best/fashion-mnist-sample"
     assert json.loads((results / "metrics.json").read_text())["pairs"] == 8
     for name in ("codes.looc", "metrics.csv", "report.html", "worst_psnr.png", "analysis.json"):

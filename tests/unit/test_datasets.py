@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import tarfile
@@ -43,7 +44,7 @@ from datasets import (
 )
 from datasets.config import DataConfig
 from datasets.folders import open_folder
-from datasets.image_sets import Place
+from datasets.image_sets import ChosenImages, Place, Split
 from datasets.loader import DecodedBatches
 from tests.conftest import refusal, run_process
 from utils.flags.arguments import build
@@ -323,6 +324,56 @@ def test_damaged_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert str(path) in refusal(lambda: open_dataset("fashion-mnist-sample", None, "train"))
 
 
+LABELS = "train-labels-idx1-ubyte.gz"
+TRAIN_CLASSES = [602, 591, 605, 585, 606, 597, 606, 608, 616, 584]
+
+
+def label_bytes(numbers: list[int]) -> bytes:
+    return struct.pack(">2I", 0x801, len(numbers)) + bytes(numbers)
+
+
+def test_labels_of_the_sample() -> None:
+    assert numbers_of("train").bincount().tolist() == TRAIN_CLASSES
+    assert len(numbers_of("test")) == 1000
+    names = open_dataset("fashion-mnist-sample", None, "test").labels().names
+    assert names[:2] == ("T-shirt/top", "Trouser")
+    train, validation = split_validation(open_dataset("fashion-mnist-sample", None, "train"))
+    assert isinstance(train, TensorImages)
+    every = torch.cat([train.labels().numbers, validation.labels().numbers])
+    assert every.bincount().tolist() == TRAIN_CLASSES
+
+
+def numbers_of(split: Split) -> Tensor:
+    return open_dataset("fashion-mnist-sample", None, split).labels().numbers
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (label_bytes([1, 2, 10]), "label 10, there are 10 classes"),
+        (label_bytes([1, 2])[:-1], "damaged: 9 bytes instead of 10"),
+        (struct.pack(">4I", 0x803, 1, 28, 28), "not an idx file of labels"),
+        (b"", "is damaged"),
+    ],
+)
+def test_damaged_labels(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / LABELS.removesuffix(".gz")
+    path.write_bytes(content)
+    images = tmp_path / idx.FILES["train"]
+    assert words in refusal(lambda: idx.read_labels(images, "FashionMNIST"))
+    assert str(path) in refusal(lambda: idx.read_labels(images, "FashionMNIST"))
+
+
+def test_folders_are_classes(tmp_path: Path) -> None:
+    names = ["cats/b.png", "cats/a.png", "dogs/big/c.png"]
+    images = FileImages(tmp_path, names, 8)
+    assert images.labels().names == ("cats", "dogs")
+    assert images.labels().numbers.tolist() == [0, 0, 1]
+    assert ChosenImages(images, torch.tensor([2])).labels().numbers.tolist() == [1]
+    refused = refusal(lambda: FileImages(tmp_path, [*names, "d.png"], 8).labels())
+    assert "have no classes" in refused
+
+
 def remake_sample(full: Path, output: Path) -> subprocess.CompletedProcess[str]:
     script = idx.SAMPLE / "make_sample.py"
     output.mkdir(exist_ok=True)
@@ -336,8 +387,11 @@ def test_make_sample(tmp_path: Path) -> None:
     numbers = [i % 25 for i in range(31)]
     for name in idx.FILES.values():
         (full / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(numbers)))
+        labels = name.replace("images-idx3", "labels-idx1")
+        (full / f"{labels}.gz").write_bytes(gzip.compress(label_bytes(numbers)))
     for output in ("once", "again"):
         assert remake_sample(full, tmp_path / output).returncode == 0
+    assert gzip.decompress((tmp_path / "once" / LABELS).read_bytes()) == label_bytes([0, 10, 20, 5])
     for name in idx.FILES.values():
         content = (tmp_path / "once" / f"{name}.gz").read_bytes()
         assert content == (tmp_path / "again" / f"{name}.gz").read_bytes()

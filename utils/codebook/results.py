@@ -17,6 +17,7 @@ from modules import Autoencoder
 from utils.charts import save_figure
 from utils.codebook.codes.files import CodeFile, file_rate, save_codes, spooled
 from utils.codebook.codes.header import Header, by_position, pixel_sum
+from utils.codebook.codes.prior_coder import PriorCoder
 from utils.codebook.plots import draw_all
 from utils.codebook.statistics import CodebookStatistics
 from utils.distributed import gather, gather_items, num_ranks, rank, shared_folder
@@ -64,13 +65,14 @@ def reconstruct(
     names: Sequence[str] | None = None,
     *,
     whole: bool = False,
+    prior: PriorCoder | None = None,
 ) -> None:
     """Write every image to original/ and its reconstruction to rec/, and report.
 
-    With info all indices go to codes.looc too. known: the analysis, as far as it is known before.
-    name_of: the source of an image, by its position. names: those that are written; by default they
-    are the positions. whole: a batch is one picture, of any size. Raises UserError if no image can
-    be decoded.
+    With info all indices go to codes.looc too, coded by prior, if given. known: the analysis, as
+    far as it is known before. name_of: the source of an image, by its position. names: those that
+    are written; by default they are the positions. whole: a batch is one picture, of any size.
+    Raises UserError if no image can be decoded.
     """
     statistics = CodebookStatistics(model.config.num_embedding, model.config.num_codebooks)
     first: list[tuple[int, Tensor]] = []
@@ -81,7 +83,7 @@ def reconstruct(
         replacing(results) as folder,
         pictures(folder / "original", form, written) as write_original,
         pictures(folder / "rec", form, written) as write_rec,
-        spooled(folder / CODES, info) if info else nullcontext() as spool,
+        spooled(folder / CODES, info, prior) if info else nullcontext() as spool,
     ):
         with progress(total, "image", disable=rank() > 0) as bar:
             for positions, images in loader.numbered():

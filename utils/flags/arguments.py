@@ -37,17 +37,21 @@ def parse_flags(
     *groups: type,
     argv: Sequence[str] | None = None,
     source: str | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Return only the flags that are given on the command line, by field name.
 
-    If argv is given, it is parsed instead, and errors name its source. An unknown flag or a value
-    out of range ends the program with code 2 and one line naming the flag.
+    If argv is given, it is parsed instead, and errors name its source. If command is given, it is
+    the first word of the command line. An unknown flag or a value out of range ends the program
+    with code 2 and one line naming the flag.
     """
+    if command is not None:
+        source, argv = f"{Path(sys.argv[0]).name} {command}", sys.argv[2:]
     parser = Parser(
         prog=source,
         description=description,
         allow_abbrev=False,
-        add_help=argv is None,
+        add_help=argv is None or command is not None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for group in groups:
@@ -74,10 +78,7 @@ def resolve(given: Mapping[str, Any], *groups: type) -> tuple[dict[str, Any], Pr
     --pretrained, the quantiser's own defaults, --recipe. All others keep their declared default.
     Raises UserError if a flag contradicts the weights.
     """
-    flags, pretrained = dict(given), None
-    if "preset" in given:
-        parse = partial(parse_flags, None, *groups)
-        flags = {**preset_flags(given["preset"], given.get("quantizer"), parse), **given}
+    flags, pretrained = with_preset(given, *groups), None
     if "pretrained" in flags:
         from utils.checkpoints.checkpoint import find_checkpoint  # they import this file
         from utils.checkpoints.pretrained import read_pretrained
@@ -87,6 +88,14 @@ def resolve(given: Mapping[str, Any], *groups: type) -> tuple[dict[str, Any], Pr
         pretrained = read_pretrained(path, flags)
         flags = {"model": "vqgan", **pretrained.flags, **flags}
     return with_recipe(flags), pretrained
+
+
+def with_preset(given: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """Add the flags of --preset, if given."""
+    if "preset" not in given:
+        return dict(given)
+    parse = partial(parse_flags, None, *groups)
+    return {**preset_flags(given["preset"], given.get("quantizer"), parse), **given}
 
 
 def with_recipe(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from utils.flags.arguments import flag_fields, names
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "flags.md"
-SCRIPTS = ("main.py", "test.py", "evaluation.py")
+SCRIPTS = ("main.py", "test.py", "evaluation.py", "generate.py")
 SWITCH = {"True": "on", "False": "off"}
 HEAD = """# All flags
 

@@ -11,11 +11,27 @@ from typing import Any
 from utils.checkpoints.checkpoint import Stored, find_checkpoint, read_stored
 from utils.distributed import from_first, rank
 from utils.errors import UserError
-from utils.files import remove_left_overs
+from utils.files import check_unicode, inside, remove_left_overs, writable_folder
 from utils.flags.arguments import contradictions
-from utils.logger import log
+from utils.logger import log, start_logging
 from utils.training.config import FREE_TO_CHANGE, LoopConfig
 from utils.training.trainer import Trainer
+
+
+def experiment_folders(config: LoopConfig) -> tuple[Path, Path]:
+    """Folders of an experiment's checkpoints and of its logs; they are not created."""
+    check_unicode(config.output_folder, "--output_folder")
+    output, name = writable_folder(Path(config.output_folder), "--output_folder"), config.exp_name
+    models, logs = (inside(output / kind, str(name), "--exp_name") for kind in ("models", "logs"))
+    return models, logs
+
+
+def start_files(trainer: Trainer) -> None:
+    """Let the first process log to train.log and obey --overwrite."""
+    if rank() == 0:
+        start_logging(writable_folder(trainer.logs, "--output_folder") / "train.log")
+        if trainer.config.overwrite:  # everything is in order: not before
+            remove_earlier(trainer)
 
 
 def resume(trainer: Trainer, check: Callable[[Stored], None]) -> None:

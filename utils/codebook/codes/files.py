@@ -3,7 +3,7 @@
 Layout, numbers little-endian: the `magic` of the header's class; length (u32) and text of the
 header in JSON; length (u32) and bytes of the frequency tables (LZMA); the chunks, each with the
 number of its words (u32), the CRC-32 of its indices (u32) and the words (u32 each) of a range
-coder; the SHA-256 of everything before.
+coder; the SHA-256 of everything before. Codes that a prior has coded have no tables.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ from utils.codebook.codes.header import (
     Batch,
     Header,
     PicturesInfo,
+    PriorCodesInfo,
     fingerprint,
     parse_header,
     pixel_sum,
 )
+from utils.codebook.codes.prior_coder import PriorCoder
 from utils.distributed import from_first, gather, gather_items, num_ranks, rank
 from utils.errors import UserError, one_line
 from utils.files import whole_file
@@ -54,9 +56,10 @@ DIGEST_SIZE = 32
 class Spool:
     """A file of this process's indices, batch by batch: all of them may not fit in memory."""
 
-    def __init__(self, path: Path, info: Header) -> None:
+    def __init__(self, path: Path, info: Header, prior: PriorCoder | None) -> None:
         self.path = path
         self.info = info
+        self.prior = prior
         self.pixel_sum = 0
         self.pictures: dict[int, tuple[str, int, int]] = {}  # position → entry of PicturesInfo
         self.file = path.open("wb")
@@ -80,9 +83,12 @@ def spool_path(path: Path, number: int) -> Path:
 
 
 @contextmanager
-def spooled(path: Path, info: Header) -> Iterator[Spool]:
-    """Yield a spool for the code file at path; it is removed when the block ends."""
-    spool = Spool(spool_path(path, rank()), info)
+def spooled(path: Path, info: Header, prior: PriorCoder | None = None) -> Iterator[Spool]:
+    """Yield a spool for the code file at path; it is removed when the block ends.
+
+    prior codes the indices, whose header is then a PriorCodesInfo.
+    """
+    spool = Spool(spool_path(path, rank()), info, prior)
     try:
         yield spool
     finally:
@@ -106,14 +112,19 @@ def save_codes(path: Path, spool: Spool, left_out: Sequence[int]) -> dict[str, A
         info = replace(spool.info, **found)
     except ValueError as error:
         raise UserError(f"--save_codes: {error}") from error
-    return from_first(lambda: file_rate(path, write_codes(path, info, spools)))
+    return from_first(lambda: file_rate(path, write_codes(path, info, spools, spool.prior)))
 
 
-def write_codes(path: Path, info: Header, spools: Sequence[Path]) -> Header:
+def write_codes(
+    path: Path, info: Header, spools: Sequence[Path], prior: PriorCoder | None = None
+) -> Header:
     """Write the code file; returns its header, which now includes the tables."""
-    tables, packed = cheapest_tables(count_codes(info, spools), info.slots)
-    info = replace(info, num_tables=len(tables))
-    coder = Coder(tables)
+    coder: Coder | PriorCoder
+    if prior is None:
+        tables, packed = cheapest_tables(count_codes(info, spools), info.slots)
+        info, coder = replace(info, num_tables=len(tables)), Coder(tables)
+    else:
+        packed, coder = b"", prior
     with whole_file(path) as temporary, temporary.open("w+b") as file:
         file.write(info.magic)
         for part in (json.dumps(asdict(info), separators=(",", ":")).encode(), packed):
@@ -156,7 +167,7 @@ def file_rate(path: Path, info: Header) -> dict[str, Any]:
     return {
         "coded_bytes": size,
         "coded_bits_per_pixel": 8 * size / info.num_pixels,
-        "coded_tables": info.num_tables,
+        "coded_tables": None if isinstance(info, PriorCodesInfo) else info.num_tables,
     }
 
 
@@ -165,6 +176,8 @@ def file_rate(path: Path, info: Header) -> dict[str, Any]:
 
 class CodeFile:
     """A complete code file; its chunks are decoded one at a time."""
+
+    coder: Coder | PriorCoder | None
 
     def __init__(self, path: Path) -> None:
         """Raises UserError naming the file if it is missing, damaged or something else."""
@@ -187,11 +200,9 @@ class CodeFile:
             raise ValueError("it is truncated or damaged (checksum)")
         file.seek(len(kind.magic))
         self.info = info = parse_header(read_part(file, end), kind)
-        size = info.num_tables * info.num_embedding
-        unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-        tables = np.frombuffer(unpacker.decompress(read_part(file, end), size), np.uint8)
-        if len(tables) != size or tables.max() >= len(FREQUENCIES):
-            raise ValueError("its frequency tables are damaged")
+        packed = read_part(file, end)
+        # A prior comes later, by `use_prior`.
+        self.coder = None if isinstance(info, PriorCodesInfo) else Coder(tables_of(info, packed))
         if info.num_chunks > (end - file.tell()) // 8:
             raise ValueError(f"it is too short for {info.num_coded} images")
         self.starts = []
@@ -203,7 +214,6 @@ class CodeFile:
                 raise ValueError("a chunk reaches beyond its end")
         if file.tell() != end:
             raise ValueError("it holds more than its images")
-        self.coder = Coder(tables.reshape(info.num_tables, info.num_embedding))
 
     def check_model(self, model: Autoencoder, checkpoint: Path) -> None:
         """Raise UserError naming both files if the codes are of another model."""
@@ -216,6 +226,18 @@ class CodeFile:
         values = (info.channels, info.num_embedding)
         if values != (config.in_channels, config.num_embedding) or not info.fits(config):
             raise UserError(f"code file {self.path} is refused: its shapes do not fit the model")
+
+    def use_prior(self, prior: PriorCoder | None) -> None:
+        """Decode by a prior. Raises UserError if it is not the one that coded the file, or none."""
+        digest = self.info.prior_digest if isinstance(self.info, PriorCodesInfo) else None
+        if prior is not None and digest is None:
+            raise UserError(f"--prior has no effect: code file {self.path} was coded without")
+        if digest is not None and (prior is None or prior.digest != digest):
+            given = "that is missing" if prior is None else f"not {prior.digest[:16]}"
+            raise UserError(
+                f"code file {self.path} was coded by the --prior of digest {digest[:16]}, {given}"
+            )
+        self.coder = prior or self.coder
 
     def batches(self, rank: int = 0, num_ranks: int = 1) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches of the set with their indices (b, H, W, m), int64.
@@ -231,6 +253,9 @@ class CodeFile:
 
     def _decode(self, chunk: int, batches: Sequence[Batch]) -> Array:
         """Decode the codes of a chunk, flat."""
+        assert self.coder is not None, "use_prior comes first"
+        prior = isinstance(self.coder, PriorCoder)
+        writer = "kind of machine" if prior else "version of constriction"
         try:
             with self.path.open("rb") as file:
                 file.seek(self.starts[chunk])
@@ -242,9 +267,19 @@ class CodeFile:
         except (ValueError, AssertionError, struct.error) as error:
             raise UserError(
                 f"code file {self.path}: chunk {chunk} cannot be decoded "
-                f"(another version of constriction wrote it?): {one_line(error)}"
+                f"(another {writer} wrote it?): {one_line(error)}"
             ) from error
         return codes
+
+
+def tables_of(info: Header, packed: bytes) -> Array:
+    """Unpack the frequency tables (T, K) of a file. Raises ValueError if they are damaged."""
+    size = info.num_tables * info.num_embedding
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    tables = np.frombuffer(unpacker.decompress(packed, size), np.uint8)
+    if len(tables) != size or tables.max() >= len(FREQUENCIES):
+        raise ValueError("its frequency tables are damaged")
+    return tables.reshape(info.num_tables, info.num_embedding)
 
 
 def read_part(file: IO[bytes], end: int) -> bytes:

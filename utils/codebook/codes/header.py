@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import zlib
@@ -19,6 +18,7 @@ from torch import Tensor
 from modules import VQGAN, Autoencoder, LooCQuantizer, ModelConfig
 from modules.options import option
 from modules.vqgan import num_groups
+from utils.checkpoints.digest import tensors_digest
 from utils.codebook.codes.coder import LARGEST_TABLES, need_coder
 from utils.errors import UserError
 from utils.flags.arguments import value_problem
@@ -170,6 +170,14 @@ class CodesInfo(Header):
 
 
 @dataclass(frozen=True)
+class PriorCodesInfo(CodesInfo):
+    """Header of the codes of a data set that are coded by the probabilities of a prior."""
+
+    magic = b"looc-codes-3\n"
+    prior_digest: str = option("", "digest of the prior's weights")
+
+
+@dataclass(frozen=True)
 class PicturesInfo(Header):
     """Header of the codes of whole pictures, each with its name and size; a batch is one picture.
 
@@ -248,7 +256,9 @@ class PicturesInfo(Header):
         return self.names.get(position, by_position(position))
 
 
-KINDS: dict[bytes, type[Header]] = {kind.magic: kind for kind in (CodesInfo, PicturesInfo)}
+KINDS: dict[bytes, type[Header]] = {
+    kind.magic: kind for kind in (CodesInfo, PicturesInfo, PriorCodesInfo)
+}
 
 
 def by_position(position: int) -> str:
@@ -320,20 +330,17 @@ def index_shape(config: ModelConfig, image_size: int) -> tuple[int, int, int]:
 def fingerprint(model: Autoencoder) -> str:
     """SHA-256 of everything that turns indices into images: codebook, decoder, split into units."""
     config, quantizer = model.config, model.quantizer
-    digest = hashlib.sha256(f"{config.split} {max(config.interpolation_scale, 1)}".encode())
+    words = f"{config.split} {max(config.interpolation_scale, 1)}"
     if isinstance(quantizer, LooCQuantizer):
         weights = {"codebook": quantizer.codebook.detach()}
     else:
-        digest.update(f"{config.quantizer} {config.num_embedding} {config.levels}".encode())
+        words += f"{config.quantizer} {config.num_embedding} {config.levels}"
         weights = quantizer.state_dict()
     weights = {**weights, **model.decoder.state_dict()}
     if isinstance(model, VQGAN):
-        digest.update(f"{num_groups(config)}".encode())
+        words += f"{num_groups(config)}"
         weights |= model.post_vq_conv.state_dict(prefix="post_vq_conv.")
-    for name, value in weights.items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_digest(weights, words)
 
 
 def pixel_sum(images: Tensor) -> int:

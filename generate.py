@@ -1,0 +1,271 @@
+"""Generate images: train a prior on the codes of a first stage, then draw samples from it.
+
+generate.py train --first_stage <exp>/best.pt writes <output_folder>/models/<exp_name>/best.pt and
+last.pt; validation gives the likelihood in bits per pixel. The same command again continues.
+generate.py sample --model_name <exp_name>/best.pt writes images and grid.png to
+<output_folder>/samples/<model_name>/. Both take --help, and share work under torchrun.
+"""
+
+from __future__ import annotations
+
+from utils.start import run  # isort: skip  # before those that take seconds
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from datasets import ImageSet, Labels
+from datasets.codes import CodeLoader, stored_codes
+from datasets.config import DataConfig
+from datasets.splits import check_images, names_stored, open_training
+from modules import Autoencoder
+from modules.priors.config import CodeSpace, PriorConfig
+from modules.priors.registry import make_prior
+from modules.priors.sampling import Sampling
+from modules.priors.transformer import CodeTransformer
+from utils.checkpoints.checkpoint import (
+    Checkpoint,
+    Stored,
+    check_tensors,
+    find_checkpoint,
+    read_checkpoint,
+    results_name,
+)
+from utils.devices import keep_freed_memory, seed_everything
+from utils.distributed import first_goes_ahead, rank, seed_rank, start_ranks, stop_ranks
+from utils.errors import UserError, memory_for
+from utils.flags.arguments import build, parse_flags, with_preset
+from utils.generation.checkpoints import FirstStage, StoredPrior, read_prior
+from utils.generation.config import PriorTrainConfig, SampleConfig
+from utils.generation.samples import draw_samples, labels_of, remove_samples, write_samples
+from utils.images import to_bytes
+from utils.locks import locked
+from utils.logger import log, start_logging
+from utils.training.likelihood import Likelihood
+from utils.training.resume import experiment_folders, resume, start_files
+from utils.training.trainer import Trainer
+
+
+def main() -> None:
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word not in COMMANDS:
+        if word in ("-h", "--help"):
+            parse_flags(__doc__)
+        raise UserError(f"the first word is {' or '.join(COMMANDS)}, not {word!r}")
+    keep_freed_memory()
+    COMMANDS[word]()
+    stop_ranks()
+
+
+def path_of(flag: str, name: str | None, config: PriorTrainConfig | SampleConfig) -> Path:
+    """Path of a checkpoint that a flag names. Raises UserError if it is missing."""
+    if name is None:
+        raise UserError(f"{flag} is missing: a checkpoint under <output_folder>/models")
+    return find_checkpoint(flag, name, config.output_folder)
+
+
+# ------------------------------------------------------------------------------------------- train
+
+
+def train() -> None:
+    groups = PriorConfig, PriorTrainConfig, DataConfig
+    given = parse_flags(__doc__, *groups, command="train")
+    flags = with_preset(given, *groups)
+    config, prior_config = build(PriorTrainConfig, flags), build(PriorConfig, flags)
+    start_logging(quiet=rank() > 0)
+    device = start_ranks(config.device)
+    checkpoint = read_checkpoint(path_of("--first_stage", config.first_stage, config))
+    data = data_of(checkpoint, flags)
+    with first_goes_ahead():
+        images = open_training(data, "split")
+    first_stage = checkpoint.model().to(device)
+    space = code_space(first_stage, images[0], checkpoint.path)
+    if config.exp_name is None:
+        config = replace(config, exp_name=f"{checkpoint.path.parent.name}_{prior_config.prior}")
+    trainer = make_trainer(config, prior_config, data, first_stage, space, images, checkpoint)
+    with locked(trainer.models, "--exp_name"):
+        resume(trainer, partial(check_prior, data=data, current=trainer.stored))
+        start_files(trainer)
+        log.info(
+            "%d training images of %s as %d×%d×%d codes; steps %d to %d on %s",
+            *(len(images[0]), data.dataset),
+            *(space.height, space.width, space.num_slots),
+            *(trainer.step, trainer.total_steps, device),
+        )
+        with memory_for(f"--batch_size {config.batch_size} (--accumulate splits it)"):
+            trainer.fit()
+    log.info("checkpoints: %s\nTensorBoard: %s", trainer.models, trainer.logs)
+
+
+def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
+    """The data flags given, else those of the first stage, without its --flip and --crop."""
+    stored = asdict(checkpoint.group("data_config", DataConfig))
+    for name in ("crop", "crop_scale", "skip_bad_images", "image_cache"):
+        if name in flags:
+            raise UserError(f"--{name} has no effect on codes, which are computed once")
+        del stored[name]
+    if flags.get("dataset", stored["dataset"]) != stored["dataset"]:
+        stored = {}
+    return build(DataConfig, {**stored, "flip": False, **flags})
+
+
+def code_space(first_stage: Autoencoder, images: ImageSet, path: Path) -> CodeSpace:
+    """The codes of these images. Raises UserError if they do not fit, or there are none."""
+    config = first_stage.config
+    if images.channels != config.in_channels:
+        raise UserError(f"the images have {images.channels} channels, {path} {config.in_channels}")
+    if images.image_size % config.downsampling:
+        raise UserError(f"--image_size {images.image_size} is no multiple of {config.downsampling}")
+    try:
+        return CodeSpace.of(first_stage, images.image_size)
+    except ValueError as error:
+        raise UserError(f"--first_stage {path}: {error}") from error
+
+
+def make_trainer(
+    config: PriorTrainConfig,
+    prior_config: PriorConfig,
+    data: DataConfig,
+    first_stage: Autoencoder,
+    space: CodeSpace,
+    images: tuple[ImageSet, ImageSet],
+    checkpoint: Checkpoint,
+) -> Trainer:
+    """The trainer of this prior, at its first step; codes that are missing are computed."""
+    device = next(first_stage.parameters()).device
+    models, logs = experiment_folders(config)
+    encode = partial(
+        stored_codes,
+        first_stage,
+        folder=Path(config.output_folder) / "codes",
+        batch_size=config.batch_size,
+        num_workers=data.num_workers,
+    )
+    training, validation = images
+    labels = [
+        part.labels() if config.class_conditional else Labels(torch.full((len(part),), -1), ())
+        for part in (training, validation)
+    ]
+    classes = labels[0].names
+    load = partial(CodeLoader, batch_size=config.batch_size, device=device, seed=config.seed)
+    seed_everything(config.seed, device)
+    with memory_for(f"--width {prior_config.width}, --layers {prior_config.layers}"):
+        prior = make_prior(prior_config, space, len(classes)).to(device)
+    if config.pretrained is not None:
+        load_pretrained(prior, path_of("--pretrained", config.pretrained, config))
+    seed_rank(config.seed)
+    task = Likelihood(
+        prior,
+        pixels=training.image_size**2,
+        label_dropout=config.label_dropout,
+        show=partial(show, first_stage),
+    )
+    return Trainer(
+        task,
+        load(
+            encode(training, flipped=False),
+            labels[0].numbers,
+            encode(training, flipped=True) if data.flip else None,
+            shuffle=True,
+        ),
+        load(encode(validation, flipped=False), torch.full((len(validation),), -1), shuffle=False),
+        config,
+        models=models,
+        logs=logs,
+        configs={
+            "prior_config": (prior_config,),
+            "data_config": (data,),
+        },
+        stored={
+            **names_stored(training, validation),
+            "space": asdict(space),
+            "first_stage": asdict(FirstStage.of(checkpoint, training.image_size)),
+            "classes": list(classes),
+        },
+    )
+
+
+def load_pretrained(prior: CodeTransformer, path: Path) -> None:
+    """Load the weights of another prior. Raises UserError if they do not fit."""
+    stored = read_prior(path)
+    try:
+        check_tensors(prior.state_dict(), stored.content["model"])
+    except ValueError as error:
+        raise UserError(f"--pretrained {path} is {error}") from error
+    prior.load_state_dict(stored.content["model"])
+
+
+def show(first_stage: Autoencoder, codes: Tensor) -> Tensor:
+    """Images of codes (n, H, W, m) as one picture (C, height, width)."""
+    picture: Tensor = make_grid(to_bytes(first_stage.decode(codes)), nrow=4, pad_value=255)
+    return picture
+
+
+def check_prior(stored: Stored, data: DataConfig, current: Mapping[str, Any]) -> None:
+    """Raise UserError where a checkpoint is of another first stage or of other images."""
+    before, here = (entry["first_stage"]["digest"] for entry in (stored.content, current))
+    if before != here:
+        raise UserError(
+            f"{stored.path} is a prior of another --first_stage: the digest of its weights is "
+            f"{before[:16]}, that of the given one {here[:16]}"
+        )
+    check_images(stored, data, dict(current))
+
+
+# ------------------------------------------------------------------------------------------ sample
+
+
+def draw() -> None:
+    config = build(SampleConfig, parse_flags(__doc__, SampleConfig, command="sample"))
+    start_logging(quiet=rank() > 0)
+    device = start_ranks(config.device)
+    path = path_of("--model_name", config.model_name, config)
+    stored = read_prior(path)
+    check_flags(config, stored)
+    first_stage = stored.first_stage.open(config.first_stage, path).to(device)
+    prior = stored.model().to(device)
+    how = Sampling(config.temperature, config.top_k, config.top_p, config.guidance, config.rounds)
+    classes = len(stored.classes)
+    name = Path(results_name(path, config.output_folder)).with_suffix("")
+    folder = Path(config.output_folder) / "samples" / name
+    settings = {
+        "model_name": str(path.resolve()),
+        "step": stored.count("step"),
+        "seed": config.seed,
+        "label": config.label,
+        **asdict(how),
+    }
+    if config.overwrite and rank() == 0:
+        remove_samples(folder)
+
+    def draw_numbers(numbers: list[int]) -> Tensor:
+        labels = labels_of(numbers, config.label, classes)
+        return draw_samples(prior, first_stage, how, numbers, labels, config.seed)
+
+    with memory_for(f"--batch_size {config.batch_size}"):
+        write_samples(folder, settings, config.num_samples, config.batch_size, draw_numbers)
+
+
+def check_flags(config: SampleConfig, prior: StoredPrior) -> None:
+    """Raise UserError where flags ask for classes or codes that the prior does not have."""
+    classes, codevectors = len(prior.classes), prior.space.num_embedding
+    if config.label is not None and config.label >= classes:
+        have = f"has the classes 0 to {classes - 1}" if classes else "has no classes"
+        raise UserError(f"--label {config.label}: {prior.path} {have}")
+    if config.guidance != 1 and not classes:
+        raise UserError(f"--guidance {config.guidance}: {prior.path} has no classes")
+    if config.top_k > codevectors:
+        raise UserError(f"--top_k {config.top_k}: {prior.path} has {codevectors} codevectors")
+
+
+COMMANDS = {"train": train, "sample": draw}
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,204 @@
+"""Drawing codes from a prior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .transformer import Cache, CodeTransformer
+
+CHOICE_TEMPERATURE = 4.5  # of the Gumbel noise in the first round, as in MaskGIT
+Noise: TypeAlias = Callable[..., Tensor]  # sizes → uniform numbers in [0, 1), (B, *sizes)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings by which codes are drawn from a prior's probabilities.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most probable code.
+        top_k: the most probable codes that are kept; 0 for all.
+        top_p: their least total probability; 1 for all.
+        guidance: weight g of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): logits
+            are none + g·(class − none). 1 for none.
+        rounds: of a masked prior.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+    rounds: int = 12
+
+
+@dataclass(frozen=True)
+class Known:
+    """Codes that are given, (B, H, W, m), at the positions of a mask (H, W), bool."""
+
+    codes: Tensor
+    mask: Tensor
+
+
+@torch.no_grad()
+def sample(
+    model: CodeTransformer,
+    labels: Tensor,
+    noise: Noise,
+    how: Sampling,
+    known: Known | None = None,
+    *,
+    cached: bool = True,
+) -> Tensor:
+    """Draw codes (B, H, W, m), int64, of the classes `labels` (B,), −1 for no class.
+
+    A causal prior draws one position after another, and sees a known code from its position on. A
+    masked prior fills in the unknown positions in rounds, and sees all known codes from the start.
+    cached=False computes all positions anew at every step of a causal prior; the result is equal.
+    """
+    space, device = model.space, labels.device
+    shape = (len(labels), space.num_positions, space.num_slots)
+    if known is None:
+        mask = torch.zeros(space.num_positions, dtype=torch.bool, device=device)
+        codes = torch.zeros(shape, dtype=torch.int64, device=device)
+    else:
+        mask, codes = known.mask.flatten(), known.codes.reshape(shape).clone()
+    if model.causal:
+        draw_in_order(model, labels, noise, how, codes, mask, cached=cached)
+    else:
+        draw_in_rounds(model, labels, noise, how, codes, mask)
+    return codes.view(len(codes), space.height, space.width, space.num_slots)
+
+
+def draw_in_order(
+    model: CodeTransformer,
+    labels: Tensor,
+    noise: Noise,
+    how: Sampling,
+    codes: Tensor,
+    mask: Tensor,
+    *,
+    cached: bool,
+) -> None:
+    """Fill in the codes (B, L, m) outside the mask (L,), in raster order."""
+    draws = noise(*codes.shape[1:]).to(codes.device)
+    labels, twice = guided(model, labels, how)
+
+    def choose(position: int) -> Callable[[Tensor, int], Tensor]:
+        if mask[position]:
+            return lambda _, slot: codes[:, position, slot].repeat(twice)
+        return Chooser(draws[:, position], how, twice)
+
+    for position, found in enumerate(in_order(model, labels, choose, cached=cached)):
+        codes[:, position] = found[: len(codes)]
+
+
+def in_order(
+    model: CodeTransformer,
+    labels: Tensor,
+    choose: Callable[[int], Callable[[Tensor, int], Tensor]],
+    *,
+    cached: bool = True,
+) -> Iterator[Tensor]:
+    """Yield the codes (b, m) of one position after another, of the classes `labels` (b,).
+
+    choose: position → a function of a slot's logits (b, K) and its number that returns codes (b,).
+    """
+    caches = [Cache(model.space.num_positions) for _ in model.blocks] if cached else None
+    inputs = model.blank.expand(len(labels), 1, -1)
+    for position in range(model.space.num_positions):
+        contexts = model.contexts(inputs, labels, caches)[:, -1]
+        codes = model.slot_codes(contexts, choose(position))
+        yield codes
+        latest = model.embed(model.codes, codes[:, None]).sum(2)
+        inputs = latest if cached else torch.cat([inputs, latest], dim=1)
+
+
+def draw_in_rounds(
+    model: CodeTransformer,
+    labels: Tensor,
+    noise: Noise,
+    how: Sampling,
+    codes: Tensor,
+    mask: Tensor,
+) -> None:
+    """Fill in the codes (B, L, m) outside the mask (L,), the most certain ones first.
+
+    After round t of T, cos(π/2 · t/T) of the positions are left; Gumbel noise on the certainties
+    falls to 0 (MaskGIT, Chang et al., CVPR 2022).
+    """
+    size, length, slots = codes.shape
+    labels, twice = guided(model, labels, how)
+    done = mask.expand(size, length)
+    unknown = int((~mask).sum())
+    for number in range(1, how.rounds + 1):
+        embedded = model.embed(model.codes, codes).sum(2)
+        inputs = torch.where(done[:, :, None], embedded, model.blank).repeat(twice, 1, 1)
+        contexts = model.contexts(inputs, labels).flatten(0, 1)
+        choose = Chooser(noise(length, slots).to(codes.device).flatten(0, 1), how, twice)
+        drawn = model.slot_codes(contexts, choose)[: size * length].view(size, length, slots)
+        codes.copy_(torch.where(done[:, :, None], codes, drawn))
+        gumbel = -(-noise(length).to(codes.device).clamp_min(1e-20).log()).log()
+        randomness = CHOICE_TEMPERATURE * (1 - number / how.rounds)
+        certainty = choose.log_probability.view(size, length) + randomness * gumbel
+        certainty = certainty.masked_fill(done, math.inf)
+        left = int(unknown * math.cos(math.pi / 2 * number / how.rounds))
+        kept = certainty.topk(length - left, dim=1).indices
+        done = torch.zeros_like(done).scatter(1, kept, 1)
+
+
+def guided(model: CodeTransformer, labels: Tensor, how: Sampling) -> tuple[Tensor, int]:
+    """Labels of all rows that are computed, and their number per image: 2 with guidance."""
+    if how.guidance == 1 or model.classes is None:
+        return labels, 1
+    return torch.cat([labels, torch.full_like(labels, -1)]), 2
+
+
+class Chooser:
+    """Codes of one slot after another from their logits.
+
+    Args:
+        draws: (b, m), uniform in [0, 1).
+        twice: 2 if the second half of the rows is the first one without its classes.
+
+    Attributes:
+        log_probability: of the codes chosen so far, (b,).
+    """
+
+    def __init__(self, draws: Tensor, how: Sampling, twice: int) -> None:
+        self.draws, self.how, self.twice = draws, how, twice
+        self.log_probability = torch.zeros(len(draws), device=draws.device)
+
+    def __call__(self, logits: Tensor, slot: int) -> Tensor:
+        """Logits (twice·b, K) → codes (twice·b,)."""
+        logits = logits.float()
+        if self.twice == 2:
+            given, none = logits.chunk(2)
+            logits = none + self.how.guidance * (given - none)
+        codes = pick(logits, self.draws[:, slot], self.how)
+        self.log_probability += logits.log_softmax(-1).gather(1, codes[:, None])[:, 0]
+        return codes.repeat(self.twice)
+
+
+def pick(logits: Tensor, draws: Tensor, how: Sampling) -> Tensor:
+    """Invert the distribution function of logits (b, K) at draws (b,): → codes (b,)."""
+    if how.temperature == 0:
+        return logits.argmax(-1)
+    shares = (logits.double() / how.temperature).softmax(-1)
+    if how.top_k:
+        least = shares.topk(min(how.top_k, shares.shape[1])).values[:, -1:]
+        shares = shares.masked_fill(shares < least, 0)
+    if how.top_p < 1:
+        shares = shares / shares.sum(-1, keepdim=True)
+        ordered = shares.sort(descending=True).values
+        before = ordered.cumsum(-1) - ordered
+        least = ordered.masked_fill(before >= how.top_p, math.inf).amin(-1, keepdim=True)
+        shares = shares.masked_fill(shares < least, 0)
+    below = shares.cumsum(-1)
+    target = draws.double()[:, None] * below[:, -1:]
+    codes: Tensor = torch.searchsorted(below, target, right=True)[:, 0]
+    return codes.clamp_max(logits.shape[1] - 1)

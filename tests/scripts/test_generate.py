@@ -1,0 +1,273 @@
+"""generate.py as a user calls it: train a prior on the codes of a first stage, draw samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import Outcome, write_idx
+from tests.processes import run_ranks
+
+Script = Callable[..., Outcome]
+STAGE = (
+    *("main.py", "--dataset", "mnist", "--recipe", "best", "--hidden_size", "8"),
+    *("--num_residual_hidden", "4", "--num_embedding", "8", "--latent_channels", "8"),
+    *("--batch_size", "12", "--lr", "0.02", "--warmup_steps", "0", "--device", "cpu"),
+    *("--exp_name", "stage"),
+)
+TRAIN = (
+    *("generate.py", "train", "--first_stage", "stage/best.pt", "--width", "8", "--layers", "1"),
+    *("--heads", "2", "--depth_layers", "1", "--batch_size", "12", "--device", "cpu"),
+    *("--exp_name", "prior"),
+)
+SAMPLE = ("generate.py", "sample", "--model_name", "prior/best.pt", "--device", "cpu")
+
+
+@pytest.fixture
+def stage(script: Script, mnist: Path) -> Path:
+    """The output folder of a first stage."""
+    assert script(*STAGE, "--max_steps", "20").code == 0
+    return mnist.parents[1] / "output"
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("0*.png")}
+
+
+def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    assert first
+    return first.keys() == second.keys() and all(
+        np.array_equal(first[name], second[name]) for name in first
+    )
+
+
+@pytest.mark.parametrize("prior", ["transformer", "masked"])
+def test_from_images_to_new_images(script: Script, stage: Path, prior: str) -> None:
+    trained = script(*TRAIN, "--prior", prior, "--max_steps", "6", "--flip")
+    assert trained.code == 0, trained.err
+    assert "36 training images of mnist as 7×7×2 codes" in trained.err
+    assert " bits per pixel, entropy of the codes " in trained.err
+    drawn = script(*SAMPLE, "--num_samples", "5")
+    assert drawn.code == 0, drawn.err
+    folder = stage / "samples" / "prior" / "best"
+    first = pictures(folder)
+    assert sorted(first) == [f"{number:08d}.png" for number in range(5)]
+    assert first["00000000.png"].shape == (28, 28)
+    assert not np.array_equal(first["00000000.png"], first["00000001.png"])
+    assert Image.open(folder / "grid.png").width >= 5 * 28
+    # More of the same: those that are there stay, and the batches do not matter.
+    before = (folder / "00000004.png").stat().st_mtime_ns
+    assert script(*SAMPLE, "--num_samples", "9", "--batch_size", "3").code == 0
+    assert (folder / "00000004.png").stat().st_mtime_ns == before
+    more = pictures(folder)
+    assert len(more) == 9
+    assert same(first, {name: more[name] for name in first})
+    assert script(*SAMPLE, "--num_samples", "9", "--overwrite").code == 0
+    assert same(pictures(folder), more)
+    refused = script(*SAMPLE, "--temperature", "0.5")
+    assert refused.code == 2
+    assert "with --temperature 1.0, not 0.5; give --overwrite" in refused.err
+    assert same(pictures(folder), more)
+
+
+def test_classes(script: Script, stage: Path, mnist: Path) -> None:
+    labels = mnist / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    write_idx(labels, (np.arange(40) % 10).astype(np.uint8))
+    trained = script(*TRAIN, "--class_conditional", "--max_steps", "20", "--lr", "0.02")
+    assert trained.code == 0, trained.err
+    content = torch.load(stage / "models" / "prior" / "best.pt", weights_only=True)
+    assert content["classes"][3] == "3 - three"
+    assert content["model"]["classes.weight"].shape == (11, 8)
+    folder = stage / "samples" / "prior" / "best"
+    assert script(*SAMPLE, "--num_samples", "11").code == 0
+    everything = pictures(folder)
+    words = ("--num_samples", "11", "--overwrite", "--label")
+    assert script(*SAMPLE, *words, "0").code == 0
+    zeros = pictures(folder)
+    # All classes in turn: the first and the eleventh are of class 0.
+    alike = [name for name in zeros if np.array_equal(everything[name], zeros[name])]
+    assert {"00000000.png", "00000010.png"} <= set(alike)
+    assert len(alike) < 11
+    guided = script(*SAMPLE, *words, "0", "--guidance", "4")
+    assert guided.code == 0, guided.err
+    assert not same(pictures(folder), zeros)
+    assert "has the classes 0 to 9" in script(*SAMPLE, *words, "10").err
+    labels.unlink()
+    refused = script(*TRAIN, "--class_conditional", "--exp_name", "other")
+    assert refused.code == 2
+    assert f"{labels.name} (or .gz), the labels of" in refused.err
+
+
+def test_resumed_is_as_uninterrupted(script: Script, stage: Path) -> None:
+    train = (*TRAIN, "--weight_ema", "0.9")
+    assert script(*train, "--max_steps", "5").code == 0
+    resumed = script(*train, "--max_steps", "9")
+    assert "resumed" in resumed.err
+    assert script(*train, "--max_steps", "9", "--exp_name", "whole").code == 0
+    first, second = (
+        torch.load(stage / "models" / name / "last.pt", weights_only=True)
+        for name in ("prior", "whole")
+    )
+    assert first["step"] == second["step"] == 9
+    assert first["model"].keys() == second["model"].keys()
+    for name in first["model"]:
+        assert torch.equal(first["model"][name], second["model"][name])
+        assert torch.equal(first["trained"][name], second["trained"][name])
+
+
+def test_pretrained(script: Script, stage: Path) -> None:
+    assert script(*TRAIN, "--max_steps", "5").code == 0
+    words = ("--exp_name", "tuned", "--pretrained", "prior/best.pt", "--max_steps", "1")
+    assert script(*TRAIN, *words, "--lr", "1e-9").code == 0
+    first, tuned = (
+        torch.load(stage / "models" / name / "best.pt", weights_only=True)["model"]
+        for name in ("prior", "tuned")
+    )
+    for name in first:
+        assert torch.allclose(first[name], tuned[name], atol=1e-7)
+    refused = script(*TRAIN, *words, "--width", "16", "--overwrite")
+    assert refused.code == 2
+    assert "--pretrained output/models/prior/best.pt is of another architecture" in refused.err
+
+
+def test_two_processes_do_as_one(script: Script, stage: Path, tmp_path: Path) -> None:
+    train = (*TRAIN, "--dropout", "0", "--max_steps", "6")
+    assert script(*train, "--exp_name", "one").code == 0
+    for outcome in run_ranks(train, tmp_path):
+        assert outcome.code == 0, outcome.err
+    one, two = (
+        torch.load(stage / "models" / name / "last.pt", weights_only=True)
+        for name in ("one", "prior")
+    )
+    assert one["best"] == pytest.approx(two["best"], rel=1e-5)
+    for name in one["model"]:
+        assert torch.allclose(one["model"][name], two["model"][name], atol=1e-5)
+    assert script(*SAMPLE, "--num_samples", "7", "--batch_size", "2").code == 0
+    folder = stage / "samples" / "prior" / "best"
+    alone = pictures(folder)
+    together = run_ranks((*SAMPLE, "--num_samples", "7", "--overwrite"), tmp_path)
+    assert [outcome.code for outcome in together] == [0, 0]
+    assert same(pictures(folder), alone)
+
+
+def test_codes_are_computed_once(script: Script, stage: Path) -> None:
+    assert script(*TRAIN, "--max_steps", "1").code == 0
+    files = sorted((stage / "codes").glob("*/*.npy"))
+    assert [len(np.load(path)) for path in files] in ([4, 36], [36, 4])
+    times = [path.stat().st_mtime_ns for path in files]
+    assert script(*TRAIN, "--max_steps", "1", "--exp_name", "again").code == 0
+    assert [path.stat().st_mtime_ns for path in files] == times
+    files[0].write_bytes(b"")
+    refused = script(*TRAIN, "--max_steps", "1", "--exp_name", "third")
+    assert refused.code == 2
+    assert f"{files[0].parent.name}/00000.npy cannot be read" in refused.err
+
+
+QUANTIZERS = {
+    "fsq": ("--levels", "5,5"),
+    "lfq": ("--num_embedding", "16"),
+    "vq": ("--num_embedding", "16", "--latent_channels", "4"),
+    "residual-vq": ("--num_quantizers", "2", "--num_embedding", "16"),
+}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.usefixtures("mnist")
+def test_every_quantiser_with_codes(script: Script, quantizer: str) -> None:
+    small = ("--hidden_size", "8", "--num_residual_hidden", "4", "--batch_size", "12")
+    words = ("--dataset", "mnist", "--quantizer", quantizer, *small, *QUANTIZERS[quantizer])
+    run = script("main.py", *words, "--max_steps", "2", "--exp_name", "stage", "--device", "cpu")
+    assert run.code == 0, run.err
+    assert script(*TRAIN, "--max_steps", "2").code == 0
+    assert script(*SAMPLE, "--num_samples", "2").code == 0
+
+
+def test_one_line_for_what_cannot_be_done(script: Script, stage: Path) -> None:
+    def refused(*words: str) -> str:
+        outcome = script(*words)
+        assert outcome.code == 2, outcome.err
+        assert "Traceback" not in outcome.err
+        return outcome.err.strip().splitlines()[-1]
+
+    assert "the first word is train or sample, not ''" in refused("generate.py")
+    assert "not 'draw'" in refused("generate.py", "draw")
+    assert "--first_stage is missing" in refused("generate.py", "train")
+    assert "other/best.pt does not exist" in refused(*TRAIN, "--first_stage", "other/best.pt")
+    assert "--heads 3 does not divide --width 8" in refused(*TRAIN, "--heads", "3")
+    assert "--skip_bad_images has no effect" in refused(*TRAIN, "--skip_bad_images")
+    assert "is not a prior" in refused(*SAMPLE, "--model_name", "stage/best.pt")
+    assert "--model_name is missing" in refused("generate.py", "sample")
+    assert script(*TRAIN, "--max_steps", "2").code == 0
+    assert "is not a prior" in refused(*TRAIN, "--exp_name", "stage")
+    assert "other flags: --width 16 (it has 8)" in refused(*TRAIN, "--width", "16")
+    assert "--label 3" in refused(*SAMPLE, "--label", "3")
+    assert "has no classes" in refused(*SAMPLE, "--guidance", "2")
+    assert "--top_k 9: " in refused(*SAMPLE, "--top_k", "9")
+    # The first stage is trained further, then it is gone.
+    assert script(*STAGE, "--max_steps", "24").code == 0
+    stage.joinpath("models", "stage", "last.pt").replace(stage / "models" / "stage" / "best.pt")
+    assert "is not the first stage of" in refused(*SAMPLE)
+    changed = refused(*TRAIN, "--max_steps", "4")
+    assert "is a prior of another --first_stage" in changed
+    (stage / "models" / "stage" / "best.pt").unlink()
+    assert "does not exist: give --first_stage" in refused(*SAMPLE)
+
+
+def test_the_settings_lie_beside_the_samples(script: Script, stage: Path) -> None:
+    assert script(*TRAIN, "--max_steps", "2").code == 0
+    assert script(*SAMPLE, "--num_samples", "1", "--seed", "7").code == 0
+    settings = json.loads((stage / "samples" / "prior" / "best" / "samples.json").read_text())
+    assert settings["seed"] == 7
+    assert settings["step"] == 2
+
+
+def test_a_prior_codes_the_indices(script: Script, stage: Path) -> None:
+    pytest.importorskip("constriction")
+    assert script(*TRAIN, "--max_steps", "60", "--lr", "0.02").code == 0
+    test = ("test.py", "--model_name", "stage/best.pt", "--device", "cpu", "--data_split", "train")
+    folder = stage / "results" / "stage" / "best"
+    assert script(*test, "--save_codes").code == 0
+    plain = json.loads((folder / "mnist-train" / "analysis.json").read_text())["rate"]
+    saved = script(*test, "--save_codes", "--prior", "prior/best.pt")
+    assert saved.code == 0, saved.err
+    coded = json.loads((folder / "mnist-train" / "analysis.json").read_text())["rate"]
+    assert coded["coded_bits_per_pixel"] < plain["coded_bits_per_pixel"]
+    assert "coded_tables" not in coded
+    assert coded["entropy_bits_per_pixel"] == plain["entropy_bits_per_pixel"]
+    codes = stage / "codes.looc"
+    (folder / "mnist-train" / "codes.looc").replace(codes)
+    back = (
+        "test.py",
+        "--model_name",
+        "stage/best.pt",
+        "--device",
+        "cpu",
+        "--from_codes",
+        str(codes),
+    )
+    restored = script(*back, "--prior", "prior/best.pt")
+    assert restored.code == 0, restored.err
+    [rec] = [path for path in folder.glob("*/rec") if path.parent.name != "mnist-train"]
+    assert len(pictures(rec)) == 40
+    assert same(pictures(rec), pictures(folder / "mnist-train" / "rec"))
+
+    def refused(*words: str) -> str:
+        outcome = script(*words)
+        assert outcome.code == 2, outcome.err
+        return outcome.err
+
+    assert "was coded by the --prior of digest" in refused(*back)
+    assert "needs --save_codes or --from_codes" in refused(*test, "--prior", "prior/best.pt")
+    assert "is not a prior" in refused(*back, "--prior", "stage/best.pt")
+    assert script(*TRAIN, "--exp_name", "other", "--max_steps", "1", "--prior", "masked").code == 0
+    assert "is masked, which has no likelihood" in refused(*back, "--prior", "other/best.pt")
+    assert script(*TRAIN, "--exp_name", "third", "--max_steps", "1").code == 0
+    assert "digest" in refused(*back, "--prior", "third/best.pt")
+    codes.write_bytes(codes.read_bytes()[:-40] + bytes(40))
+    assert "truncated or damaged" in refused(*back, "--prior", "prior/best.pt")

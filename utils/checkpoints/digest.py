@@ -1,0 +1,25 @@
+"""Digests of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import Tensor
+
+from modules import Autoencoder
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], words: str = "") -> str:
+    """SHA-256 of words, then of each tensor's name, shape, type and content."""
+    digest = hashlib.sha256(words.encode())
+    for name, value in tensors.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(model: Autoencoder) -> str:
+    """SHA-256 of a model's configuration and weights."""
+    return tensors_digest(model.state_dict(), str(asdict(model.config)))

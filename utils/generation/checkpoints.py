@@ -1,0 +1,89 @@
+"""A prior's checkpoint, and the first stage that turns its codes into images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules import Autoencoder
+from modules.options import option
+from modules.priors.config import CodeSpace, PriorConfig
+from modules.priors.registry import make_prior
+from modules.priors.transformer import CodeTransformer
+from utils.checkpoints.checkpoint import (
+    Checkpoint,
+    Stored,
+    check_tensors,
+    read_checkpoint,
+    read_stored,
+)
+from utils.checkpoints.digest import model_digest
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """The autoencoder whose codes a prior models, as the prior's checkpoint describes it."""
+
+    path: str = option("", "its checkpoint, an absolute path", flag=False)
+    digest: str = option("", "SHA-256 of its configuration and weights", flag=False)
+    image_size: int = option(28, "side of its images in pixels", minimum=4, flag=False)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, image_size: int) -> FirstStage:
+        """Describe an open checkpoint."""
+        return cls(str(checkpoint.path.resolve()), model_digest(checkpoint.model()), image_size)
+
+    def open(self, elsewhere: str | None, prior: Path) -> Autoencoder:
+        """Open it where it was, or elsewhere. Raises UserError if it is missing or changed."""
+        path = Path(elsewhere or self.path)
+        if not path.is_file():
+            raise UserError(
+                f"{prior} needs its first stage, and {path} does not exist: give --first_stage"
+            )
+        model = read_checkpoint(path).model()
+        digest = model_digest(model)
+        if digest != self.digest:
+            raise UserError(
+                f"{path} is not the first stage of {prior}: the digest of its weights is "
+                f"{digest[:16]}, not {self.digest[:16]}"
+            )
+        return model
+
+
+@dataclass(frozen=True)
+class StoredPrior(Stored):
+    """A prior's checkpoint."""
+
+    config: PriorConfig
+    space: CodeSpace
+    first_stage: FirstStage
+    classes: tuple[str, ...]  # their names; empty for a prior without classes
+
+    def model(self) -> CodeTransformer:
+        """Make the prior, in evaluation mode, on the CPU. Raises UserError if damaged."""
+        model = make_prior(self.config, self.space, len(self.classes))
+        try:
+            check_tensors(model.state_dict(), self.content.get("model"))
+        except ValueError as error:
+            raise UserError(f"checkpoint {self.path} is {error}") from error
+        model.load_state_dict(self.content["model"])
+        return model.eval()
+
+
+def read_prior(path: Path) -> StoredPrior:
+    """Open a prior's checkpoint. Raises UserError if it is not one or is damaged."""
+    stored = read_stored(path)
+    if "prior_config" not in stored.content:
+        raise UserError(f"checkpoint {path} is not a prior, which generate.py train makes")
+    classes = stored.content.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"checkpoint {path} is damaged: its classes are not names")
+    return StoredPrior(
+        path,
+        stored.content,
+        config=stored.group("prior_config", PriorConfig),
+        space=stored.group("space", CodeSpace),
+        first_stage=stored.group("first_stage", FirstStage),
+        classes=tuple(classes),
+    )

@@ -1,0 +1,130 @@
+"""Drawing samples to a folder: one PNG for each, a grid of the first ones, and their settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid
+
+from modules import Autoencoder
+from modules.priors.sampling import Noise, Sampling, sample
+from modules.priors.transformer import CodeTransformer
+from utils.distributed import from_first, num_ranks, rank, wait_for_all
+from utils.errors import UserError
+from utils.files import remove_left_overs, whole_file, writable_folder, write_json
+from utils.images import fitted, to_bytes, to_picture
+from utils.logger import log, progress
+
+GRID = 100  # images of the grid
+GRID_NAME, SETTINGS = "grid.png", "samples.json"
+
+
+def noise_of(seed: int, numbers: list[int]) -> Noise:
+    """Uniform numbers for the samples of these numbers: the same in any batch and process."""
+    states = [np.random.SeedSequence((seed, number)).generate_state(1) for number in numbers]
+    generators = [torch.Generator().manual_seed(int(state[0])) for state in states]
+
+    def noise(*sizes: int) -> Tensor:
+        return torch.stack([torch.rand(sizes, generator=generator) for generator in generators])
+
+    return noise
+
+
+def labels_of(numbers: list[int], label: int | None, num_classes: int) -> Tensor:
+    """Classes of the samples: the given one, else all in turn; −1 for a prior without."""
+    if not num_classes:
+        return torch.full((len(numbers),), -1)
+    return torch.tensor([number % num_classes if label is None else label for number in numbers])
+
+
+@torch.no_grad()
+def draw_samples(
+    prior: CodeTransformer,
+    first_stage: Autoencoder,
+    how: Sampling,
+    numbers: list[int],
+    labels: Tensor,
+    seed: int,
+) -> Tensor:
+    """Draw the samples of these numbers: images (b, C, h, w), uint8, on the CPU."""
+    device = next(prior.parameters()).device
+    codes = sample(prior, labels.to(device), noise_of(seed, numbers), how)
+    return to_bytes(first_stage.decode(codes)).cpu()
+
+
+def write_samples(
+    folder: Path,
+    settings: Mapping[str, Any],
+    num_samples: int,
+    batch_size: int,
+    draw: Callable[[list[int]], Tensor],
+) -> None:
+    """Write the samples that the folder lacks, and grid.png; all processes call this together.
+
+    Raises UserError if the folder holds samples of other settings.
+    """
+    missing = from_first(lambda: missing_samples(folder, settings, num_samples))
+    with progress(len(missing), "image", disable=rank() > 0) as bar:
+        for start in range(rank() * batch_size, len(missing), batch_size * num_ranks()):
+            numbers = missing[start : start + batch_size]
+            for number, image in zip(numbers, draw(numbers)):
+                with whole_file(folder / name_of(number)) as temporary:
+                    to_picture(image).save(temporary, format="PNG", compress_level=1)
+            bar.update(min(batch_size * num_ranks(), len(missing) - bar.n))
+    wait_for_all()
+    if rank() == 0:
+        save_grid(folder, min(num_samples, GRID))
+
+
+def name_of(number: int) -> str:
+    return f"{number:08d}.png"
+
+
+def missing_samples(folder: Path, settings: Mapping[str, Any], num_samples: int) -> list[int]:
+    """Numbers of the samples that are not in the folder, whose settings are written first."""
+    record = writable_folder(folder, "--output_folder") / SETTINGS
+    remove_left_overs(folder)
+    if record.exists():
+        check_settings(record, settings)
+    write_json(record, dict(settings))
+    present = {path.name for path in folder.glob("*.png")}
+    return [number for number in range(num_samples) if name_of(number) not in present]
+
+
+def check_settings(record: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UserError naming the first flag in which earlier samples in the folder differ."""
+    try:
+        before = json.loads(record.read_text())
+    except ValueError as error:
+        raise UserError(f"{record} is damaged; remove its folder or give --overwrite") from error
+    for name, value in settings.items():
+        if not isinstance(before, dict) or before.get(name) != value:
+            raise UserError(
+                f"{record.parent} holds samples with --{name} {before.get(name)}, not {value}; "
+                "give --overwrite to replace them"
+            )
+
+
+def remove_samples(folder: Path) -> None:
+    """Remove the samples of a folder, its grid and its settings."""
+    paths = [path for path in folder.glob("*.png") if path.stem.isdigit()]
+    for path in (*paths, folder / GRID_NAME, folder / SETTINGS):
+        path.unlink(missing_ok=True)
+
+
+def save_grid(folder: Path, count: int) -> None:
+    """Write the first samples as one picture, ten to a row."""
+    pictures = [Image.open(folder / name_of(number)) for number in range(count)]
+    images = torch.stack([pil_to_tensor(picture) for picture in pictures])
+    with whole_file(folder / GRID_NAME) as temporary:
+        picture = to_picture(make_grid(images, nrow=10, pad_value=255))
+        fitted(picture, 800, 2400).save(temporary, format="PNG")
+    log.info("%s", folder / GRID_NAME)
