@@ -18,7 +18,7 @@ from utils.codebook.codes.coder import need_coder
 from utils.flags.arguments import build_model_config
 from utils.flags.search import SearchConfig, apply_search
 
-SCRIPTS = ("main.py", "test.py", "evaluation.py", "experiments/compare.py")
+SCRIPTS = ("main.py", "test.py", "evaluation.py", "generate.py", "experiments/compare.py")
 FAILS = ", whose import fails: ImportError: lib.so.1: cannot open shared object file"
 CPU = torch.device("cpu")
 
