@@ -57,6 +57,9 @@ def draw_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Figure, "draw", DRAW)
 
 
+HANGS = 1200  # seconds after which a process hangs: a busy machine is only slow
+
+
 @dataclass(frozen=True)
 class Outcome:
     """End of a run of a script: its exit code and its text."""
@@ -94,7 +97,7 @@ def run_process(words: Sequence[str], folder: Path) -> Outcome:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
         check=False,
     )
     return Outcome(result.returncode, result.stdout, result.stderr)

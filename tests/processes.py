@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import multiprocessing
 
-from tests.conftest import ROOT, Outcome
+from tests.conftest import HANGS, ROOT, Outcome
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
@@ -61,7 +61,7 @@ def start(
 
 def finish(process: BaseProcess, streams: Path) -> Outcome:
     """Wait for the end of a process."""
-    process.join(120)
+    process.join(HANGS)
     process.kill()
     code = process.exitcode
     assert code is not None

@@ -59,7 +59,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def remove_left_overs(folder: Path) -> None:
     """Remove temporary files that a killed process left in the folder."""
-    for left_over in folder.glob(".*.tmp"):
+    for left_over in folder.glob(".*.[0-9]*.tmp"):
         with suppress(OSError):
             left_over.unlink()
 

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from utils.distributed import rank
 from utils.errors import UserError, one_line, printable
-from utils.files import writable_folder
+from utils.files import remove_left_overs, writable_folder
 from utils.logger import log
 
 LOCK = ".lock"
@@ -24,13 +24,15 @@ TAKEN = (errno.EAGAIN, errno.EACCES)
 def locked(folder: Path, flag: str) -> Iterator[None]:
     """Create the folder and keep other runs out of it until the block, or this process, ends.
 
-    Of several processes the first one holds the lock. Raises UserError naming the folder and the
-    process that holds it; flag is the one by which to choose another folder.
+    Of several processes the first one holds the lock, and removes temporary files of a killed run.
+    Raises UserError naming the folder and the process that holds it; flag is the one by which to
+    choose another folder.
     """
     if rank() > 0:
         yield
         return
     with take_lock(writable_folder(folder, flag), flag):
+        remove_left_overs(folder)
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests import processes
-from tests.conftest import ROOT, Outcome, write_mnist
+from tests.conftest import HANGS, ROOT, Outcome, write_mnist
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.training.signals import StopRequest
 
@@ -52,7 +52,7 @@ def saved_step(folder: Path) -> int:
 def wait_for_writes(process: BaseProcess, path: Path, number: int) -> None:
     """Until the process has replaced the file so many times, or has ended."""
     seen = {identity(path)}
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + HANGS
     while len(seen) <= number and process.is_alive() and time.monotonic() < limit:
         seen.add(identity(path))
         time.sleep(0.001)
@@ -152,7 +152,7 @@ def test_a_terminal_that_closes_ends_the_run_in_order(tmp_path: Path) -> None:
     if child == 0:
         os.chdir(tmp_path)
         os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *words])
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + HANGS
     os.set_blocking(terminal, False)
     while not last(tmp_path).exists() and time.monotonic() < limit:
         with suppress(BlockingIOError):

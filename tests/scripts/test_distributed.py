@@ -26,7 +26,7 @@ import utils.training.reconstruction
 from datasets import BatchLoader, TensorImages
 from modules import VQGAN, LooCQuantizer, ModelConfig, make_model
 from modules.quantizers.looc.anchors import ANCHORS
-from tests.conftest import ROOT, run_process
+from tests.conftest import HANGS, ROOT, run_process
 from tests.processes import context, run_forked, run_ranks
 from utils.checkpoints.checkpoint import read_stored
 from utils.devices import seed_everything
@@ -65,7 +65,7 @@ def together(num_ranks: int, work: Callable[..., Any], folder: Path, *arguments:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(HANGS)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * num_ranks
     return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(num_ranks)]

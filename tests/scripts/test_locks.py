@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.conftest import Outcome
+from tests.conftest import HANGS, Outcome
 from tests.processes import context, run_forked, run_ranks
 from utils.errors import UserError
 from utils.locks import locked
@@ -29,7 +29,7 @@ def error_line(outcome: Outcome) -> str:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.01)
@@ -116,6 +116,14 @@ def test_a_disk_without_locks_is_told(
         (tmp_path / "e/last.pt").touch()
     assert "cannot be locked ([Errno 37] No locks available): start no second run" in caplog.text
     assert [path.name for path in (tmp_path / "e").iterdir()] == ["last.pt"]
+
+
+def test_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    for name in (".metrics.json.123.tmp", ".mine.tmp"):
+        (tmp_path / name).touch()
+    with locked(tmp_path, "--output"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".mine.tmp"]
 
 
 def test_an_empty_folder_does_not_stay(tmp_path: Path) -> None:

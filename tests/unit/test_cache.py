@@ -24,7 +24,7 @@ from datasets.config import DataConfig
 from datasets.image_sets import Place
 from datasets.splits import open_training
 from modules import VQVAE, ModelConfig
-from tests.conftest import ROOT, Outcome, refusal
+from tests.conftest import HANGS, ROOT, Outcome, refusal
 from utils.checkpoints.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.flags.arguments import build
@@ -252,10 +252,10 @@ def test_processes_at_once_and_one_killed(files: FileImages, tmp_path: Path) -> 
     victim, *others = [context.Process(target=fill, args=(rounds,)) for rounds in (10**6, 20, 20)]
     for process in (victim, *others):
         process.start()
-    assert at_work.wait(60)
+    assert at_work.wait(HANGS)
     victim.kill()
     for process in (victim, *others):
-        process.join(60)
+        process.join(HANGS)
     assert [process.exitcode for process in others] == [0, 0]
     (path,) = (tmp_path / "cache").iterdir()
     cached = keep_decoded(files, path.parent, "set")

@@ -22,6 +22,7 @@ from modules.quantizers.looc.losses import contrastive_terms
 from modules.quantizers.looc.search import DISTANCES, SEARCHES
 from modules.quantizers.looc.units import SPLITS, extrapolate, interpolate_back
 from modules.quantizers.looc.usage import code_bits, reinit_rate
+from tests.conftest import HANGS
 
 SCALES = (0, 1, 2, 3, 4)
 SETTINGS = [
@@ -893,7 +894,7 @@ def test_faiss_searches_in_a_forked_process() -> None:
     child = os.fork()
     if child == 0:
         os._exit(0 if torch.equal(quantizer.encode(latents()), expected) else 1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.05)
     if ended == (0, 0):

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from modules import VQVAE, ModelConfig
+from tests.conftest import HANGS
 from tests.processes import run_forked
 from utils import report
 from utils.charts import Chart
@@ -405,7 +406,7 @@ def test_nothing_overflows_on_a_phone(results: Path, tmp_path: Path) -> None:
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
          f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
          "--virtual-time-budget=5000", "--dump-dom", (results / "phone.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=HANGS, check=False,
     )  # fmt: skip
     title = re.search(r"<title>(\d+) wide, (\d+) sections</title>", done.stdout)
     assert title, done.stderr

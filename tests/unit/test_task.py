@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from tests.conftest import Outcome, refusal
+from tests.conftest import HANGS, Outcome, refusal
 from tests.processes import context
 from utils.distributed import num_ranks, rank
 from utils.errors import Stopped
@@ -120,7 +120,7 @@ def test_killed_and_resumed_equals_uninterrupted(step: int, tmp_path: Path) -> N
     """Bit for bit, killed within an epoch or at its end."""
     process = context.Process(target=train_and_kill, args=(tmp_path / "killed", step))
     process.start()
-    process.join(60)
+    process.join(HANGS)
     assert process.exitcode == -signal.SIGKILL
     second = fit(tmp_path / "killed")
     assert second.step == 15
@@ -158,7 +158,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(HANGS)
         assert process.exitcode == 0
     first, second = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
     assert torch.equal(first, second)

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import Outcome
+from tests.conftest import HANGS, Outcome
 from tests.processes import context, run_forked
 from utils.errors import UserError, run
 from utils.evaluation import networks
@@ -371,7 +371,7 @@ def test_ctrl_c_leaves_nothing(world: World, at: str) -> None:
     )
     process.start()
     wanted = {"usual": world.usual_at, "package": world.package_at}.get(at)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while time.monotonic() < deadline:
         if wanted in world.server.asked or (world.folder.parent / "measuring").exists():
             break
@@ -379,7 +379,7 @@ def test_ctrl_c_leaves_nothing(world: World, at: str) -> None:
     time.sleep(0.3)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(HANGS)
     errors = (world.folder.parent / "errors").read_text()
     assert process.exitcode == 130, errors
     assert "Traceback" not in errors

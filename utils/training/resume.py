@@ -11,7 +11,7 @@ from typing import Any
 from utils.checkpoints.checkpoint import Stored, find_checkpoint, read_stored
 from utils.distributed import from_first, rank
 from utils.errors import UserError
-from utils.files import check_unicode, inside, remove_left_overs, writable_folder
+from utils.files import check_unicode, inside, writable_folder
 from utils.flags.arguments import contradictions
 from utils.logger import log, start_logging
 from utils.training.config import FREE_TO_CHANGE, LoopConfig
@@ -82,7 +82,6 @@ def stored_to_resume(
     --resume PATH is where an experiment begins; its own last.pt is where it continues.
     """
     config, models = trainer.config, trainer.models
-    remove_left_overs(models)
     own = [models / name for name in ("last.pt", "previous.pt") if (models / name).exists()]
     given = None
     if config.resume not in ("auto", "none"):
