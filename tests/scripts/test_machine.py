@@ -17,6 +17,7 @@ from PIL import Image
 
 from datasets import BatchLoader, FileImages
 from tests.conftest import ROOT, Outcome, refusal
+from tests.processes import run_forked
 from utils.logger import log, progress, start_logging
 
 READ = """
@@ -127,3 +128,20 @@ def test_a_progress_bar_in_a_file_is_a_line_now_and_then(
     assert saved == "saved"
     assert last.startswith("100%")
     assert last.endswith("loss 999]")
+
+
+def test_an_unwritable_cache_of_the_compiler_is_named(pics: Path) -> None:
+    outcome = run_forked(
+        [
+            *("main.py", "--dataset", "folder", "--data_folder", "pics", "--image_size", "16"),
+            *("--hidden_size", "8", "--batch_size", "4", "--num_workers", "0", "--compile"),
+        ],
+        pics,
+        TORCHINDUCTOR_CACHE_DIR=str(pics / "pics/00.png/cache"),
+    )
+    last = outcome.err.splitlines()[-1]
+    assert outcome.code == 2
+    assert last.startswith(
+        "main.py: error: --compile failed, go without, or let TORCHINDUCTOR_CACHE_DIR "
+    )
+    assert "Traceback" not in outcome.err

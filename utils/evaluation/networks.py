@@ -114,8 +114,8 @@ def find_weights(
         return find(wanted, place) or download_usual(wanted, place)
     except (Unavailable, UserError) as error:
         raise UserError(
-            f"{wanted.usual} is not in {place} and cannot be downloaded ({one_line(error)}); "
-            f"try python evaluation.py --fetch_weights, {without.format(flag)}"
+            f"{wanted.usual} is not in {place} (--weights_dir) and cannot be downloaded "
+            f"({one_line(error)}); try python evaluation.py --fetch_weights, {without.format(flag)}"
         ) from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -24,6 +26,7 @@ from utils.training.losses.loss import Loss, Seen
 from utils.training.task import Step, Task
 from utils.training.trainer import mixed_precision
 
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 NUM_SHOWN = 16  # validation images in TensorBoard
 
 
@@ -196,11 +199,11 @@ def prepare(
     if isinstance(model, VQGAN) and config.checkpoint_gradients:
         model.checkpoint_gradients()
     if config.compile:
-        model.compile_parts()
         size = -(-config.batch_size // (num_ranks() * config.accumulate))
         shape = (size, model.config.in_channels, image_size, image_size)
         images = torch.zeros(shape, device=device).contiguous(memory_format=memory_format(config))
         try:  # there and back, without the quantiser, which would learn from it
+            model.compile_parts()
             with mixed_precision(config, device):
                 latents = model.pre_vq_conv(model.encoder(images))
                 back = model.reconstruct(latents)
@@ -213,5 +216,7 @@ def prepare(
             # On a GPU compiled backward passes have failed in the other layout.
             other = device.type == "cuda" and not config.channels_last
             advice = "go without or add --channels_last" if other else "go without"
+            if any(os.strerror(number) in str(error) for number in UNWRITABLE):
+                advice += ", or let TORCHINDUCTOR_CACHE_DIR name a folder for compiled code"
             raise UserError(f"--compile failed, {advice}: {one_line(error)[:200]}") from error
     return model
