@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 from datasets import ImageSet, Labels
 from datasets.codes import CodeLoader, stored_codes
 from datasets.config import DataConfig
-from datasets.splits import check_images, names_stored, open_training
+from datasets.splits import check_fit, check_images, data_flags, names_stored, open_training
 from modules import Autoencoder
 from modules.priors.config import CodeSpace, PriorConfig
 from modules.priors.registry import make_prior
@@ -86,7 +86,11 @@ def train() -> None:
     with first_goes_ahead():
         images = open_training(data, "split")
     first_stage = checkpoint.model().to(device)
-    space = code_space(first_stage, images[0], checkpoint.path)
+    check_fit(checkpoint, data, images[0])
+    try:
+        space = CodeSpace.of(first_stage, images[0].image_size)
+    except ValueError as error:
+        raise UserError(f"--first_stage {checkpoint.path}: {error}") from error
     if config.exp_name is None:
         config = replace(config, exp_name=f"{checkpoint.path.parent.name}_{prior_config.prior}")
     trainer = make_trainer(config, prior_config, data, first_stage, space, images, checkpoint)
@@ -105,28 +109,13 @@ def train() -> None:
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
-    """The data flags given, else those of the first stage, without its --flip and --crop."""
-    stored = asdict(checkpoint.group("data_config", DataConfig))
-    for name in ("crop", "crop_scale", "skip_bad_images", "image_cache"):
+    """The data flags given, else those of the first stage without its --flip and --crop."""
+    ignored = ("crop", "crop_scale", "skip_bad_images", "image_cache")
+    for name in ignored:
         if name in flags:
             raise UserError(f"--{name} has no effect on codes, which are computed once")
-        del stored[name]
-    if flags.get("dataset", stored["dataset"]) != stored["dataset"]:
-        stored = {}
-    return build(DataConfig, {**stored, "flip": False, **flags})
-
-
-def code_space(first_stage: Autoencoder, images: ImageSet, path: Path) -> CodeSpace:
-    """The codes of these images. Raises UserError if they do not fit, or there are none."""
-    config = first_stage.config
-    if images.channels != config.in_channels:
-        raise UserError(f"the images have {images.channels} channels, {path} {config.in_channels}")
-    if images.image_size % config.downsampling:
-        raise UserError(f"--image_size {images.image_size} is no multiple of {config.downsampling}")
-    try:
-        return CodeSpace.of(first_stage, images.image_size)
-    except ValueError as error:
-        raise UserError(f"--first_stage {path}: {error}") from error
+    found = {**data_flags(checkpoint, flags), "flip": flags.get("flip", False)}
+    return build(DataConfig, {name: found[name] for name in found if name not in ignored})
 
 
 def make_trainer(

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from datasets import DATASETS, BatchLoader, ImageSet
+from datasets import BatchLoader, ImageSet
 from datasets.config import DataConfig
 from datasets.pictures import Pictures, find_pictures, picture_names
-from datasets.splits import open_tested
+from datasets.splits import check_fit, data_flags, open_tested
 from modules import Autoencoder, ModelConfig
 from modules.options import option
 from utils.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_named, results_name
@@ -262,37 +262,19 @@ def analysis_of(
 
 
 def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
-    """The data flags given, else those of training, except those for training images alone.
-
-    A folder given without a data set implies --dataset folder, unless that of training has one.
-    """
+    """The data flags given, else those of training, except those for training images alone."""
     for name, value in (("flip", True), ("crop", "random")):
         if flags.get(name) == value:
             raise UserError(f"--{name} has no effect on test images")
-    stored = asdict(checkpoint.group("data_config", DataConfig)) if checkpoint.content else {}
-    if not stored or DATASETS[stored["dataset"]].bundled:
-        stored.pop("data_folder", None)
-        if "data_folder" in flags:
-            flags = {"dataset": "folder", **flags}
-    if not stored and "dataset" not in flags:
-        raise UserError(f"--dataset is missing: {checkpoint.path} does not name its data set")
-    if flags.get("dataset", stored.get("dataset")) != stored.get("dataset"):
-        stored = {}
-    stored["image_cache"] = None  # test images are read once: it would cost more than it saves
-    stored["flip"] = False
-    if flags.get("crop", stored.get("crop")) != "patch":
-        stored |= {"crop": "centre", "crop_scale": 1.0}
-    return build(DataConfig, {**stored, **flags})
-
-
-def check_fit(checkpoint: Checkpoint, data: DataConfig, images: ImageSet) -> None:
-    """Raise UserError if the images do not fit the model."""
-    model, side, given = checkpoint.model_config, images.image_size, images.channels
-    if given != model.in_channels:
-        need = f"{checkpoint.path} takes {model.in_channels}"
-        raise UserError(f"--dataset {data.dataset} has {given} channels, {need}")
-    if side % model.downsampling:
-        raise UserError(f"--image_size {side} is not a multiple of {model.downsampling}")
+    # Test images are read once: a cache would cost more than it saves.
+    found = {
+        **data_flags(checkpoint, flags),
+        "flip": False,
+        "image_cache": flags.get("image_cache"),
+    }
+    if found.get("crop") != "patch":
+        found |= {"crop": "centre", "crop_scale": flags.get("crop_scale", 1.0)}
+    return build(DataConfig, found)
 
 
 if __name__ == "__main__":

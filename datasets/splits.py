@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets.config import DataConfig
 from datasets.image_sets import ImageSet, TensorImages
-from datasets.registry import open_dataset
+from datasets.registry import DATASETS, open_dataset
 from datasets.sampling import split_validation
 from utils.checkpoints.checkpoint import Checkpoint, Stored
 from utils.errors import UserError
@@ -75,6 +76,33 @@ def check_images(stored: Stored, data: DataConfig, current: dict[str, Any]) -> N
             "%s was trained on the images of %s and continues on those of %s",
             *(path, there, folder),
         )
+
+
+def data_flags(checkpoint: Checkpoint, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data flags given, else those of training.
+
+    A folder given without a data set implies --dataset folder, unless that of training has one.
+    """
+    stored = asdict(checkpoint.group("data_config", DataConfig)) if checkpoint.content else {}
+    if not stored or DATASETS[stored["dataset"]].bundled:
+        stored.pop("data_folder", None)
+        if "data_folder" in flags:
+            flags = {"dataset": "folder", **flags}
+    if not stored and "dataset" not in flags:
+        raise UserError(f"--dataset is missing: {checkpoint.path} does not name its data set")
+    if flags.get("dataset", stored.get("dataset")) != stored.get("dataset"):
+        stored = {}
+    return {**stored, **flags}
+
+
+def check_fit(checkpoint: Checkpoint, data: DataConfig, images: ImageSet) -> None:
+    """Raise UserError if the images do not fit the model."""
+    model, side, given = checkpoint.model_config, images.image_size, images.channels
+    if given != model.in_channels:
+        need = f"{checkpoint.path} takes {model.in_channels}"
+        raise UserError(f"--dataset {data.dataset} has {given} channels, {need}")
+    if side % model.downsampling:
+        raise UserError(f"--image_size {side} is not a multiple of {model.downsampling}")
 
 
 def open_tested(
