@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from utils.errors import UserError, limit_reached
 from utils.training.signals import SIGNALS
 
 Item = TypeVar("Item")
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 # --num_workers is the user's choice, and more than the cores may suit a slow disk.
 warnings.filterwarnings("ignore", "This DataLoader will create")
@@ -39,7 +41,12 @@ def from_workers(loader: DataLoader[Item], num_workers: int) -> Iterator[Item]:
 
 
 def start_worker(_number: int) -> None:
-    """Leave signals and messages to the main process, which ends and reports its workers."""
+    """Leave signals and messages to the main process, which ends and reports its workers.
+
+    If that is killed, they are too: with a full pipe that nobody reads they would wait for ever.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115

@@ -6,6 +6,7 @@ import os
 import pty
 import random
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -193,3 +194,35 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(
     last(tmp_path).unlink()  # killed between two renamings
     assert_same_end(tmp_path, uninterrupted)
     assert names(last(tmp_path).parent) == ["best.pt", "damaged.pt", "last.pt", "previous.pt"]
+
+
+FORK = """
+import os, time
+from utils.workers import start_worker
+if os.fork() == 0:
+    start_worker(0)
+    print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_ends_with_the_process_that_is_killed() -> None:
+    """It may wait for ever otherwise: its pipe is full, and nobody reads it any more."""
+    command = [sys.executable, "-c", FORK]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = process.stdout.readline().strip()
+        assert running(worker)
+        process.kill()
+    limit = time.monotonic() + 60
+    while running(worker):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def running(pid: str) -> bool:
+    """Return whether a process is there, and is no zombie."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
