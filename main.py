@@ -66,12 +66,14 @@ def main() -> None:
     device = start_ranks(settings.train.device)
     training, validation = open_images(settings)
     settings = complete(settings, training)
-    task = make_task(settings, training, device)
+    task, start = make_task(settings, training, device)
     settings = replace(settings, pretrained=None)  # as large as the model
     trainer = make_trainer(task, training, validation, settings)
     with locked(trainer.models, "--exp_name"):
         resume(trainer, partial(check_images, data=settings.data, current=trainer.stored))
         start_files(trainer)
+        if start and not trainer.step:
+            log.info("starting from %s", start)
         log_plan(trainer, training, validation, settings)
         with memory_for(f"--batch_size {settings.train.batch_size} (--accumulate splits it)"):
             trainer.fit()
@@ -120,9 +122,11 @@ def complete(settings: Settings, images: ImageSet) -> Settings:
     )
 
 
-def make_task(settings: Settings, training: ImageSet, device: torch.device) -> Reconstruction:
-    """The model and its losses, seeded."""
-    config, model_config = settings.train, settings.model
+def make_task(
+    settings: Settings, training: ImageSet, device: torch.device
+) -> tuple[Reconstruction, str]:
+    """The model and its losses, seeded, and the weights that it starts from, in words."""
+    config, model_config, start = settings.train, settings.model, ""
     keep_freed_memory()
     seed_everything(config.seed, device)
     with memory_for(
@@ -130,7 +134,7 @@ def make_task(settings: Settings, training: ImageSet, device: torch.device) -> R
     ):
         model = make_model(model_config)
         if settings.pretrained is not None:
-            load_pretrained(model, settings.pretrained)
+            start = load_pretrained(model, settings.pretrained)
         model = prepare(model, config, training.image_size, device)
     setting = Setting(
         model,
@@ -143,7 +147,7 @@ def make_task(settings: Settings, training: ImageSet, device: torch.device) -> R
     losses = make_losses(setting)
     seed_rank(config.seed)
     apply_search(build(SearchConfig, settings.flags), model, device)
-    return Reconstruction(model, losses, config)
+    return Reconstruction(model, losses, config), start
 
 
 def make_trainer(

@@ -25,6 +25,7 @@ SUFFIXES = (
 )
 # No others, whatever a file's name: Pillow hands some (EPS) to other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+RESULTS = (("analysis.json", "rec"), ("samples.json", "00000000.png"))  # of test.py, generate.py
 UNMARKED = "TGA"  # a format without a mark at its beginning: the suffix has to say it
 TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,8 +47,8 @@ def image_names(folder: Path, left_out: Counter[str] | None = None) -> list[str]
     """Return the names of the images in folder and below, relative to it, sorted.
 
     An image is a regular file with one of SUFFIXES, or a link to one; left_out counts the others,
-    by suffix. Hidden files and folders are skipped; links are followed, but not in circles. Raises
-    OSError where a folder cannot be read.
+    by suffix. Hidden files and folders are skipped, and folders below that hold RESULTS; links are
+    followed, but not in circles. Raises OSError where a folder cannot be read.
     """
     names: list[str] = []
     pending = [(str(folder), "", frozenset[tuple[int, int]]())]
@@ -56,6 +57,10 @@ def image_names(folder: Path, left_out: Counter[str] | None = None) -> list[str]
         status = Path(place).stat()
         identity = (status.st_dev, status.st_ino)
         if identity in above:
+            continue
+        if prefix and any(all(Path(place, name).exists() for name in own) for own in RESULTS):
+            if left_out is not None:
+                left_out["folders of results"] += 1
             continue
         with os.scandir(place) as entries:
             for entry in entries:

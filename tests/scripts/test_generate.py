@@ -206,6 +206,12 @@ def test_one_line_for_what_cannot_be_done(script: Script, stage: Path) -> None:
     assert script(*TRAIN, "--max_steps", "2").code == 0
     assert "is not a prior" in refused(*TRAIN, "--exp_name", "stage")
     assert "other flags: --width 16 (it has 8)" in refused(*TRAIN, "--width", "16")
+    prior = stage / "models" / "prior" / "last.pt"
+    told = f"{prior} is a prior; give its first stage: {stage / 'models/stage/best.pt'}"
+    data = STAGE[1 : STAGE.index("--exp_name")]
+    assert told in refused("test.py", "--model_name", str(prior), "--device", "cpu")
+    for flag in ("--pretrained", "--resume"):
+        assert told in refused("main.py", *data, flag, str(prior), "--exp_name", "other")
     assert "--label 3" in refused(*SAMPLE, "--label", "3")
     assert "has no classes" in refused(*SAMPLE, "--guidance", "2")
     assert "--top_k 9: " in refused(*SAMPLE, "--top_k", "9")

@@ -380,7 +380,7 @@ def test_main_starts_from_weights_and_trains_on(script: Script, tmp_path: Path) 
     assert outcome.code == 0, outcome.err
     outcome = script("main.py", *words, "--exp_name", "g")
     assert outcome.code == 2
-    assert "--pretrained vq (it has None)" in outcome.err
+    assert "--pretrained vq (it has none)" in outcome.err
     grey = ("--dataset", "fashion-mnist-sample", "--image_size", "28", "--disc_layers", "2")
     bundled = [word for word in words if word not in ("--data_folder", "pictures")]
     outcome = script("main.py", *bundled, *grey)

@@ -147,7 +147,7 @@ def test_older_checkpoints_have_the_groups_of_then(
 def test_a_flag_that_is_not_given_is_named_so() -> None:
     now, then = ModelConfig(**TINY), replace(ModelConfig(**TINY), norm_groups=2)
     assert differing_flags(then, now) == ["no --norm_groups (it has 2)"]
-    assert differing_flags(now, then) == ["--norm_groups 2 (it has None)"]
+    assert differing_flags(now, then) == ["--norm_groups 2 (it has none)"]
 
 
 def test_gradients_computed_again_are_the_same() -> None:

@@ -180,7 +180,9 @@ def test_home_is_found_where_the_shell_left_it(
     flags, _ = resolve(parse("--output_folder=~/out", f"--preset={preset}"), *GROUPS)
     assert flags["output_folder"] == "/home/ann/out"
     assert (flags["image_cache"], flags["resume"]) == ("/home/ann/cache", "/home/ann/old.pt")
-    assert parse("--data_folder=./~")["data_folder"] == "./~"
+    for text in ("./~", "~root", "~root/x"):
+        assert parse(f"--data_folder={text}")["data_folder"] == text
+    assert parse("--data_folder=~")["data_folder"] == "/home/ann"
 
 
 def test_a_recipe_leaves_what_the_quantiser_implies() -> None:

@@ -274,6 +274,7 @@ def test_a_checkpoint_is_found_by_name_or_path(
     assert refusal(lambda: find("mnie/best.pt")).endswith(f"{place} mine/best.pt, a/b/last.pt")
     assert "is a folder: give mine/best.pt" in refusal(lambda: find("mine"))
     assert "is a folder: give a/b/last.pt" in refusal(lambda: find("a/b"))
+    assert refusal(lambda: find("")) == "--model_name is empty"
     message = refusal(lambda: find_checkpoint("--resume", "mien", "out", "last.pt"))
     assert message.endswith("there is mine/last.pt, a/b/last.pt")
     message = refusal(lambda: find_checkpoint("--resume", "mine", "out", "last.pt"))

@@ -685,6 +685,25 @@ def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert message.endswith(left_out)
 
 
+def test_results_are_no_images_of_the_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An output folder in the data folder; the results themselves can be read."""
+    results, samples = tmp_path / "output/results/e/best/x", tmp_path / "out/samples/e"
+    for name in (
+        *(tmp_path / "a.png", results / "rec/0.png", results / "original/0.png"),
+        *(results / "usage.png", samples / "00000000.png", samples / "grid.png"),
+    ):
+        save(0, name)
+    (results / "analysis.json").touch()
+    (samples / "samples.json").touch()
+    assert folders.list_images(tmp_path) == ["a.png"]
+    assert caplog.messages == [
+        f"--data_folder {tmp_path}: 1 images; left out: 2 folders of results"
+    ]
+    assert folders.list_images(results / "rec") == ["0.png"]
+    (results / "analysis.json").unlink()
+    assert len(folders.list_images(tmp_path)) == 4
+
+
 def test_images_beside_the_splits_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

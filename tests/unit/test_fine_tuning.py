@@ -152,6 +152,15 @@ def test_fine_tuning(script: Script, mnist: Path, tmp_path: Path) -> None:
     outcome = script(*(word.replace("best", "last") for word in command), "--max_steps", "2")
     assert "began with --pretrained old/best.pt; old/last.pt is not used" in outcome.err
     assert "resumed out/models/new/last.pt at step 1" in outcome.err
+    told = error_line(train(script, mnist, "--pretrained", best, "--overwrite", name="old"))
+    assert f"--overwrite would remove --pretrained {best}; choose another --exp_name" in told
+    told = error_line(train(script, mnist, "--pretrained", best, name="old"))
+    assert f"--pretrained {best} (it has none)" in told
+    told = error_line(train(script, mnist, "--pretrained", last, "--resume", last, name="f"))
+    assert f"--pretrained {last} contradicts --resume {last}" in told
+    told = error_line(train(script, mnist, "--pretrained", best, "--resume", last, name="f"))
+    assert f"--pretrained {best} contradicts --resume {last}" in told
+    assert (tmp_path / best).exists()
     assert "--new_quantizer needs --pretrained" in error_line(script("main.py", "--new_quantizer"))
 
 

@@ -132,6 +132,10 @@ def open_checkpoint(path: Path, content: Mapping[Any, Any], flags: Mapping[str, 
     """Open a checkpoint that has been read, as `read_checkpoint` does."""
     names = {item.name for item in fields(ModelConfig)}
     flags = {name: value for name, value in flags.items() if name in names}
+    if "prior_config" in content:
+        stage = content.get("first_stage")
+        where = f": {stage['path']}" if isinstance(stage, Mapping) and "path" in stage else ""
+        raise UserError(f"checkpoint {path} is a prior; give its first stage{where}")
     if content.get("format") == FORMAT:
         known = asdict(Stored(path, content).group("model_config", ModelConfig))
         state_dict: Any = content.get("model")
@@ -174,6 +178,8 @@ def find_checkpoint(flag: str, name: str, output_folder: str, usual: str = "best
     Raises UserError for the folder of an experiment, whose usual file it names, and for what does
     not exist; then it lists what there is under models, nearest first.
     """
+    if not name:
+        raise UserError(f"{flag} is empty")
     check_unicode(name, flag)
     models = Path(output_folder) / "models"
     for path in (models / name, Path(name)):

@@ -21,7 +21,6 @@ from utils.checkpoints.checkpoint import FORMAT, check_tensors, open_checkpoint
 from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
 from utils.flags.arguments import check_stored
-from utils.logger import log
 from utils.training.losses.adversarial import AdversarialConfig
 
 CLASSES = ("VQModel", "AutoencoderKL")
@@ -113,8 +112,11 @@ def replaced(config: ModelConfig, given: Mapping[str, Any]) -> set[str]:
     return set()
 
 
-def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> None:
-    """Load the weights into a new model. Raises UserError if they do not fit."""
+def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> str:
+    """Load the weights into a new model; return what they are, and which parts stay new.
+
+    Raises UserError if they do not fit.
+    """
     channels = pretrained.flags["in_channels"]
     if channels != model.config.in_channels:
         raise UserError(
@@ -127,7 +129,7 @@ def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> None:
     new = list(dict.fromkeys("quantizer" if "quantizer" in part else part for part in parts))
     if model.config.model == "vqgan" and not pretrained.further:
         new.append("discriminator")
-    log.info("starting from %s%s", pretrained.origin, f"; new: {', '.join(new)}" if new else "")
+    return f"{pretrained.origin}; new: {', '.join(new)}" if new else pretrained.origin
 
 
 def fit(pretrained: Pretrained, expected: translate.StateDict) -> dict[str, Tensor]:

@@ -143,7 +143,8 @@ def convert(item: Field[Any], text: str) -> Any:
     """Convert and check the text of a flag; ~/ is the home folder, as --flag=~/x leaves it."""
     kind = number_kind(item.type)
     try:
-        value = kind(text if kind in (int, float) else os.path.expanduser(text))  # noqa: PTH111
+        home = kind not in (int, float) and (text == "~" or text.startswith("~/"))
+        value = kind(os.path.expanduser(text) if home else text)  # noqa: PTH111
     except ValueError:
         expected = {int: "a whole number", float: "a number"}[kind]
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None

@@ -86,10 +86,15 @@ def stored_to_resume(
     given = None
     if config.resume not in ("auto", "none"):
         given = find_checkpoint("--resume", config.resume, config.output_folder, "last.pt")
-    if given is not None and given.resolve().parent == models.resolve():
-        check_own(given, own, config)
+    pretrained = getattr(config, "pretrained", None)
     if config.overwrite:
+        check_kept("--resume", given, models)
+        if pretrained is not None:
+            source = find_checkpoint("--pretrained", pretrained, config.output_folder)
+            check_kept("--pretrained", source, models)
         own = []
+    elif own and given is not None and given.resolve().parent == models.resolve():
+        check_own(given, own)
     if config.resume == "none" and own:
         raise UserError(f"--resume none: {own[0]} exists; give --overwrite to replace it")
     if own and given is not None and given.resolve() != own[0].resolve():
@@ -98,6 +103,13 @@ def stored_to_resume(
     if not paths:
         return None, False
     stored = read_first(paths, trainer.task.read)
+    if not own and pretrained is not None and "train_config" in stored.content:
+        before = stored.group("train_config", type(config))
+        if getattr(before, "pretrained", None) is None:
+            raise UserError(
+                f"--pretrained {pretrained} contradicts --resume {given}, a run that did not start "
+                "from it: give one of them"
+            )
     start = f"--pretrained {stored.path} starts from its weights"
     if "optimizer" not in stored.content:
         last = stored.path.with_name("last.pt")
@@ -111,19 +123,24 @@ def stored_to_resume(
         for line in differing_flags(stored.group(name, type(current)), current)
     ]
     if differing:
-        way = f"choose another --exp_name ({start}), or --overwrite" if own else start
+        way = f"; choose another --exp_name ({start}), or --overwrite" if own else f", {start}"
         raise UserError(
-            f"{stored.path} was trained with other flags: {', '.join(differing)}; {way}"
+            f"{stored.path} was trained with other flags: {', '.join(differing)}; "
+            f"with its own it continues{way}"
         )
     check(stored)
     return stored, bool(own) and (models / "best.pt").exists()
 
 
-def check_own(given: Path, own: list[Path], config: LoopConfig) -> None:
-    """Raise UserError where --resume names a checkpoint of this experiment that it would lose."""
-    if config.overwrite:
-        raise UserError(f"--overwrite would remove --resume {given}; choose another --exp_name")
-    if own and given.resolve() != own[0].resolve():
+def check_kept(flag: str, source: Path | None, models: Path) -> None:
+    """Raise UserError where --overwrite would remove the checkpoint that the run starts from."""
+    if source and source.is_file() and source.resolve().parent == models.resolve():
+        raise UserError(f"--overwrite would remove {flag} {source}; choose another --exp_name")
+
+
+def check_own(given: Path, own: list[Path]) -> None:
+    """Raise UserError where --resume names an earlier checkpoint of this experiment."""
+    if given.resolve() != own[0].resolve():
         raise UserError(
             f"--resume {given}: {own[0]} is where this experiment continues; "
             f"with another --exp_name --pretrained {given} starts from its weights"
@@ -151,4 +168,4 @@ def differing_flags(stored: Any, current: Any) -> list[str]:
     if moved and before != now:
         log.warning("this run began with --pretrained %s; %s is not used", before, now)
     found = contradictions(vars(current), vars(stored), (*FREE_TO_CHANGE, *moved))
-    return [f"{flag} (it has {value})" for flag, value in found]
+    return [f"{flag} (it has {'none' if value is None else value})" for flag, value in found]
