@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from datasets import ImageSet, Labels
-from datasets.codes import CodeLoader, stored_codes
+from datasets.codes import CodeLoader, StoredCodes
 from datasets.config import DataConfig
 from datasets.splits import check_fit, check_images, data_flags, names_stored, open_training
 from modules import Autoencoder
@@ -38,10 +38,11 @@ from utils.checkpoints.checkpoint import (
     read_checkpoint,
     results_name,
 )
+from utils.checkpoints.digest import tensors_digest
 from utils.devices import keep_freed_memory, seed_everything
 from utils.distributed import first_goes_ahead, rank, seed_rank, start_ranks, stop_ranks
 from utils.errors import UserError, memory_for
-from utils.flags.arguments import build, parse_flags, with_preset
+from utils.flags.arguments import build, check_stored, parse_flags, with_preset
 from utils.generation.checkpoints import FirstStage, StoredPrior, read_prior
 from utils.generation.config import PriorTrainConfig, SampleConfig
 from utils.generation.samples import draw_samples, labels_of, remove_samples, write_samples
@@ -58,8 +59,10 @@ def main() -> None:
     if word not in COMMANDS:
         if word in ("-h", "--help"):
             parse_flags(__doc__)
-        raise UserError(f"the first word is {' or '.join(COMMANDS)}, not {word!r}")
+        raise UserError(f"give {' or '.join(COMMANDS)} first, not {word!r}")
     keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # codes as those of test.py
+    torch.backends.cudnn.deterministic = True
     COMMANDS[word]()
     stop_ranks()
 
@@ -97,6 +100,9 @@ def train() -> None:
     with locked(trainer.models, "--exp_name"):
         resume(trainer, partial(check_prior, data=data, current=trainer.stored))
         start_files(trainer)
+        for loader in (trainer.train_loader, trainer.validation_loader):
+            assert isinstance(loader, CodeLoader)
+            loader.compute()
         log.info(
             "%d training images of %s as %d×%d×%d codes; steps %d to %d on %s",
             *(len(images[0]), data.dataset),
@@ -127,28 +133,26 @@ def make_trainer(
     images: tuple[ImageSet, ImageSet],
     checkpoint: Checkpoint,
 ) -> Trainer:
-    """The trainer of this prior, at its first step; codes that are missing are computed."""
+    """The trainer of this prior, at its first step."""
     device = next(first_stage.parameters()).device
     models, logs = experiment_folders(config)
     encode = partial(
-        stored_codes,
+        StoredCodes,
         first_stage,
         folder=Path(config.output_folder) / "codes",
         batch_size=config.batch_size,
         num_workers=data.num_workers,
     )
     training, validation = images
-    labels = [
-        part.labels() if config.class_conditional else Labels(torch.full((len(part),), -1), ())
-        for part in (training, validation)
-    ]
+    labels = [labels_of_set(part, config) for part in images]
     classes = labels[0].names
     load = partial(CodeLoader, batch_size=config.batch_size, device=device, seed=config.seed)
     seed_everything(config.seed, device)
     with memory_for(f"--width {prior_config.width}, --layers {prior_config.layers}"):
         prior = make_prior(prior_config, space, len(classes)).to(device)
     if config.pretrained is not None:
-        load_pretrained(prior, path_of("--pretrained", config.pretrained, config))
+        path = path_of("--pretrained", config.pretrained, config)
+        load_pretrained(prior, prior_config, path)
     seed_rank(config.seed)
     task = Likelihood(
         prior,
@@ -164,14 +168,11 @@ def make_trainer(
             encode(training, flipped=True) if data.flip else None,
             shuffle=True,
         ),
-        load(encode(validation, flipped=False), torch.full((len(validation),), -1), shuffle=False),
+        load(encode(validation, flipped=False), labels[1].numbers, shuffle=False),
         config,
         models=models,
         logs=logs,
-        configs={
-            "prior_config": (prior_config,),
-            "data_config": (data,),
-        },
+        configs={"prior_config": (prior_config,), "data_config": (data,)},
         stored={
             **names_stored(training, validation),
             "space": asdict(space),
@@ -181,11 +182,23 @@ def make_trainer(
     )
 
 
-def load_pretrained(prior: CodeTransformer, path: Path) -> None:
+def labels_of_set(images: ImageSet, config: PriorTrainConfig) -> Labels:
+    """Classes of the images; −1 each without --class_conditional."""
+    if not config.class_conditional:
+        return Labels(torch.full((len(images),), -1), ())
+    try:
+        return images.labels()
+    except UserError as error:
+        raise UserError(f"--class_conditional: {error}") from error
+
+
+def load_pretrained(prior: CodeTransformer, config: PriorConfig, path: Path) -> None:
     """Load the weights of another prior. Raises UserError if they do not fit."""
     stored = read_prior(path)
+    shared = {name: getattr(config, name) for name in ("prior", "heads")}
+    check_stored(shared, asdict(stored.config), f"--pretrained {path}")
     try:
-        check_tensors(prior.state_dict(), stored.content["model"])
+        check_tensors(prior.state_dict(), stored.content.get("model"))
     except ValueError as error:
         raise UserError(f"--pretrained {path} is {error}") from error
     prior.load_state_dict(stored.content["model"])
@@ -199,7 +212,8 @@ def show(first_stage: Autoencoder, codes: Tensor) -> Tensor:
 
 def check_prior(stored: Stored, data: DataConfig, current: Mapping[str, Any]) -> None:
     """Raise UserError where a checkpoint is of another first stage or of other images."""
-    before, here = (entry["first_stage"]["digest"] for entry in (stored.content, current))
+    before = stored.group("first_stage", FirstStage).digest
+    here = current["first_stage"]["digest"]
     if before != here:
         raise UserError(
             f"{stored.path} is a prior of another --first_stage: the digest of its weights is "
@@ -218,27 +232,27 @@ def draw() -> None:
     path = path_of("--model_name", config.model_name, config)
     stored = read_prior(path)
     check_flags(config, stored)
-    first_stage = stored.first_stage.open(config.first_stage, path).to(device)
+    elsewhere = config.first_stage and path_of("--first_stage", config.first_stage, config)
+    first_stage = stored.first_stage.open(elsewhere or None, path).to(device)
     prior = stored.model().to(device)
     how = Sampling(config.temperature, config.top_k, config.top_p, config.guidance, config.rounds)
     classes = len(stored.classes)
     name = Path(results_name(path, config.output_folder)).with_suffix("")
     folder = Path(config.output_folder) / "samples" / name
     settings = {
-        "model_name": str(path.resolve()),
-        "step": stored.count("step"),
+        "prior": tensors_digest(prior.state_dict(), stored.first_stage.digest),
         "seed": config.seed,
         "label": config.label,
         **asdict(how),
     }
-    if config.overwrite and rank() == 0:
-        remove_samples(folder)
 
     def draw_numbers(numbers: list[int]) -> Tensor:
         labels = labels_of(numbers, config.label, classes)
         return draw_samples(prior, first_stage, how, numbers, labels, config.seed)
 
-    with memory_for(f"--batch_size {config.batch_size}"):
+    with locked(folder, "--output_folder"), memory_for(f"--batch_size {config.batch_size}"):
+        if config.overwrite and rank() == 0:
+            remove_samples(folder)
         write_samples(folder, settings, config.num_samples, config.batch_size, draw_numbers)
 
 
@@ -248,8 +262,14 @@ def check_flags(config: SampleConfig, prior: StoredPrior) -> None:
     if config.label is not None and config.label >= classes:
         have = f"has the classes 0 to {classes - 1}" if classes else "has no classes"
         raise UserError(f"--label {config.label}: {prior.path} {have}")
-    if config.guidance != 1 and not classes:
-        raise UserError(f"--guidance {config.guidance}: {prior.path} has no classes")
+    if config.guidance != 1 and not (classes and prior.knows_no_class):
+        have = (
+            "models images given their class (--label_dropout 0)" if classes else "has no classes"
+        )
+        raise UserError(f"--guidance {config.guidance}: {prior.path} {have}")
+    if config.rounds != SampleConfig.rounds and prior.config.prior != "masked":
+        given = f"--rounds {config.rounds} has no effect with a {prior.config.prior} prior"
+        raise UserError(f"{given}, {prior.path}")
     if config.top_k > codevectors:
         raise UserError(f"--top_k {config.top_k}: {prior.path} has {codevectors} codevectors")
 

@@ -241,8 +241,10 @@ def prior_of(
     config: TestConfig, model: Autoencoder, info: Header, device: torch.device
 ) -> PriorCoder | None:
     """The prior of --prior, if given, as a coder of these codes."""
-    if config.prior is None or not isinstance(info, CodesInfo):
+    if config.prior is None:
         return None
+    if not isinstance(info, CodesInfo):
+        raise UserError(f"--prior {config.prior} has no effect: the codes are of whole pictures")
     path = find_checkpoint("--prior", config.prior, config.output_folder)
     return open_prior(path, model, info, device)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,112 +16,122 @@ from datasets.image_sets import ImageSet, TensorImages
 from datasets.loader import BatchLoader
 from datasets.sampling import choose, draws, permutation
 from modules import Autoencoder
+from modules.priors.config import CodeSpace
 from utils.checkpoints.digest import model_digest
 from utils.distributed import num_ranks, rank, wait_for_all
 from utils.errors import UserError, one_line
-from utils.files import remove_left_overs, whole_file, writable_folder
+from utils.files import whole_file
 from utils.images import to_signed
+from utils.locks import locked
 from utils.logger import progress
 
-SHARD = 2**16  # images of a file
+Codes: TypeAlias = npt.NDArray[Any]
+SHARD = 2**13  # images of a file
 
 
 class StoredCodes:
-    """Codes (n, H, W, m) of a set of images in files of SHARD images each, memory-mapped."""
+    """Codes (n, H, W, m) of a set of images in files of SHARD images each, memory-mapped.
 
-    def __init__(self, folder: Path, num_images: int) -> None:
-        """Raises UserError if a file is missing or is not of that many images."""
-        self.num_images = num_images
-        self.shards = []
-        for number in range(-(-num_images // SHARD)):
-            path = shard_path(folder, number)
-            expected = min(SHARD, num_images - number * SHARD)
-            try:
-                shard = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, EOFError, ValueError) as error:
-                raise UserError(f"{path} cannot be read: {one_line(error)}; remove it") from error
-            if len(shard) != expected:
-                raise UserError(
-                    f"{path} has codes of {len(shard)} images, not {expected}; remove it"
-                )
-            self.shards.append(shard)
+    `compute` comes first. The files' folder is named by the digest of the model's weights and of
+    the images, so that changed ones get new codes.
+
+    Args:
+        model: first stage that encodes.
+        folder: below it is the folder of the files.
+        flipped: encode the mirror images.
+        batch_size, num_workers: of the images that are encoded.
+    """
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        images: ImageSet,
+        folder: Path,
+        *,
+        flipped: bool,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        self.model, self.images, self.folder, self.flipped = model, images, folder, flipped
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.space = CodeSpace.of(model, images.image_size)
+        self.shards: list[Codes] = []
 
     def __len__(self) -> int:
-        return self.num_images
+        return len(self.images)
 
     def __getitem__(self, positions: Tensor) -> Tensor:
         """Codes of the images at positions (b,): (b, H, W, m), int64."""
         codes = [self.shards[p // SHARD][p % SHARD] for p in positions.tolist()]
-        shape = (0, *self.shards[0].shape[1:])
-        stacked = np.stack(codes).astype(np.int64) if codes else np.empty(shape, np.int64)
-        return torch.from_numpy(stacked)
+        stacked = np.stack(codes) if codes else np.empty((0, *self.space.shape))
+        return torch.from_numpy(stacked.astype(np.int64))
 
+    def compute(self) -> None:
+        """Compute the codes that are not on disk, the processes different files, and open them.
 
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.npy"
+        A run that is killed loses one file. Raises UserError naming a file that is damaged.
+        """
+        folder = self.folder / self.key()
+        numbers = range(-(-len(self) // SHARD))
+        with locked(folder, "--output_folder"):
+            wait_for_all()
+            for number in numbers[rank() :: num_ranks()]:
+                path = folder / f"{number:05d}.npy"
+                if not path.exists():
+                    codes = np.concatenate(list(self.encode(number)))
+                    with whole_file(path) as temporary, temporary.open("wb") as file:
+                        np.save(file, codes)
+            wait_for_all()
+        self.shards = [self.open(folder / f"{number:05d}.npy", number) for number in numbers]
 
+    def key(self) -> str:
+        """Return the digest of model and images."""
+        digest = hashlib.sha256(f"{model_digest(self.model)} {self.flipped}".encode())
+        if isinstance(self.images, TensorImages):
+            digest.update(self.images.images.numpy().tobytes())
+        else:
+            for part in (str(self.images.image_size), *self.images.identity()):
+                digest.update(part.encode(errors="surrogateescape") + b"\0")
+        return digest.hexdigest()[:16]
 
-def stored_codes(
-    model: Autoencoder,
-    images: ImageSet,
-    folder: Path,
-    *,
-    flipped: bool,
-    batch_size: int,
-    num_workers: int,
-) -> StoredCodes:
-    """Codes of all images, or of their mirror images; those not on disk are computed first.
-
-    The folder's subfolder is named by the digest of the model's weights and of the images, so that
-    changed ones get new codes. Several processes compute different files. A killed run loses one
-    file of SHARD images at most.
-    """
-    device = next(model.parameters()).device
-    key = hashlib.sha256(f"{model_digest(model)} {flipped}".encode())
-    for part in identity(images):
-        key.update(part.encode(errors="surrogateescape") + b"\0")
-    folder = writable_folder(folder / key.hexdigest()[:16], "--output_folder")
-    remove_left_overs(folder)
-    for number in range(rank(), -(-len(images) // SHARD), num_ranks()):
-        path = shard_path(folder, number)
-        if path.exists():
-            continue
-        chosen = torch.arange(number * SHARD, min((number + 1) * SHARD, len(images)))
+    @torch.no_grad()
+    def encode(self, number: int) -> Iterator[Codes]:
+        """Yield the codes of one file, batch by batch, in the smallest integer type."""
+        bits = (self.space.num_embedding - 1).bit_length()
+        dtype = np.dtype("u1" if bits <= 8 else "<u2" if bits <= 16 else "<i4")
+        chosen = torch.arange(number * SHARD, min((number + 1) * SHARD, len(self)))
         loader = BatchLoader(
-            choose(images, chosen), batch_size, device=device, num_workers=num_workers
+            choose(self.images, chosen),
+            self.batch_size,
+            device=next(self.model.parameters()).device,
+            num_workers=self.num_workers,
         )
-        codes = np.concatenate(list(encoded(model, loader, flipped=flipped)))
-        with whole_file(path) as temporary, temporary.open("wb") as file:
-            np.save(file, codes)
-    wait_for_all()
-    return StoredCodes(folder, len(images))
+        with progress(loader.size, "image", disable=rank() > 0) as bar:
+            for images in loader.epoch():
+                signed = to_signed(images.flip(-1) if self.flipped else images)
+                yield self.model.encode(signed).cpu().numpy().astype(dtype)
+                bar.update(len(images))
 
-
-def identity(images: ImageSet) -> Iterator[str]:
-    """Strings that change whenever the images do."""
-    if isinstance(images, TensorImages):
-        yield hashlib.sha256(images.images.numpy().tobytes()).hexdigest()
-    else:
-        yield str(images.image_size)
-        yield from images.identity()
-
-
-@torch.no_grad()
-def encoded(model: Autoencoder, loader: BatchLoader, *, flipped: bool) -> Iterator[np.ndarray]:
-    """Yield the codes of each batch, (b, H, W, m), in the smallest integer type."""
-    bits = (model.config.num_embedding - 1).bit_length()
-    dtype = np.dtype("u1" if bits <= 8 else "<u2" if bits <= 16 else "<i4")
-    with progress(loader.size, "image", disable=rank() > 0) as bar:
-        for images in loader.epoch():
-            signed = to_signed(images.flip(-1) if flipped else images)
-            yield model.encode(signed).cpu().numpy().astype(dtype)
-            bar.update(len(images))
+    def open(self, path: Path, number: int) -> Codes:
+        """Map a file. Raises UserError if it does not hold the codes of its images."""
+        try:
+            codes: Codes = np.load(path, mmap_mode="r", allow_pickle=False)
+            expected = (min(SHARD, len(self) - number * SHARD), *self.space.shape)
+            if codes.shape != expected or codes.dtype.kind not in "iu":
+                found = f"{codes.dtype} {codes.shape}"
+                raise ValueError(f"its codes are {found}, not integers {expected}")
+            if codes.min() < 0 or codes.max() >= self.space.num_embedding:
+                raise ValueError(f"its codes are not in [0, {self.space.num_embedding})")
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path} is damaged, remove it: {one_line(error)}") from error
+        return codes
 
 
 class CodeLoader:
     """Batches of codes (b, H, W, m) and labels (b,) on a device, as a function of (seed, epoch).
 
-    The ranks share each batch in training, with shuffle, and take whole batches in turn without.
+    `compute` comes first. The ranks share each batch in training, with shuffle, and take whole
+    batches in turn without.
 
     Args:
         codes: those of the images.
@@ -144,6 +156,12 @@ class CodeLoader:
 
     def __len__(self) -> int:
         return -(-len(self.codes) // self.batch_size)
+
+    def compute(self) -> None:
+        """Compute the codes that are not on disk."""
+        self.codes.compute()
+        if self.mirrored is not None:
+            self.mirrored.compute()
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         size = len(self.codes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -164,6 +165,10 @@ class ChosenImages(ImageSet):
 
     def labels(self) -> Labels:
         return chosen_labels(self.images, self.chosen)
+
+    def identity(self) -> Iterator[str]:
+        yield from self.images.identity()
+        yield hashlib.sha256(self.chosen.numpy().tobytes()).hexdigest()
 
     def split_keys(self) -> Sequence[str]:
         keys = self.images.split_keys()

@@ -28,6 +28,14 @@ class CodeSpace:
         return cls(config.num_embedding, config.num_slots, side, side)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, m)."""
+        return self.height, self.width, self.num_slots
+
+    def __str__(self) -> str:
+        return f"{self.height}×{self.width}×{self.num_slots} codes of K = {self.num_embedding}"
+
+    @property
     def num_positions(self) -> int:
         """H·W."""
         return self.height * self.width

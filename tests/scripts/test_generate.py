@@ -104,8 +104,9 @@ def test_classes(script: Script, stage: Path, mnist: Path) -> None:
     assert f"{labels.name} (or .gz), the labels of" in refused.err
 
 
-def test_resumed_is_as_uninterrupted(script: Script, stage: Path) -> None:
-    train = (*TRAIN, "--weight_ema", "0.9")
+@pytest.mark.parametrize("extra", [(), ("--weight_ema", "0.9", "--accumulate", "2")])
+def test_resumed_is_as_uninterrupted(script: Script, stage: Path, extra: tuple[str, ...]) -> None:
+    train = (*TRAIN, *extra)
     assert script(*train, "--max_steps", "5").code == 0
     resumed = script(*train, "--max_steps", "9")
     assert "resumed" in resumed.err
@@ -118,6 +119,7 @@ def test_resumed_is_as_uninterrupted(script: Script, stage: Path) -> None:
     assert first["model"].keys() == second["model"].keys()
     for name in first["model"]:
         assert torch.equal(first["model"][name], second["model"][name])
+    for name in first.get("trained", ()):
         assert torch.equal(first["trained"][name], second["trained"][name])
 
 
@@ -134,10 +136,13 @@ def test_pretrained(script: Script, stage: Path) -> None:
     refused = script(*TRAIN, *words, "--width", "16", "--overwrite")
     assert refused.code == 2
     assert "--pretrained output/models/prior/best.pt is of another architecture" in refused.err
+    masked = script(*TRAIN, *words, "--prior", "masked", "--overwrite")
+    assert "--prior masked contradicts --pretrained" in masked.err
 
 
 def test_two_processes_do_as_one(script: Script, stage: Path, tmp_path: Path) -> None:
-    train = (*TRAIN, "--dropout", "0", "--max_steps", "6")
+    # 36 images: the last batch of an epoch has one, and the second process none.
+    train = (*TRAIN, "--dropout", "0", "--max_steps", "6", "--batch_size", "7")
     assert script(*train, "--exp_name", "one").code == 0
     for outcome in run_ranks(train, tmp_path):
         assert outcome.code == 0, outcome.err
@@ -163,10 +168,14 @@ def test_codes_are_computed_once(script: Script, stage: Path) -> None:
     times = [path.stat().st_mtime_ns for path in files]
     assert script(*TRAIN, "--max_steps", "1", "--exp_name", "again").code == 0
     assert [path.stat().st_mtime_ns for path in files] == times
+    codes = np.load(files[0])
+    for damaged in (codes + 8, codes.astype(np.float32), codes[:, :3], codes[:1]):
+        np.save(files[0], damaged)
+        refused = script(*TRAIN, "--max_steps", "1", "--exp_name", "third")
+        assert refused.code == 2
+        assert f"{files[0].parent.name}/00000.npy is damaged, remove it" in refused.err
     files[0].write_bytes(b"")
-    refused = script(*TRAIN, "--max_steps", "1", "--exp_name", "third")
-    assert refused.code == 2
-    assert f"{files[0].parent.name}/00000.npy cannot be read" in refused.err
+    assert "is damaged" in script(*TRAIN, "--max_steps", "1", "--exp_name", "third").err
 
 
 QUANTIZERS = {
@@ -195,7 +204,7 @@ def test_one_line_for_what_cannot_be_done(script: Script, stage: Path) -> None:
         assert "Traceback" not in outcome.err
         return outcome.err.strip().splitlines()[-1]
 
-    assert "the first word is train or sample, not ''" in refused("generate.py")
+    assert "give train or sample first, not ''" in refused("generate.py")
     assert "not 'draw'" in refused("generate.py", "draw")
     assert "--first_stage is missing" in refused("generate.py", "train")
     assert "other/best.pt does not exist" in refused(*TRAIN, "--first_stage", "other/best.pt")
@@ -214,6 +223,8 @@ def test_one_line_for_what_cannot_be_done(script: Script, stage: Path) -> None:
         assert told in refused("main.py", *data, flag, str(prior), "--exp_name", "other")
     assert "--label 3" in refused(*SAMPLE, "--label", "3")
     assert "has no classes" in refused(*SAMPLE, "--guidance", "2")
+    assert "--rounds 3 has no effect with a transformer" in refused(*SAMPLE, "--rounds", "3")
+    assert "needs --class_conditional" in refused(*TRAIN, "--label_dropout", "0.5")
     assert "--top_k 9: " in refused(*SAMPLE, "--top_k", "9")
     # The first stage is trained further, then it is gone.
     assert script(*STAGE, "--max_steps", "24").code == 0
@@ -228,9 +239,38 @@ def test_one_line_for_what_cannot_be_done(script: Script, stage: Path) -> None:
 def test_the_settings_lie_beside_the_samples(script: Script, stage: Path) -> None:
     assert script(*TRAIN, "--max_steps", "2").code == 0
     assert script(*SAMPLE, "--num_samples", "1", "--seed", "7").code == 0
-    settings = json.loads((stage / "samples" / "prior" / "best" / "samples.json").read_text())
-    assert settings["seed"] == 7
-    assert settings["step"] == 2
+    record = stage / "samples" / "prior" / "best" / "samples.json"
+    assert json.loads(record.read_text())["seed"] == 7
+    for damage in ("[]", "[" * 100_000, "x", "\0"):
+        record.write_text(damage)
+        assert "is damaged; --overwrite" in script(*SAMPLE, "--num_samples", "1").err
+    record.unlink()
+    assert "holds pictures without samples.json" in script(*SAMPLE, "--num_samples", "1").err
+    assert script(*SAMPLE, "--num_samples", "3", "--overwrite").code == 0
+    assert "keeps 3 samples of an earlier run" in script(*SAMPLE, "--num_samples", "2").err
+    assert script(*TRAIN, "--max_steps", "2", "--lr", "0.05", "--overwrite").code == 0
+    assert "holds samples of another prior" in script(*SAMPLE, "--num_samples", "3").err
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_folders_of_pictures(script: Script, tmp_path: Path, classes: bool) -> None:
+    random = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "pictures" / (f"class{number % 2}" if classes else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    flags = [word for word in STAGE if word not in ("--dataset", "mnist")]
+    flags += ["--data_folder", "pictures", "--image_size", "16", "--num_workers", "0"]
+    assert script(*flags, "--max_steps", "2").code == 0
+    conditional = ("--class_conditional",) if classes else ()
+    trained = script(*TRAIN, *conditional, "--max_steps", "2")
+    assert trained.code == 0, trained.err
+    assert script(*SAMPLE, "--num_samples", "2").code == 0
+    if not classes:
+        refused = script(*TRAIN, "--class_conditional", "--exp_name", "other")
+        assert refused.code == 2
+        assert "--class_conditional: the images" in refused.err
 
 
 def test_a_prior_codes_the_indices(script: Script, stage: Path) -> None:

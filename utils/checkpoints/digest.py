@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 
 from torch import Tensor
 
@@ -21,5 +21,10 @@ def tensors_digest(tensors: Mapping[str, Tensor], words: str = "") -> str:
 
 
 def model_digest(model: Autoencoder) -> str:
-    """SHA-256 of a model's configuration and weights."""
-    return tensors_digest(model.state_dict(), str(asdict(model.config)))
+    """SHA-256 of a model's configuration, without flags at their default, and weights."""
+    given = {
+        item.name: value
+        for item in fields(model.config)
+        if (value := getattr(model.config, item.name)) != item.default
+    }
+    return tensors_digest(model.state_dict(), str(given))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from modules import Autoencoder
 from modules.options import option
@@ -19,6 +22,7 @@ from utils.checkpoints.checkpoint import (
 )
 from utils.checkpoints.digest import model_digest
 from utils.errors import UserError
+from utils.generation.config import PriorTrainConfig
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class FirstStage:
         """Describe an open checkpoint."""
         return cls(str(checkpoint.path.resolve()), model_digest(checkpoint.model()), image_size)
 
-    def open(self, elsewhere: str | None, prior: Path) -> Autoencoder:
+    def open(self, elsewhere: Path | None, prior: Path) -> Autoencoder:
         """Open it where it was, or elsewhere. Raises UserError if it is missing or changed."""
-        path = Path(elsewhere or self.path)
+        path = elsewhere or Path(self.path)
         if not path.is_file():
             raise UserError(
                 f"{prior} needs its first stage, and {path} does not exist: give --first_stage"
@@ -59,14 +63,22 @@ class StoredPrior(Stored):
     space: CodeSpace
     first_stage: FirstStage
     classes: tuple[str, ...]  # their names; empty for a prior without classes
+    label_dropout: float
+
+    @property
+    def knows_no_class(self) -> bool:
+        """Return whether it models images without their class, as label −1 asks for."""
+        return not self.classes or self.label_dropout > 0
 
     def model(self) -> CodeTransformer:
         """Make the prior, in evaluation mode, on the CPU. Raises UserError if damaged."""
-        model = make_prior(self.config, self.space, len(self.classes))
+        make = partial(make_prior, self.config, self.space, len(self.classes))
         try:
-            check_tensors(model.state_dict(), self.content.get("model"))
+            with torch.device("meta"):
+                check_tensors(make().state_dict(), self.content.get("model"))
         except ValueError as error:
             raise UserError(f"checkpoint {self.path} is {error}") from error
+        model = make()
         model.load_state_dict(self.content["model"])
         return model.eval()
 
@@ -86,4 +98,5 @@ def read_prior(path: Path) -> StoredPrior:
         space=stored.group("space", CodeSpace),
         first_stage=stored.group("first_stage", FirstStage),
         classes=tuple(classes),
+        label_dropout=stored.group("train_config", PriorTrainConfig).label_dropout,
     )

@@ -45,6 +45,11 @@ class PriorTrainConfig(LoopConfig):
         "flags that you give override it",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_dropout != PriorTrainConfig.label_dropout and not self.class_conditional:
+            raise ValueError(f"--label_dropout {self.label_dropout} needs --class_conditional")
+
 
 @dataclass(frozen=True)
 class SampleConfig:

@@ -19,7 +19,7 @@ from modules.priors.sampling import Noise, Sampling, sample
 from modules.priors.transformer import CodeTransformer
 from utils.distributed import from_first, num_ranks, rank, wait_for_all
 from utils.errors import UserError
-from utils.files import remove_left_overs, whole_file, writable_folder, write_json
+from utils.files import whole_file, write_json
 from utils.images import fitted, to_bytes, to_picture
 from utils.logger import log, progress
 
@@ -29,11 +29,10 @@ GRID_NAME, SETTINGS = "grid.png", "samples.json"
 
 def noise_of(seed: int, numbers: list[int]) -> Noise:
     """Uniform numbers for the samples of these numbers: the same in any batch and process."""
-    states = [np.random.SeedSequence((seed, number)).generate_state(1) for number in numbers]
-    generators = [torch.Generator().manual_seed(int(state[0])) for state in states]
+    generators = [np.random.default_rng((seed, number)) for number in numbers]
 
     def noise(*sizes: int) -> Tensor:
-        return torch.stack([torch.rand(sizes, generator=generator) for generator in generators])
+        return torch.from_numpy(np.stack([generator.random(sizes) for generator in generators]))
 
     return noise
 
@@ -90,12 +89,15 @@ def name_of(number: int) -> str:
 
 def missing_samples(folder: Path, settings: Mapping[str, Any], num_samples: int) -> list[int]:
     """Numbers of the samples that are not in the folder, whose settings are written first."""
-    record = writable_folder(folder, "--output_folder") / SETTINGS
-    remove_left_overs(folder)
+    record = folder / SETTINGS
+    present = {path.name for path in folder.glob("*.png") if path.stem.isdigit()}
     if record.exists():
         check_settings(record, settings)
+    elif present:
+        raise UserError(f"{folder} holds pictures without {SETTINGS}; --overwrite replaces them")
     write_json(record, dict(settings))
-    present = {path.name for path in folder.glob("*.png")}
+    if len(present) > num_samples:
+        log.info("%s keeps %d samples of an earlier run", folder, len(present))
     return [number for number in range(num_samples) if name_of(number) not in present]
 
 
@@ -103,10 +105,16 @@ def check_settings(record: Path, settings: Mapping[str, Any]) -> None:
     """Raise UserError naming the first flag in which earlier samples in the folder differ."""
     try:
         before = json.loads(record.read_text())
-    except ValueError as error:
-        raise UserError(f"{record} is damaged; remove its folder or give --overwrite") from error
+        if not isinstance(before, dict):
+            raise ValueError("no settings")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{record} is damaged; --overwrite replaces its samples") from error
+    if before.get("prior") != settings["prior"]:
+        raise UserError(
+            f"{record.parent} holds samples of another prior; --overwrite replaces them"
+        )
     for name, value in settings.items():
-        if not isinstance(before, dict) or before.get(name) != value:
+        if before.get(name) != value:
             raise UserError(
                 f"{record.parent} holds samples with --{name} {before.get(name)}, not {value}; "
                 "give --overwrite to replace them"

@@ -60,10 +60,10 @@ class Likelihood(Task):
             masked = random_masks(codes.shape[:3], torch.rand(len(codes)), None).to(codes.device)
             nats = step.network(codes, labels, masked)
             per_image = masked_nats(nats, masked)
-        bits = per_image / (math.log(2) * self.pixels)
-        step.report(**{self.name: bits.mean()})
-        # The scale of the loss is that of one code's nats: the learning rate suits any image size.
-        yield {"likelihood": per_image.mean() / codes[0].numel()}
+        # A process may have no image; the loss is that of one code, whatever the image size.
+        mean = per_image.sum() / max(1, len(codes))
+        step.report(**{self.name: mean / (math.log(2) * self.pixels)})
+        yield {"likelihood": mean / math.prod(self.model.space.shape)}
 
     def begin_validation(self) -> None:
         self.statistics = CodebookStatistics(self.model.space.num_embedding)
@@ -123,4 +123,4 @@ def random_masks(
 def masked_nats(nats: Tensor, masked: Tensor) -> Tensor:
     """Mean of nats (b, H, W, m) over the masked positions, times H·W·m: (b,)."""
     total = (nats * masked[..., None]).flatten(1).sum(1)
-    return total / masked.flatten(1).sum(1) * masked[0].numel()
+    return total / masked.flatten(1).sum(1) * math.prod(masked.shape[1:])

@@ -326,12 +326,12 @@ class Trainer:
             sums = sums + stacked if names else stacked
             names = tuple(found)
             count += size_of(batch)
-        self.model.train()
         names = max(gather(names), key=len)  # a process may have had no batch
         if not len(sums):
             sums = torch.zeros(len(names), dtype=torch.float64)
         stopped, total, *totals = sum_numbers(bool(self.stop.signal), count, *sums.tolist())
         if stopped:
+            self.model.train()
             return None
         if not total:
             raise UserError("--skip_bad_images: no validation image can be decoded")
@@ -344,6 +344,7 @@ class Trainer:
                 write = self.board.add_image if image else self.board.add_figure
                 write(name, picture, self.step)
             gc.collect()  # figures are cycles of megabytes that Python would leave for long
+        self.model.train()
         return scores
 
     def pictures_are_due(self) -> bool:

@@ -44,7 +44,7 @@ from utils.codebook.codes.header import (
     pixel_sum,
 )
 from utils.codebook.codes.prior_coder import PriorCoder
-from utils.distributed import from_first, gather, gather_items, num_ranks, rank
+from utils.distributed import first_goes_ahead, from_first, gather, gather_items, num_ranks, rank
 from utils.errors import UserError, one_line
 from utils.files import whole_file
 
@@ -112,7 +112,11 @@ def save_codes(path: Path, spool: Spool, left_out: Sequence[int]) -> dict[str, A
         info = replace(spool.info, **found)
     except ValueError as error:
         raise UserError(f"--save_codes: {error}") from error
-    return from_first(lambda: file_rate(path, write_codes(path, info, spools, spool.prior)))
+    rate: dict[str, Any] = {}
+    with first_goes_ahead():  # a prior may take hours
+        if rank() == 0:
+            rate = file_rate(path, write_codes(path, info, spools, spool.prior))
+    return from_first(lambda: rate)
 
 
 def write_codes(

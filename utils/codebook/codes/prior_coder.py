@@ -96,8 +96,10 @@ def open_prior(path: Path, model: Autoencoder, info: CodesInfo, device: torch.de
     space = CodeSpace(info.num_embedding, info.slots, info.height, info.width)
     if stored.config.prior != "transformer":
         raise UserError(f"--prior {path} is {stored.config.prior}, which has no likelihood")
+    if not stored.knows_no_class:
+        raise UserError(f"--prior {path} models images given their class (--label_dropout 0)")
     if stored.first_stage.digest != model_digest(model):
         raise UserError(f"--prior {path} models another model, {stored.first_stage.path}")
     if stored.space != space:
-        raise UserError(f"--prior {path} models {stored.space} instead of {space}")
+        raise UserError(f"--prior {path} models {stored.space}, not {space}")
     return PriorCoder(stored.model().to(device))
