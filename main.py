@@ -20,7 +20,7 @@ import torch
 
 from datasets import DATASETS, BatchLoader, ImageSet, evenly_spread, pixel_variance
 from datasets.config import DataConfig
-from datasets.splits import check_images, names_stored, open_training
+from datasets.splits import check_images, check_skipping, names_stored, open_training
 from modules import ModelConfig, make_model
 from utils.checkpoints.pretrained import Pretrained, load_pretrained
 from utils.devices import keep_freed_memory, seed_everything
@@ -32,7 +32,7 @@ from utils.distributed import (
     start_ranks,
     stop_ranks,
 )
-from utils.errors import UserError, memory_for
+from utils.errors import memory_for
 from utils.flags.arguments import build, build_model_config, parse_flags, resolve
 from utils.flags.command import this_command
 from utils.flags.search import SearchConfig, apply_search
@@ -88,10 +88,8 @@ def read_settings() -> Settings:
     if "data_folder" in flags:
         flags = {"dataset": "folder", **flags}
     data, train = build(DataConfig, flags), build(TrainConfig, flags)
+    check_skipping(data, flags)
     known = DATASETS[data.dataset]
-    if data.skip_bad_images and not known.resizable:
-        memory = f"--dataset {data.dataset}, whose images are in memory"
-        raise UserError(f"--skip_bad_images has no effect with {memory}")
     model = build_model_config(flags, known.channels)
     image_size = data.image_size or known.image_size
     check_network(model, train, image_size)

@@ -24,7 +24,7 @@ import torch
 from datasets import BatchLoader, ImageSet
 from datasets.config import DataConfig
 from datasets.pictures import Pictures, find_pictures, picture_names
-from datasets.splits import check_fit, data_flags, open_tested
+from datasets.splits import check_fit, check_skipping, data_flags, open_tested
 from modules import Autoencoder, ModelConfig
 from modules.options import option
 from utils.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_named, results_name
@@ -276,7 +276,9 @@ def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
     }
     if found.get("crop") != "patch":
         found |= {"crop": "centre", "crop_scale": flags.get("crop_scale", 1.0)}
-    return build(DataConfig, found)
+    data = build(DataConfig, found)
+    check_skipping(data, flags)  # an old checkpoint may have it from training
+    return data
 
 
 if __name__ == "__main__":

@@ -95,6 +95,13 @@ def data_flags(checkpoint: Checkpoint, flags: Mapping[str, Any]) -> dict[str, An
     return {**stored, **flags}
 
 
+def check_skipping(data: DataConfig, flags: Mapping[str, Any]) -> None:
+    """Raise UserError for --skip_bad_images where no image is decoded."""
+    if flags.get("skip_bad_images") and not DATASETS[data.dataset].resizable:
+        memory = f"--dataset {data.dataset}, whose images are in memory"
+        raise UserError(f"--skip_bad_images has no effect with {memory}")
+
+
 def check_fit(checkpoint: Checkpoint, data: DataConfig, images: ImageSet) -> None:
     """Raise UserError if the images do not fit the model."""
     model, side, given = checkpoint.model_config, images.image_size, images.channels

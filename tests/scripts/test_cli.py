@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,20 @@ def test_the_published_commands(mnist: Path) -> None:
     assert summary.code == 0, summary.err
     for word in ("PSNR", "codes per image", "98", "bits per pixel, entropy", "TensorBoard"):
         assert word in summary.out
+    assert f"{'images':24} 12 images of mnist\n" in summary.out
+    (results / "reconstructions.png").unlink()  # as in a folder of --from_codes
+    (results / "slots.png").unlink()
+    shutil.rmtree(folder / "out/logs")
+    again = run_forked(["-m", "utils.report.summary", str(results)], folder).out.splitlines()
+    before = summary.out.splitlines()
+    assert [line for line in before if line not in again] == [
+        f"{label:24} {path}"
+        for label, path in (
+            ("side by side", results / "reconstructions.png"),
+            ("slots", results / "slots.png"),
+            ("TensorBoard", folder / "out/logs/mnist_cos_closest"),
+        )
+    ]
 
 
 def test_the_reports_commands_repeat_the_run(mnist: Path, tmp_path: Path) -> None:

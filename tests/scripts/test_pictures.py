@@ -165,6 +165,8 @@ def test_pictures_that_cannot_be_decoded(script: Script, pictures: Path) -> None
     (pictures / "b/bad.png").write_bytes(b"damaged")
     message = error_line(script(*TEST))
     assert "image b/bad.png cannot be decoded" in message
+    outcome = script(*TEST[:3], "--images", "b/notes.txt")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)  # no progress bar
     outcome = script(*TEST, "--skip_bad_images", "--save_codes")
     assert outcome.code == 0, outcome.err
     assert "skipped images           1" in outcome.out

@@ -198,7 +198,31 @@ def test_one_folder_per_set_of_images(script: Script, mnist: Path, tmp_path: Pat
     message = error_line(script("test.py", *TESTED, "--data_folder", str(moved)))
     assert f"{RESULTS} has results of --dataset mnist --data_folder {mnist} --data_spl" in message
     assert f", not of --dataset mnist --data_folder {moved} --data_split test: rename" in message
+    assert message.endswith("rename that folder, or choose another --output_folder")
     assert {path.name for path in results.iterdir()} == there
+
+
+def test_flags_without_effect_and_a_file_as_output_folder(
+    script: Script, mnist: Path, tmp_path: Path
+) -> None:
+    train(script, mnist)
+    message = error_line(script("test.py", *TESTED, "--skip_bad_images"))
+    memory = "--dataset mnist, whose images are in memory"
+    assert message.endswith(f"--skip_bad_images has no effect with {memory}")
+    (tmp_path / "file").touch()
+    words = ("--model_name", str(tmp_path / "out/models/e/best.pt"), "--output_folder", "file")
+    message = error_line(script("test.py", *words))
+    assert message.startswith("test.py: error: --output_folder file/results/")
+    assert message.endswith("cannot be created: Not a directory")
+
+
+def test_the_order_of_a_header_is_that_of_older_files(tmp_path: Path) -> None:
+    write(tmp_path / "a.looc", draw((5, 2, 2, 2), 5), 5)
+    order = "fingerprint dataset image_size channels num_images left_out batch_size chunk_size "
+    order += "height width slots num_embedding num_tables pixel_sum"
+    content = (tmp_path / "a.looc").read_bytes().partition(b"\n")[2]
+    (length,) = struct.unpack("<I", content[:4])
+    assert list(json.loads(content[4 : 4 + length])) == order.split()
 
 
 def test_images_left_out(script: Script, tmp_path: Path) -> None:

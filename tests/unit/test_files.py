@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from utils.codebook.results import NEW, replacing, swap
 from utils.errors import UserError, one_line, unknown_name
 from utils.files import inside, whole_file, whole_folder, writable_folder, write_json
 from utils.images import (
@@ -32,6 +36,56 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("steps", range(14))
+def test_results_killed_while_they_are_replaced(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old ones are whole until the new ones are in place; nothing stands beside others."""
+    names = {"original": 2, "rec": 2, "slots.png": 0, "analysis.json": 0, "metrics.json": 0}
+
+    def write(folder: Path, content: str) -> None:
+        for name, pictures in names.items():
+            if content == "old" or name not in ("metrics.json", "slots.png"):
+                paths = [folder / name / f"{n}.png" for n in range(pictures)] or [folder / name]
+                for path in paths:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(content)
+
+    def contents(folder: Path) -> list[str]:
+        return [path.read_text() for path in folder.rglob("*") if path.is_file()]
+
+    left = steps
+
+    def counted(act: Callable[..., Any]) -> Callable[..., Any]:
+        def step(path: Path, *words: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return act(path, *words)
+
+        return step
+
+    write(tmp_path, "old")
+    write(tmp_path / NEW, "new")
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Path, "rename", counted(Path.rename))
+        patch.setattr(Path, "rmdir", counted(Path.rmdir))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        swap(tmp_path)
+    assert contents(tmp_path).count("new") == 5
+    if (tmp_path / NEW).exists():
+        assert contents(tmp_path).count("old") == 7
+    for mark in ("analysis.json", "metrics.json"):
+        if (tmp_path / mark).exists():
+            shown = {text for name in ("original", "rec") for text in contents(tmp_path / name)}
+            assert shown == {(tmp_path / mark).read_text()}
+    with suppress(RuntimeError), replacing(tmp_path):
+        raise RuntimeError
+    assert contents(tmp_path) == ["new"] * 5
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:

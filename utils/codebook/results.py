@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -34,6 +34,7 @@ NUM_SHOWN = 32
 CODES = "codes.looc"
 PICTURES = ("reconstructions.png", "usage.png", "slots.png", "codebook.png")
 FILES = ("original", "rec", *PICTURES, CODES, "analysis.json", "report.html")
+NEW = ".new"  # results that are complete, but not in their place yet
 
 
 class Batches(Protocol):
@@ -85,7 +86,8 @@ def reconstruct(
         pictures(folder / "rec", form, written) as write_rec,
         spooled(folder / CODES, info, prior) if info else nullcontext() as spool,
     ):
-        with progress(total, "image", disable=rank() > 0) as bar:
+        # With a delay no bar stands above the error of a first image that cannot be decoded.
+        with progress(total, "image", disable=rank() > 0, delay=0.001) as bar:
             for positions, images in loader.numbered():
                 numbers: list[int] = positions.tolist()
                 height, width = images.shape[2:]
@@ -214,10 +216,14 @@ def results_folder(output: str, model_name: str, name: str, images: str) -> Path
     """
     model = inside(Path(output) / "results", model_name.removesuffix(".pt"), "--model_name")
     folder = inside(model, name, "--data_folder")
-    with suppress(FileNotFoundError):
-        before = schema.read(folder / "analysis.json", Analysis).images
-        if before != images:
-            raise UserError(f"{folder} has results of {before}, not of {images}: rename it first")
+    for analysis in (folder / "analysis.json", folder / NEW / "analysis.json"):
+        if analysis.exists():
+            before = schema.read(analysis, Analysis).images
+            if before != images:
+                raise UserError(
+                    f"{folder} has results of {before}, not of {images}: "
+                    "rename that folder, or choose another --output_folder"
+                )
     return folder
 
 
@@ -227,21 +233,38 @@ def replacing(results: Path) -> Iterator[Path]:
 
     Files that no script has written there stay.
     """
-    new = results / ".new"
-    with shared_folder(new) as folder:
+    if rank() == 0:
+        swap(results)  # what a killed run had completed
+    with shared_folder(results / NEW) as folder:
         yield folder
     if rank() == 0:
+        swap(results)
+
+
+def swap(results: Path) -> None:
+    """Replace the results by those in NEW, if any; the next call finishes what a kill cuts short.
+
+    The old ones move away, then the new ones in, then the old ones are removed: pictures are never
+    beside an analysis or metrics of other pictures.
+    """
+    new, leaving, old = results / NEW, results / ".leaving", results / ".old"
+    if new.exists() and not old.exists():
         own = [results / name for name in (*FILES, PREVIOUS)]
         before = [path for path in (*own, *own_files(results)) if path.exists()]
-        for path in before:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        leaving.mkdir(exist_ok=True)
+        for path in reversed(before):  # metrics and analysis.json first
+            path.rename(leaving / path.name)
+        leaving.rename(old)  # all of them have left
+        if before:
+            names = ", ".join(path.name for path in before)
+            log.info("replaced the results of an earlier run in %s: %s", results, names)
+    if new.exists():
         for name in FILES:  # analysis.json last: it marks the results as complete
             if (new / name).exists():
                 (new / name).rename(results / name)
         new.rmdir()
-        if before:
-            names = ", ".join(path.name for path in before)
-            log.info("replaced the results of an earlier run in %s: %s", results, names)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def write_analysis(folder: Path, analysis: Analysis, charts: dict[str, Any]) -> None:

@@ -21,7 +21,9 @@ FILES = {
     "reconstructions": "rec",
     "side by side": "reconstructions.png",
     "report": "report.html",
-    "codebook plots": "{usage,slots,codebook}.png",
+    "usage": "usage.png",
+    "slots": "slots.png",
+    "codebook": "codebook.png",
 }
 
 
@@ -34,12 +36,13 @@ def main() -> None:
         metrics = schema.read(results / "metrics.json", Metrics)
     except FileNotFoundError as error:
         raise UserError(f"{results} has no complete results: {one_line(error)}") from error
-    places = {label: f"{results / file}" for label, file in FILES.items()}
+    places = {label: results / file for label, file in FILES.items()}
     if place := layout(results):
         output, name = place
-        places = {"checkpoint": f"{output / 'models' / name}", **places}
-        places["TensorBoard"] = f"{output / 'logs' / Path(name).parent}"
-    for rows in (table(analysis, metrics), places):
+        places = {"checkpoint": output / "models" / name, **places}
+        places["TensorBoard"] = output / "logs" / Path(name).parent
+    found = {label: str(path) for label, path in places.items() if path.exists()}
+    for rows in (table(analysis, metrics), found):
         sys.stdout.write("\n")
         print_rows(rows)
 
@@ -52,7 +55,7 @@ def table(analysis: Analysis, metrics: Metrics) -> dict[str, str]:
     label = QUANTIZERS[kind].label if kind in QUANTIZERS else kind
     return {
         "model": f"{kind}{size}" if rate else label,
-        "images": f"{metrics.pairs} test images of {analysis.data.get('dataset')}",
+        "images": f"{metrics.pairs} images of {analysis.data.get('dataset')}",
         **{
             METRICS[name].label: METRICS[name].text(score.shown)
             for name, score in metrics.metrics.items()

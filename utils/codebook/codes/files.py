@@ -9,14 +9,13 @@ coder; the SHA-256 of everything before. Codes that a prior has coded have no ta
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +39,7 @@ from utils.codebook.codes.header import (
     PicturesInfo,
     PriorCodesInfo,
     fingerprint,
+    header_text,
     parse_header,
     pixel_sum,
 )
@@ -131,7 +131,7 @@ def write_codes(
         packed, coder = b"", prior
     with whole_file(path) as temporary, temporary.open("w+b") as file:
         file.write(info.magic)
-        for part in (json.dumps(asdict(info), separators=(",", ":")).encode(), packed):
+        for part in (header_text(info), packed):
             file.write(struct.pack("<I", len(part)) + part)
         for codes in spooled_chunks(info, spools):
             words = coder.encode(codes)

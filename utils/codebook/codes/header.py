@@ -7,7 +7,7 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +25,11 @@ from utils.flags.arguments import value_problem
 
 CHUNK_CODES = 2**22  # codes of a chunk; a chunk is never less than a batch
 LARGEST_CHUNK = 2**27  # codes
+# Values that begin a header: equal codes are equal bytes in all versions.
+FIRST = (
+    *("fingerprint", "dataset", "image_size", "channels", "num_images", "left_out"),
+    *("batch_size", "chunk_size", "height", "width"),
+)
 
 
 class Batch(NamedTuple):
@@ -346,6 +351,13 @@ def fingerprint(model: Autoencoder) -> str:
 def pixel_sum(images: Tensor) -> int:
     """Sum of the CRC-32 of all images, uint8 (B, C, H, W) on the CPU: the order does not matter."""
     return sum(zlib.crc32(image.contiguous().numpy().tobytes()) for image in images)
+
+
+def header_text(info: Header) -> bytes:
+    """The header in JSON."""
+    values = asdict(info)
+    ordered = {name: values[name] for name in FIRST if name in values} | values
+    return json.dumps(ordered, separators=(",", ":")).encode()
 
 
 def parse_header(text: bytes, kind: type[Header]) -> Header:
