@@ -32,9 +32,10 @@ from utils.distributed import (
     start_ranks,
     stop_ranks,
 )
-from utils.errors import memory_for
+from utils.errors import UserError, memory_for
 from utils.flags.arguments import build, build_model_config, parse_flags, resolve
 from utils.flags.command import this_command
+from utils.flags.recipes import RECIPES
 from utils.flags.search import SearchConfig, apply_search
 from utils.locks import locked
 from utils.logger import log, start_logging
@@ -90,6 +91,11 @@ def read_settings() -> Settings:
     data, train = build(DataConfig, flags), build(TrainConfig, flags)
     check_skipping(data, flags)
     known = DATASETS[data.dataset]
+    if pretrained is not None and pretrained.flags["in_channels"] != known.channels:
+        raise UserError(
+            f"--pretrained {pretrained.path} takes images of {pretrained.flags['in_channels']} "
+            f"channels, those of --dataset {data.dataset} have {known.channels}"
+        )
     model = build_model_config(flags, known.channels)
     image_size = data.image_size or known.image_size
     check_network(model, train, image_size)
@@ -132,7 +138,7 @@ def make_task(
     ):
         model = make_model(model_config)
         if settings.pretrained is not None:
-            start = load_pretrained(model, settings.pretrained)
+            start = load_pretrained(model, settings.pretrained) + overridden(settings)
         model = prepare(model, config, training.image_size, device)
     setting = Setting(
         model,
@@ -146,6 +152,17 @@ def make_task(
     seed_rank(config.seed)
     apply_search(build(SearchConfig, settings.flags), model, device)
     return Reconstruction(model, losses, config), start
+
+
+def overridden(settings: Settings) -> str:
+    """Return the flags of --recipe that --pretrained overrides, in words."""
+    model, own = settings.model, settings.pretrained.flags if settings.pretrained else {}
+    found = [
+        f"--{name} {own[name]}"
+        for name, value in RECIPES[settings.train.recipe].items()
+        if name in model.spec.reads and own.get(name, value) != value and name not in settings.given
+    ]
+    return f"; of --recipe {settings.train.recipe} it overrides {', '.join(found)}" if found else ""
 
 
 def make_trainer(

@@ -138,6 +138,9 @@ def test_pretrained(script: Script, stage: Path) -> None:
     assert "--pretrained output/models/prior/best.pt is of another architecture" in refused.err
     masked = script(*TRAIN, *words, "--prior", "masked", "--overwrite")
     assert "--prior masked contradicts --pretrained" in masked.err
+    refused = script(*TRAIN, "--pretrained", "prior/best.pt", "--overwrite")
+    assert "--overwrite would remove --pretrained output/models/prior/best.pt" in refused.err
+    assert (stage / "models/prior/best.pt").exists()
 
 
 def test_two_processes_do_as_one(script: Script, stage: Path, tmp_path: Path) -> None:

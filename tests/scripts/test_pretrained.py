@@ -21,13 +21,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules import VQGAN, ModelConfig
+from modules import VQGAN, ModelConfig, make_model
 from tests.conftest import refusal
 from tests.scripts.test_vqgan import Script, write_pictures
 from tests.unit.test_checkpoint import Exploit
 from tests.unit.test_plugin import need
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.checkpoints.pretrained import Pretrained, fit, read_pretrained
+from utils.flags.arguments import build_model_config
 
 TAMING = {
     **{"double_z": False, "z_channels": 6, "resolution": 32, "in_channels": 3, "out_ch": 3},
@@ -385,7 +386,9 @@ def test_main_starts_from_weights_and_trains_on(script: Script, tmp_path: Path) 
     bundled = [word for word in words if word not in ("--data_folder", "pictures")]
     outcome = script("main.py", *bundled, *grey)
     assert outcome.code == 2
-    said = "--pretrained vq takes images of 3 channels, those of --dataset have 1"
+    said = (
+        "--pretrained vq takes images of 3 channels, those of --dataset fashion-mnist-sample have 1"
+    )
     assert outcome.err == f"main.py: error: {said}\n"
 
 
@@ -517,6 +520,13 @@ def test_damaged_checkpoints(change: Change, message: str, tmp_path: Path) -> No
     change(state)
     torch.save(state, tmp_path / "m.ckpt")
     assert refused(tmp_path / "m.ckpt").startswith(message)
+
+
+@pytest.mark.parametrize("model", ["vqvae", "vqgan"])
+def test_a_bare_state_dict_of_ours(model: str, tmp_path: Path) -> None:
+    config = build_model_config({"model": model, "hidden_size": 8, "num_embedding": 8}, 3)
+    torch.save(make_model(config).state_dict(), tmp_path / "m.pt")
+    assert refused(tmp_path / "m.pt").startswith("is a bare state dict, without its configuration")
 
 
 def test_weights_of_diffusers_that_are_not_finite(tmp_path: Path) -> None:

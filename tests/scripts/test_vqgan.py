@@ -672,6 +672,7 @@ def test_a_wrong_preset_is_named(
 ) -> None:
     if content is not None:
         (tmp_path / "x.txt").write_text(f"# mine\n{content}\n")
+    assert "--preset no/x.txt does not exist\n" in script("main.py", "--preset", "no/x.txt").err
     outcome = script("main.py", "--preset", "x.txt")
     assert outcome.code == 2
     assert message in outcome.err, outcome.err

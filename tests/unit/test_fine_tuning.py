@@ -104,6 +104,17 @@ def test_another_quantiser_in_the_same_network(tmp_path: Path) -> None:
     assert {n for n in differing(other, model) if not n.startswith("quantizer")} == around
 
 
+def test_a_new_quantiser_is_that_of_the_recipe(tmp_path: Path) -> None:
+    """Where --recipe is given; flags that are given override it."""
+    path = tmp_path / "m.pt"
+    trained("vqvae", path, latent_norm="running", commitment_cost=0.5)
+    words = {"pretrained": str(path), "recipe": "best", "distance": "cos"}
+    config = started(**words, new_quantizer=True).config
+    assert (config.latent_norm, config.codebook_update, config.distance) == ("batch", "ema", "cos")
+    assert config.commitment_cost == 0.5
+    assert started(**words).config.latent_norm == "running"
+
+
 def test_sizes_that_follow_from_those_given(tmp_path: Path) -> None:
     trained("vqvae", tmp_path / "m.pt", quantizer="fsq", num_embedding=60, levels="5,4,3")
     words = {"pretrained": str(tmp_path / "m.pt"), "new_quantizer": True}
@@ -152,6 +163,19 @@ def test_fine_tuning(script: Script, mnist: Path, tmp_path: Path) -> None:
     outcome = script(*(word.replace("best", "last") for word in command), "--max_steps", "2")
     assert "began with --pretrained old/best.pt; old/last.pt is not used" in outcome.err
     assert "resumed out/models/new/last.pt at step 1" in outcome.err
+    plain = train(script, mnist, name="plain")
+    assert plain.code == 0, plain.err
+    begin = ("--pretrained", "plain/best.pt", "--recipe", "best", "--distance", "cos")
+    told = train(script, mnist, *begin, name="tuned").err
+    assert "; of --recipe best it overrides --latent_norm none, --codebook_update" in told
+    assert "--distance" not in told.split("overrides")[1].splitlines()[0]
+    assert "overrides" not in train(script, mnist, *begin, "--new_quantizer", name="other").err
+    (tmp_path / "out/models/plain").rename(tmp_path / "away")
+    for name, more in (("tuned", ()), ("other", ("--new_quantizer",))):
+        told = train(script, mnist, *begin, *more, "--max_steps", "4", name=name).err
+        assert f"resumed out/models/{name}/last.pt at step 3" in told
+        told = error_line(train(script, mnist, *begin, *more, "--overwrite", name=name))
+        assert "--pretrained plain/best.pt does not exist" in told
     told = error_line(train(script, mnist, "--pretrained", best, "--overwrite", name="old"))
     assert f"--overwrite would remove --pretrained {best}; choose another --exp_name" in told
     told = error_line(train(script, mnist, "--pretrained", best, name="old"))

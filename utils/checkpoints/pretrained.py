@@ -21,6 +21,7 @@ from utils.checkpoints.checkpoint import FORMAT, check_tensors, open_checkpoint
 from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
 from utils.flags.arguments import check_stored
+from utils.flags.recipes import RECIPES
 from utils.training.losses.adversarial import AdversarialConfig
 
 CLASSES = ("VQModel", "AutoencoderKL")
@@ -90,7 +91,7 @@ def from_ours(path: Path, content: Mapping[str, Any], given: Mapping[str, Any]) 
     if config.model == "vqgan":
         flags["z_channels"] = config.z_channels or config.channels
     if new:
-        left_out = replaced(config, given)
+        left_out = {*replaced(config, given), *RECIPES[given.get("recipe", "paper")]}
         flags = {name: value for name, value in flags.items() if name not in left_out}
         state_dict = {n: v for n, v in state_dict.items() if not n.startswith("quantizer.")}
     further = {}
@@ -117,12 +118,6 @@ def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> str:
 
     Raises UserError if they do not fit.
     """
-    channels = pretrained.flags["in_channels"]
-    if channels != model.config.in_channels:
-        raise UserError(
-            f"--pretrained {pretrained.path} takes images of {channels} channels, "
-            f"those of --dataset have {model.config.in_channels}"
-        )
     loaded = fit(pretrained, model.state_dict())
     missing, _ = model.load_state_dict(loaded, strict=False)
     parts = (name.rpartition(".")[0] for name in missing)
@@ -185,6 +180,10 @@ def from_diffusers(folder: Path) -> tuple[str, Any, dict[str, Tensor]]:
 
 def from_taming(path: Path, content: Mapping[Any, Any]) -> tuple[str, Any, dict[str, Tensor]]:
     """Read a checkpoint of PyTorch Lightning, or its bare state dict, as `from_diffusers` does."""
+    if "pre_vq_conv.weight" in content:
+        raise ValueError(
+            "is a bare state dict, without its configuration: give main.py's checkpoint"
+        )
     if any(str(name).startswith("encoder.down_blocks.") for name in content):
         raise ValueError(f"holds the weights of diffusers alone: give its folder, {path.parent}")
     state_dict = translate.renamed(content.get("state_dict", content), translate.TAMING)

@@ -84,7 +84,12 @@ def resolve(given: Mapping[str, Any], *groups: type) -> tuple[dict[str, Any], Pr
         from utils.checkpoints.pretrained import read_pretrained
 
         output_folder = flags.get("output_folder", "output")
-        path = find_checkpoint("--pretrained", flags["pretrained"], output_folder)
+        try:
+            path = find_checkpoint("--pretrained", flags["pretrained"], output_folder)
+        except UserError:  # a run that goes on does not need what it started from
+            path = Path(output_folder, "models", str(flags.get("exp_name")), "last.pt")
+            if flags.get("overwrite") or not path.is_file():
+                raise
         pretrained = read_pretrained(path, flags)
         flags = {"model": "vqgan", **pretrained.flags, **flags}
     return with_recipe(flags), pretrained

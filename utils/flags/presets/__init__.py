@@ -34,6 +34,10 @@ def preset_flags(name: str, quantizer: str | None, parse: Callable[..., Any]) ->
     path = FOLDER / f"{name}.txt" if name in PRESETS else Path(name)
     try:
         if not path.is_file():
+            if path.name != name:
+                raise UserError(
+                    f"--preset {name} {'is no file' if path.exists() else 'does not exist'}"
+                )
             raise UserError(unknown_name("--preset", name, PRESETS))
         words = split(path.read_text(encoding="utf-8-sig"))  # editors may write a byte-order mark
     except (OSError, ValueError) as error:
