@@ -121,7 +121,9 @@ def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
         if name in flags:
             raise UserError(f"--{name} has no effect on codes, which are computed once")
     found = {**data_flags(checkpoint, flags), "flip": flags.get("flip", False)}
-    return build(DataConfig, {name: found[name] for name in found if name not in ignored})
+    data = build(DataConfig, {name: found[name] for name in found if name not in ignored})
+    folder = None if data.data_folder is None else str(Path(data.data_folder).absolute())
+    return replace(data, data_folder=folder)
 
 
 def make_trainer(

@@ -78,4 +78,4 @@ class SampleConfig:
     seed: int = option(42, "seed of the samples", minimum=0, maximum=2**32 - 1)
     batch_size: int = option(64, "images at a time", minimum=1, maximum=2**20)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    overwrite: bool = option(False, "replace samples that were drawn with other flags")
+    overwrite: bool = option(False, "remove the samples of an earlier run first")
