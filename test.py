@@ -174,15 +174,19 @@ def test_pictures(
 ) -> None:
     """Reconstruct the pictures of --images, write everything and report."""
     for name in ("batch_size", *(item.name for item in fields(DataConfig))):
-        if name in flags and name != "skip_bad_images":
+        if name in flags and name not in ("skip_bad_images", "bits"):
             raise UserError(f"--{name} has no effect with --images")
+    has_data = "data_config" in checkpoint.content
+    trained = checkpoint.group("data_config", DataConfig) if has_data else DataConfig()
+    bits = flags.get("bits", trained.bits)
     pictures = Pictures(
-        find_pictures(config.images),
+        find_pictures(config.images, bits),
         checkpoint.model_config.in_channels,
         device=device,
         rank=rank(),
         num_ranks=num_ranks(),
         skip_bad=flags.get("skip_bad_images", False),
+        bits=bits,
     )
     model = checkpoint.model().to(device)
     apply_search(build(SearchConfig, flags), model, device)

@@ -36,6 +36,9 @@ class DataConfig:
         above=0,
         maximum=1,
     )
+    bits: int = option(
+        16, "bits that 16-bit grey images use, like 12 of many cameras", minimum=9, maximum=16
+    )
     image_cache: str | None = option(
         None, "folder that keeps decoded images for later runs, for sets on disk (default: none)"
     )

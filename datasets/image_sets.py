@@ -105,9 +105,13 @@ class TensorImages(ImageSet):
 
 
 class FileImages(ImageSet):
-    """Image files of any size and mode, by their names below a folder, decoded on demand to RGB."""
+    """Image files of any size and mode, by their names below a folder, decoded on demand to RGB.
+
+    bits: those that 16-bit grey levels use.
+    """
 
     channels = 3
+    bits = 16
 
     def __init__(self, folder: Path, names: Sequence[str], image_size: int) -> None:
         self.folder = folder
@@ -119,11 +123,11 @@ class FileImages(ImageSet):
 
     def cropped(self, index: int, place: Place | None = None) -> Tensor:
         path = self.folder / self.names[index]
-        return decode(path, self.image_size, str(path), place)
+        return decode(path, self.image_size, str(path), place, self.bits)
 
     def picture(self, index: int, scale: float) -> Pixels:
         path = self.folder / self.names[index]
-        return decode_picture(path, scale, str(path))
+        return decode_picture(path, scale, str(path), self.bits)
 
     def name(self, index: int) -> str:
         return str(self.folder / self.names[index])
@@ -142,7 +146,10 @@ class FileImages(ImageSet):
 
     def identity(self) -> Iterator[str]:
         folder = str(self.folder)  # a Path for each of a million would take seconds
-        return (f"{name} {size_and_time(os.path.join(folder, name))}" for name in self.names)  # noqa: PTH118
+        if self.bits != FileImages.bits:
+            yield f"{self.bits} bits"
+        for name in self.names:
+            yield f"{name} {size_and_time(os.path.join(folder, name))}"  # noqa: PTH118
 
 
 class ChosenImages(ImageSet):
@@ -221,19 +228,21 @@ def chosen_labels(images: ImageSet, chosen: Tensor) -> Labels:
     return Labels(numbers[chosen], names)
 
 
-def decode(source: Path | IO[bytes], size: int, name: str, place: Place | None = None) -> Tensor:
+def decode(
+    source: Path | IO[bytes], size: int, name: str, place: Place | None = None, bits: int = 16
+) -> Tensor:
     """Decode an image file → (3, size, size), uint8: RGB as a viewer shows it, `square_of` it.
 
     The shorter side becomes size; Pillow's bicubic filter antialiases where it shrinks. Raises
     UserError naming an image that is damaged or larger than Pillow's limit.
     """
     with open_image(source, name) as image:
-        square = square_of(viewed(image, "RGB"), place)
+        square = square_of(viewed(image, "RGB", bits), place)
         pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def decode_picture(source: Path | IO[bytes], scale: float, name: str) -> Pixels:
+def decode_picture(source: Path | IO[bytes], scale: float, name: str, bits: int = 16) -> Pixels:
     """Decode an image file → (h, w, 3): RGB as a viewer shows it, at a scale of its own size.
 
     Raises UserError as `decode` does.
@@ -247,7 +256,7 @@ def decode_picture(source: Path | IO[bytes], scale: float, name: str) -> Pixels:
         image.draft(
             "RGB", scaled(image.size)
         )  # a JPEG is decoded at half its size if that is enough
-        return np.asarray(viewed(image, "RGB").resize(size, Image.Resampling.BICUBIC))
+        return np.asarray(viewed(image, "RGB", bits).resize(size, Image.Resampling.BICUBIC))
 
 
 def square_of(image: Image.Image, place: Place | None = None) -> Image.Image:

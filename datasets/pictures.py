@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from datasets.folders import list_images, warn_of_empty_bits
+from datasets.image_sets import FileImages
 from utils.errors import UserError
 from utils.image_files import open_image, viewed
 
@@ -33,6 +34,7 @@ class Pictures:
     rank: int = 0
     num_ranks: int = 1
     skip_bad: bool = False
+    bits: int = FileImages.bits  # that 16-bit grey levels use
     bad_images: dict[int, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class Pictures:
         with open_image(path, str(path)) as image:
             if self.channels == 1 and image.mode.split(";")[0] not in GREY_MODES:
                 raise UserError(f"image {path} has colours, and the model takes grey levels only")
-            pixels = np.asarray(viewed(image, "L" if self.channels == 1 else "RGB"))
+            pixels = np.asarray(viewed(image, "L" if self.channels == 1 else "RGB", self.bits))
         channels_first = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return torch.from_numpy(channels_first.copy())
 
@@ -72,12 +74,12 @@ class Pictures:
         return str(self.files[self.names[position]])
 
 
-def find_pictures(given: Sequence[str]) -> dict[str, Path]:
+def find_pictures(given: Sequence[str], bits: int = FileImages.bits) -> dict[str, Path]:
     """Find the files of --images, and the images in its folders and below, by name.
 
     A name is that of the file, in a folder with the path below that folder, without suffix; where
     two differ in nothing but the suffix, they keep it. Raises UserError naming what is missing, or
-    two files that would have one name.
+    two files that would have one name. Warns where 16-bit pictures use fewer bits than these.
     """
     found: dict[Path, str] = {}  # file → its name with suffix
     for text in given:
@@ -86,7 +88,8 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--images {text} does not exist" if text else "--images is empty")
         names = list_images(path, "--images") if path.is_dir() else [path.name]
         folder = path if path.is_dir() else path.parent
-        warn_of_empty_bits(folder, names)
+        if bits == FileImages.bits:
+            warn_of_empty_bits(folder, names)
         found |= {folder / name: name for name in names}
     files: dict[str, Path] = {}
     for name, file in zip(picture_names(list(found.values())), found):

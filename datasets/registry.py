@@ -51,13 +51,14 @@ def open_dataset(
     image_size: int | None = None,
     image_cache: str | None = None,
     patch_scale: float | None = None,
+    bits: int = FileImages.bits,
 ) -> ImageSet:
     """Open one split of a data set, or all images; torchvision downloads it if it can.
 
     data_folder is by default data/<name>, image_size the entry's; image_cache is a folder that
-    keeps the decoded images of sets on disk. With patch_scale those are cut into `Patches`. Raises
-    UserError, one line naming the flag or the
-    file, where the set is missing, empty, damaged or not of that size.
+    keeps the decoded images of sets on disk. With patch_scale those are cut into `Patches`. bits:
+    those that 16-bit grey levels use. Raises UserError, one line naming the flag or the file, where
+    the set is missing, empty, damaged or not of that size.
     """
     if name not in DATASETS:
         raise UserError(unknown_name("--dataset", name, DATASETS))
@@ -94,7 +95,11 @@ def open_dataset(
     if len(images) == 0:
         raise UserError(f"--data_folder {folder} holds no {split} images of --dataset {name}")
     if isinstance(images, FileImages):
-        warn_of_empty_bits(images.folder, images.names)
+        images.bits = bits
+        if bits == FileImages.bits:
+            warn_of_empty_bits(images.folder, images.names)
+    elif bits != FileImages.bits:
+        raise UserError(f"--bits {bits} has no effect with --dataset {name}")
     if patch_scale is not None:
         return patches_of(images, patch_scale, image_cache, f"{name}-{split}")
     if image_cache is None or not entry.resizable:

@@ -29,6 +29,7 @@ def opener(data: DataConfig) -> Callable[[Any], ImageSet]:
         image_size=data.image_size,
         image_cache=data.image_cache,
         patch_scale=data.patch_scale,
+        bits=data.bits,
     )
 
 

@@ -163,11 +163,11 @@ def brightest(path: Path) -> int | None:
     return None
 
 
-def viewed(image: ImageFile, mode: Literal["L", "RGB"]) -> Image.Image:
+def viewed(image: ImageFile, mode: Literal["L", "RGB"], bits: int = 16) -> Image.Image:
     """Decode an image as a viewer shows it: first frame, upright, transparency over white.
 
-    16-bit grey levels are reduced to their upper 8 bits. Raises ValueError where they have more
-    than 16 bits.
+    16-bit grey levels, which use that many bits, are reduced to the upper 8 of these. Raises
+    ValueError where they have more than 16 bits.
     """
     turn = TURNS.get(orientation(image))
     scale_transparency(image)
@@ -175,7 +175,7 @@ def viewed(image: ImageFile, mode: Literal["L", "RGB"]) -> Image.Image:
         image.load()
     picture = image if turn is None else image.transpose(turn)
     if picture.mode.startswith(("I", "F")):
-        picture = upper_bits(picture)
+        picture = upper_bits(picture, bits)
     elif picture.has_transparency_data:
         picture = over_white(picture)
     return picture if picture.mode == mode else picture.convert(mode)
@@ -207,12 +207,12 @@ def libtiff_silent() -> Iterator[None]:
             os.close(screen)
 
 
-def upper_bits(image: Image.Image) -> Image.Image:
-    """Reduce 16-bit grey levels to 8 bits, white where they are transparent."""
+def upper_bits(image: Image.Image, bits: int) -> Image.Image:
+    """Reduce grey levels of that many bits to 8, white above them and where transparent."""
     levels = np.asarray(image)
     if image.mode == "F" or levels.min() < 0 or levels.max() > 0xFFFF:
         raise ValueError(f"its grey levels have more than 16 bits (mode {image.mode})")
-    upper = (levels >> 8).astype(np.uint8)
+    upper = (levels >> (bits - 8)).clip(max=255).astype(np.uint8)
     if "transparency" in image.info:
         upper[levels == image.info["transparency"]] = 255
     return Image.fromarray(upper)

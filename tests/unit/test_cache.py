@@ -59,9 +59,11 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decode = image_sets.decode
 
-    def counted(source: Any, size: int, name: str, place: Place | None = None) -> Tensor:
+    def counted(
+        source: Any, size: int, name: str, place: Place | None = None, bits: int = 16
+    ) -> Tensor:
         names.append(Path(name).name)
-        return decode(source, size, name, place)
+        return decode(source, size, name, place, bits)
 
     monkeypatch.setattr(image_sets, "decode", counted)
     return names

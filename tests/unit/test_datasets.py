@@ -46,7 +46,7 @@ from datasets.config import DataConfig
 from datasets.folders import open_folder
 from datasets.image_sets import ChosenImages, Place, Split
 from datasets.loader import DecodedBatches
-from tests.conftest import refusal, run_process
+from tests.conftest import Outcome, refusal, run_process
 from utils.flags.arguments import build
 from utils.image_files import SUFFIXES
 from utils.training.resume import differing_flags
@@ -1194,3 +1194,36 @@ def test_workers_end_with_the_process(tmp_path: Path) -> None:
     outcome = run_process(["-c", program], tmp_path)
     assert (outcome.code, outcome.err) == (0, "")
     assert "[1, 3, 8, 8]" in outcome.out
+
+
+def test_12_bits_of_16(tmp_path: Path, script: Callable[..., Outcome]) -> None:
+    """Grey levels of 12 bits become as bright as those of 8 bits."""
+    random = np.random.default_rng(0)
+    for number in range(12):
+        levels = random.integers(0, 256, (20, 20)).astype(np.uint16)
+        Image.fromarray(levels << 4).save(tmp_path / f"{number}.png")
+        (tmp_path / "eight").mkdir(exist_ok=True)
+        Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "eight" / f"{number}.png")
+    folders = (tmp_path, tmp_path / "eight")
+    deep, plain = (FileImages(folder, ["0.png"], 20) for folder in folders)
+    assert int(deep[0].max()) == 15
+    before = list(deep.identity())
+    deep.bits = 12
+    assert torch.equal(deep[0], plain[0])
+    assert list(deep.identity()) != before
+    (tmp_path / "eight").rename(tmp_path.parent / "eight")
+    flags = ("--image_size", "20", "--num_workers", "0", "--batch_size", "4", "--max_steps", "1")
+    small = ("--hidden_size", "8", "--num_residual_hidden", "4", "--device", "cpu")
+    words = ("--data_folder", str(tmp_path), "--bits", "12", "--exp_name", "e", *flags, *small)
+    trained = script("main.py", *words, "--output_folder", str(tmp_path.parent / "output"))
+    assert trained.code == 0, trained.err
+    assert "16 bits" not in trained.err
+    test = ("test.py", "--model_name", "e/best.pt", "--device", "cpu")
+    where = ("--output_folder", str(tmp_path.parent / "output"))
+    for given in ((), ("--images", str(tmp_path / "0.png"))):
+        assert script(*test, *where, *given).code == 0
+    [whole] = (tmp_path.parent / "output").rglob("original/0.png")
+    assert np.array(Image.open(whole)).max() > 200
+    refused = script("main.py", "--bits", "12", "--device", "cpu", "--max_steps", "1")
+    assert refused.code == 2
+    assert "--bits 12 has no effect with --dataset fashion-mnist-sample" in refused.err

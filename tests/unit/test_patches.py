@@ -54,9 +54,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decode = image_sets.decode_picture
 
-    def counted(source: Any, scale: float, name: str) -> Any:
+    def counted(source: Any, scale: float, name: str, bits: int) -> Any:
         names.append(Path(name).name)
-        return decode(source, scale, name)
+        return decode(source, scale, name, bits)
 
     monkeypatch.setattr(image_sets, "decode_picture", counted)
     return names
