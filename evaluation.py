@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from utils.start import run  # isort: skip  # before those that take seconds
 
+from importlib import import_module
 from pathlib import Path
 
 from utils.devices import keep_freed_memory, resolve_device
@@ -46,6 +47,8 @@ def evaluate(config: EvaluationConfig, command: Command) -> None:
     """Measure all pairs, write everything and report."""
     keep_freed_memory()
     device = resolve_device(config.device)
+    if not {"ssim", "psnr"}.isdisjoint(config.metrics):
+        import_module("skimage.metrics")  # workers inherit it, and their errors name no package
     files = find_images(config)
     output = config.output_folder
     with locked(output, "--output"):

@@ -93,8 +93,8 @@ def read_settings() -> Settings:
     known = DATASETS[data.dataset]
     if pretrained is not None and pretrained.flags["in_channels"] != known.channels:
         raise UserError(
-            f"--pretrained {pretrained.path} takes images of {pretrained.flags['in_channels']} "
-            f"channels, those of --dataset {data.dataset} have {known.channels}"
+            f"--pretrained {pretrained.path} takes {pretrained.flags['in_channels']}-channel "
+            f"images, --dataset {data.dataset} has {known.channels}-channel ones"
         )
     model = build_model_config(flags, known.channels)
     image_size = data.image_size or known.image_size
@@ -210,9 +210,9 @@ def log_plan(
         *(f"{model.num_embedding:,}", codes * math.log2(model.num_embedding) / side**2),
     )
     log.info(
-        "%d training and %d validation images of %s, %s%d×%d; steps %d to %d on %s%s",
-        *(len(training), len(validation), data.dataset),
-        *("patches of " if data.crop == "patch" else "", side, side),
+        "images of %s, %s%d×%d: %d for training, %d for validation; steps %d to %d on %s%s",
+        *(data.dataset, "patches of " if data.crop == "patch" else "", side, side),
+        *(len(training), len(validation)),
         *(trainer.step, trainer.total_steps, trainer.device),
         f", {num_ranks()} processes" if num_ranks() > 1 else "",
     )

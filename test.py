@@ -66,12 +66,15 @@ class TestConfig:
     save_codes: bool = option(False, "write the indices, entropy-coded, to codes.looc")
     from_codes: str | None = option(None, "reconstruct from this code file instead of images")
     prior: str | None = option(
-        None, "prior that codes the indices, from generate.py train; of a code file, that coded it"
+        None, "prior (of generate.py train) that codes the indices, or coded those of --from_codes"
     )
     images: tuple[str, ...] = option(
         (), "files and folders of pictures to reconstruct whole, each in its own size"
     )
-    keep_names: bool = option(False, "name the pictures after their images, not by position")
+    keep_names: bool = option(
+        False,
+        "name the pictures after their files, not by position (not with --images or --from_codes)",
+    )
     data_split: str | None = option(
         None,
         "images that are tested (default: test for the data that the model was trained on, all for "

@@ -6,8 +6,9 @@ import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
-from errno import EDQUOT, ENOSPC
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from errno import EDQUOT, EIO, ENOSPC
 from pathlib import Path
 
 import PIL
@@ -31,7 +32,7 @@ class CachedImages(ImageSet):
     empty is decoded again. No file stays open, so that worker processes and threads may share it;
     a memory map instead would end the process, without a message, where the file is cut short.
 
-    Raises OSError where the file cannot be read or written any more.
+    Raises OSError naming the file where it cannot be read or written any more.
     """
 
     def __init__(self, images: ImageSet, path: Path, key: str) -> None:
@@ -66,17 +67,27 @@ class CachedImages(ImageSet):
         """Return an image (C, H, W) from the file; None where its record is not valid."""
         image = torch.empty(self.channels, self.image_size, self.image_size, dtype=torch.uint8)
         stored = bytearray(CHECKSUM)
-        with self.path.open("rb", buffering=0) as file:
+        with naming(self.path), self.path.open("rb", buffering=0) as file:
             os.preadv(file.fileno(), [stored, image.numpy().data], self.offset(index))
         return image if stored == checksum(image) else None
 
     def store(self, index: int, image: Tensor) -> None:
-        with self.path.open("r+b", buffering=0) as file:
+        with naming(self.path), self.path.open("r+b", buffering=0) as file:
             os.pwritev(file.fileno(), [checksum(image), image.numpy().data], self.offset(index))
 
     def offset(self, index: int) -> int:
         """Return the position in the file where the record of an image begins."""
         return len(self.header) + index * self.record
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name flag and file in each OSError: those of an open file name none."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise OSError(error.errno or EIO, reason, f"--image_cache: {path}") from error
 
 
 def checksum(image: Tensor) -> bytes:

@@ -79,8 +79,8 @@ class StoredCodes:
                 path = folder / f"{number:05d}.npy"
                 if not path.exists():
                     codes = np.concatenate(list(self.encode(number)))
-                    with whole_file(path) as temporary, temporary.open("wb") as file:
-                        np.save(file, codes)
+                    with whole_file(path) as temporary, temporary.open("w+b") as file:
+                        np.save(file, codes)  # its errors have no reason with "wb"
             wait_for_all()
         self.shards = [self.open(folder / f"{number:05d}.npy", number) for number in numbers]
 

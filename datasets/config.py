@@ -26,8 +26,8 @@ class DataConfig:
     flip: bool = option(False, "mirror half of the training images, chosen anew in every epoch")
     crop: str = option(
         "centre",
-        "cut of images on disk: the whole square in the middle, in training at a random place "
-        "(random), or a patch of --image_size pixels at full resolution",
+        "square that is cut out of each image on disk: the largest, in the middle (centre) or in "
+        "training at a random place (random), or --image_size pixels at full resolution (patch)",
         choices=CROPS,
     )
     crop_scale: float = option(

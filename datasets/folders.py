@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,13 +14,14 @@ from datasets.image_sets import FileImages, FolderSplits, ImageSet, Split
 from datasets.sampling import hold_out_by_name
 from datasets.staging import fetch
 from utils.errors import UserError
-from utils.image_files import SUFFIXES, brightest, image_names, listed
+from utils.image_files import SUFFIXES, brightest, counted, image_names, is_deep, listed
 from utils.logger import warn_once
 
 FFHQ_TRAIN = 60_000
 FFHQ_TEST = 10_000
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
-SAMPLED = 32  # images that are looked at when a set is opened
+SAMPLED = 32  # images whose bytes are read when a set is opened
+HEADERS = 256  # images whose number of bits is read then
 IMAGENET_FOLDERS: dict[Split, str] = {"train": "train", "test": "val"}
 
 
@@ -49,12 +51,15 @@ def open_folder(folder: Path, split: Split, image_size: int) -> ImageSet:
     with os.scandir(folder) as entries:
         unlike = sorted(e.name for e in entries if e.name.lower() in SPLIT_NAMES and e.is_dir())
     if unlike:
+        lacking = "neither test/ nor val/" if "train" in own else "no train/"
         warn_once(
-            f"{folder} has {slashed(unlike)}, but not train/ with test/ or val/: about a tenth of "
-            f"its {len(names)} images is for tests"
+            f"{folder} has {slashed(unlike)} but {lacking}: all {len(names):,} images are split, "
+            "about a tenth for testing"
         )
     if len(names) == 1:
-        raise UserError(f"--data_folder {folder} holds 1 image: training and testing need 2")
+        raise UserError(
+            f"--data_folder {folder} holds 1 image: training, validation and testing need 3"
+        )
     train, test = ([names[i] for i in part.tolist()] for part in hold_out_by_name(names, "test"))
     images = FileImages(folder, test if split == "test" else train, image_size)
     images.splits = FolderSplits(digest_of(folder, test), by_name=True)
@@ -110,18 +115,23 @@ def digest_of(folder: Path, names: Sequence[str]) -> str:
 def warn_of_empty_bits(folder: Path, names: Sequence[str]) -> None:
     """Warn once where images of 16 bits leave their upper bit empty, as 12-bit data do.
 
-    Some images of the set are looked at.
+    A sample is looked at, drawn with a fixed seed: of the images first, of those of 16 bits then.
     """
+    deep = [name for name in sample(names, HEADERS) if is_deep(folder / name)]
     levels = []
-    for name in names[:: max(1, len(names) // SAMPLED)]:
-        with suppress(UserError):
+    for name in sample(deep, SAMPLED):
+        with suppress(UserError):  # decoding it for training will tell
             levels.append(brightest(folder / name))
-    deep = [level for level in levels if level is not None]
-    if deep and max(deep) < 128:
+    if levels and max(levels) < 128:
         warn_once(
-            f"{folder}: its images of 16 bits use {8 + max(deep).bit_length()} of them and "
-            "become dark; scale them to the full range before"
+            f"{folder}: all images of 16 bits that were looked at ({len(levels):,}) use only their "
+            f"lower {8 + max(levels).bit_length()} bits and would become dark; scale them to the "
+            "full range first"
         )
+
+
+def sample(names: Sequence[str], most: int) -> list[str]:
+    return random.Random(0).sample(names, min(most, len(names)))
 
 
 def slashed(folders: Sequence[str]) -> str:
@@ -142,5 +152,5 @@ def list_images(folder: Path, flag: str = "--data_folder") -> list[str]:
     if not names:
         raise UserError(f"{flag} {folder} holds no images ({', '.join(SUFFIXES)}){others}")
     if others:
-        warn_once(f"{flag} {folder}: {len(names):,} images{others}")
+        warn_once(f"{flag} {folder}: {counted(len(names), 'image')}{others}")
     return names

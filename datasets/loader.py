@@ -219,6 +219,6 @@ class WholeBatches(Dataset[Written]):
             except UserError as error:
                 bad[position] = str(error)
             except OSError as error:  # of the image cache
-                fault = f"{error.filename or 'reading images'}: {error.strerror}"
+                fault = f"{error.filename}: {error.strerror}"
                 return Written(slot, positions, bad, fault)
         return Written(slot, positions, bad, "")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.cache import key_of
+from datasets.cache import key_of, naming
 from datasets.image_sets import ImageSet, Pixels, Place, offsets
 from utils.errors import UserError, one_line
 
@@ -27,7 +27,7 @@ class Patches(ImageSet):
     keeps each picture decoded, in a file of its own that appears complete or not at all: a cut
     reads its own rows alone.
 
-    Raises OSError where a file cannot be read or written any more.
+    Raises OSError naming the file where it cannot be read or written any more.
     """
 
     def __init__(self, images: ImageSet, scale: float, folder: Path | None = None) -> None:
@@ -57,14 +57,18 @@ class Patches(ImageSet):
     def kept(self, index: int) -> Pixels:
         """Return a picture from its file, or decode it and write the file."""
         path = Path(self.folder or "", f"{index:08d}.npy")
+        with naming(path):
+            return self.read_or_write(path, index)
+
+    def read_or_write(self, path: Path, index: int) -> Pixels:
         with suppress(FileNotFoundError, ValueError, EOFError):  # not there yet, or damaged
             found: Pixels = np.load(path, mmap_mode="r")
             return found
         pixels = self.images.picture(index, self.scale)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
-                np.save(file, pixels)
+            with temporary.open("w+b") as file:
+                np.save(file, pixels)  # its errors have no reason with "wb"
                 file.flush()
                 os.fsync(file.fileno())  # or a power cut could leave an empty file
             temporary.replace(path)

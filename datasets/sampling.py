@@ -63,7 +63,7 @@ def split_validation(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     if len(images) < 2:
         raise UserError(
             f"--data_folder gives {len(images)} training image; a tenth is held out for "
-            "validation, so that 2 are needed, or --validation test"
+            "validation, so that 2 training images are needed, or --validation test"
         )
     if isinstance(images, TensorImages):
         train, validation = hold_out(len(images), "validation")

@@ -38,7 +38,9 @@ def open_training(data: DataConfig, validation: str) -> tuple[ImageSet, ImageSet
     opened = opener(data)
     images = opened("train")
     if validation == "test":
-        log.warning("--validation test chooses best.pt on the test images: its scores flatter")
+        log.warning(
+            "--validation test chooses best.pt on the test images, so its scores are too good"
+        )
         return images, opened("test")
     if images.splits is not None and images.splits.has_val:
         return images, opened("val")
@@ -107,8 +109,8 @@ def check_fit(checkpoint: Checkpoint, data: DataConfig, images: ImageSet) -> Non
     """Raise UserError if the images do not fit the model."""
     model, side, given = checkpoint.model_config, images.image_size, images.channels
     if given != model.in_channels:
-        need = f"{checkpoint.path} takes {model.in_channels}"
-        raise UserError(f"--dataset {data.dataset} has {given} channels, {need}")
+        need = f"{checkpoint.path} takes {model.in_channels}-channel ones"
+        raise UserError(f"--dataset {data.dataset} has {given}-channel images, {need}")
     if side % model.downsampling:
         raise UserError(f"--image_size {side} is not a multiple of {model.downsampling}")
 

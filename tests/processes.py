@@ -7,7 +7,8 @@ import resource
 import runpy
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,17 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     ["tests.processes", "main", "evaluation", "torch._dynamo", "torch.utils.tensorboard"]
 )
+
+
+@contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond size bytes, which stands for a full disk."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
 def run_python(

@@ -28,7 +28,8 @@ from utils.files import whole_folder
 Value = TypeVar("Value")
 
 
-# What torchrun, srun and mpirun set, with the value of a process that works alone.
+# What torchrun, srun and mpirun set, with the value of a process that works alone. Not
+# SLURM_NTASKS: a batch script of two tasks has 2 too, where it starts one process without srun.
 ALONE = {
     **{"WORLD_SIZE": "1", "RANK": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
     **{"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"},

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -25,6 +25,7 @@ SUFFIXES = (
 )
 # No others, whatever a file's name: Pillow hands some (EPS) to other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
+BROKEN, OF_RESULTS = "broken link", "results folder"
 RESULTS = (("analysis.json", "rec"), ("samples.json", "00000000.png"))  # of test.py, generate.py
 UNMARKED = "TGA"  # a format without a mark at its beginning: the suffix has to say it
 TURNS = {  # by EXIF orientation
@@ -60,7 +61,7 @@ def image_names(folder: Path, left_out: Counter[str] | None = None) -> list[str]
             continue
         if prefix and any(all(Path(place, name).exists() for name in own) for own in RESULTS):
             if left_out is not None:
-                left_out["folders of results"] += 1
+                left_out[OF_RESULTS] += 1
             continue
         with os.scandir(place) as entries:
             for entry in entries:
@@ -71,14 +72,21 @@ def image_names(folder: Path, left_out: Counter[str] | None = None) -> list[str]
                     names.append(prefix + entry.name)
                 elif left_out is not None and not entry.name.startswith("."):
                     suffix = Path(entry.name).suffix.lower() or "without suffix"
-                    left_out[suffix if kind == "file" else "broken links"] += 1
+                    left_out[suffix if kind == "file" else BROKEN] += 1
     return sorted(names)
 
 
 def listed(left_out: Counter[str]) -> str:
     """Return the files left out as text, the most frequent suffix first."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{number:,} {suffix}" for suffix, number in ordered)
+    return ", ".join(
+        counted(number, suffix) if suffix in (BROKEN, OF_RESULTS) else f"{number:,} {suffix}"
+        for suffix, number in ordered
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def kind_of(entry: os.DirEntry[str]) -> Literal["folder", "file"] | None:
@@ -155,12 +163,17 @@ def more_than_8_bits(image: ImageFile) -> bool:
     return image.mode.startswith(("I", "F")) or ";16" in str(found[0]) or deep_ppm
 
 
-def brightest(path: Path) -> int | None:
-    """Return the highest level, of 255, of an image with more than 8 bits; None for others."""
+def is_deep(path: Path) -> bool:
+    """Return `more_than_8_bits` of a file; False if it is damaged."""
+    with suppress(UserError), open_image(path, str(path)) as image:
+        return more_than_8_bits(image)
+    return False
+
+
+def brightest(path: Path) -> int:
+    """Return the highest level of an image, of 255."""
     with open_image(path, str(path)) as image:
-        if more_than_8_bits(image):
-            return int(np.asarray(viewed(image, "RGB")).max())
-    return None
+        return int(np.asarray(viewed(image, "RGB")).max())
 
 
 def viewed(image: ImageFile, mode: Literal["L", "RGB"], bits: int = 16) -> Image.Image:

@@ -31,9 +31,10 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
     if rank() > 0:
         yield
         return
-    with take_lock(writable_folder(folder, flag), flag):
+    with take_lock(writable_folder(folder, flag), flag) as file:
         remove_left_overs(folder)
         try:
+            note_holder(file, flag)
             yield
         finally:
             with suppress(OSError):
@@ -42,7 +43,7 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
 
 
 def take_lock(folder: Path, flag: str) -> TextIO:
-    """Lock the folder's file, note this process in it and return it, open."""
+    """Lock the folder's file and return it, open."""
     while True:
         try:
             file = (folder / LOCK).open("a+")
@@ -67,7 +68,14 @@ def take_lock(folder: Path, flag: str) -> TextIO:
             if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
                 break
         file.close()  # its holder has just ended and removed it
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
     return file
+
+
+def note_holder(file: TextIO, flag: str) -> None:
+    """Write this process into its lock. Raises UserError naming it, as on a full disk."""
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{flag}: cannot write {file.name}: {reason}") from error

@@ -13,7 +13,7 @@ import pytest
 
 from tests import processes
 from tests.conftest import HANGS, Outcome
-from tests.processes import context, run_forked, run_ranks
+from tests.processes import context, limited_files, run_forked, run_ranks
 from utils.errors import UserError
 from utils.locks import locked
 
@@ -70,6 +70,15 @@ def test_results_have_one_writer(tmp_path: Path) -> None:
         assert sorted(results.rglob("*")) == sorted([*before, results / ".lock"])
     assert run_forked(measure, tmp_path).code == 0
     assert not (results / ".lock").exists()
+
+
+def test_a_full_disk_is_told_with_flag_and_file(tmp_path: Path) -> None:
+    """The message had neither, on resume and in test.py."""
+    folder = tmp_path / "e"
+    with limited_files(0), pytest.raises(UserError) as raised, locked(folder, "--exp_name"):
+        pass
+    assert str(raised.value) == f"--exp_name: cannot write {folder}/.lock: File too large"
+    assert not folder.exists()
 
 
 def test_the_first_process_holds_the_lock_for_all(tmp_path: Path) -> None:

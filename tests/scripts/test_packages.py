@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from datasets.lsun import read_keys
 from modules import VQVAE, ModelConfig
@@ -90,6 +91,24 @@ def test_a_broken_torch(name: str, package: Callable[[str, str], None], tmp_path
     outcome = run_process([str(ROOT / name)], tmp_path)
     message = "torch cannot be imported: ModuleNotFoundError: No module named 'absent'"
     assert (outcome.code, outcome.err) == (2, f"{Path(name).name}: error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [("1 / 0", "ZeroDivisionError: "), ("import absent", "ModuleNotFoundError: No module named ")],
+)
+def test_a_broken_package_of_workers(
+    content: str, error: str, package: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    for name in ("original", "rec"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (16, 16)).save(tmp_path / name / "a.png")
+    package("skimage", content)
+    flags = ("--gt_path", "original", "--g_path", "rec", "--metrics", "ssim")
+    outcome = run_process([str(ROOT / "evaluation.py"), *flags], tmp_path)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"evaluation.py: error: skimage cannot be imported: {error}")
+    assert outcome.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -387,7 +387,7 @@ def test_main_starts_from_weights_and_trains_on(script: Script, tmp_path: Path) 
     outcome = script("main.py", *bundled, *grey)
     assert outcome.code == 2
     said = (
-        "--pretrained vq takes images of 3 channels, those of --dataset fashion-mnist-sample have 1"
+        "--pretrained vq takes 3-channel images, --dataset fashion-mnist-sample has 1-channel ones"
     )
     assert outcome.err == f"main.py: error: {said}\n"
 
@@ -452,7 +452,7 @@ ATTENTION_FIRST = {
             {"block_out_channels": (32, 48), "norm_num_groups": 16},
             "has [32, 48] channels at its resolutions, where --model vqgan has multiples of the 32",
         ),
-        ({"out_channels": 1}, "makes images of 1 channels from images of 3"),
+        ({"out_channels": 1}, "makes 1-channel images from 3-channel ones"),
     ],
 )
 def test_shapes_of_another_architecture(

@@ -305,7 +305,7 @@ def test_a_cache_that_is_gone_is_no_bad_image(
     cached.path.unlink()
     loader = BatchLoader(cached, 5, device=CPU, num_workers=num_workers, skip_bad=skip_bad)
     message = refusal(lambda: list(loader.epoch()))
-    assert message == f"{cached.path}: No such file or directory"
+    assert message == f"--image_cache: {cached.path}: No such file or directory"
     assert not loader.bad_images
 
 

@@ -649,7 +649,8 @@ def test_folder_without_splits(tmp_path: Path) -> None:
 
 def test_folder_of_one_image(tmp_path: Path) -> None:
     save(0, tmp_path / "only.png")
-    assert "holds 1 image" in refusal(lambda: open_dataset("folder", str(tmp_path), "train"))
+    message = refusal(lambda: open_dataset("folder", str(tmp_path), "train"))
+    assert "holds 1 image: training, validation and testing need 3" in message
 
 
 def test_listing(tmp_path: Path) -> None:
@@ -677,8 +678,8 @@ def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     (tmp_path / "gone.jpg").symlink_to("nowhere")
     for _ in range(2):
         open_dataset("folder", str(tmp_path), "all", 8)
-    left_out = "left out: 2 .heic, 1 .txt, 1 broken links, 1 without suffix"
-    assert caplog.messages == [f"--data_folder {tmp_path}: 1 images; {left_out}"]
+    left_out = "left out: 2 .heic, 1 .txt, 1 broken link, 1 without suffix"
+    assert caplog.messages == [f"--data_folder {tmp_path}: 1 image; {left_out}"]
     (tmp_path / "a.png").unlink()
     message = refusal(lambda: open_dataset("folder", str(tmp_path), "all", 8))
     assert "holds no images (.jpg, " in message
@@ -696,9 +697,7 @@ def test_results_are_no_images_of_the_set(tmp_path: Path, caplog: pytest.LogCapt
     (results / "analysis.json").touch()
     (samples / "samples.json").touch()
     assert folders.list_images(tmp_path) == ["a.png"]
-    assert caplog.messages == [
-        f"--data_folder {tmp_path}: 1 images; left out: 2 folders of results"
-    ]
+    assert caplog.messages == [f"--data_folder {tmp_path}: 1 image; left out: 2 results folders"]
     assert folders.list_images(results / "rec") == ["0.png"]
     (results / "analysis.json").unlink()
     assert len(folders.list_images(tmp_path)) == 4
@@ -777,8 +776,25 @@ def test_empty_upper_bits_are_told(
         Image.fromarray(levels).save(tmp_path / f"{number}.{suffix}")
     for _ in range(2):
         open_dataset("folder", str(tmp_path), "all", 8)
-    dark = f"{tmp_path}: its images of 16 bits use {bits} of them and become dark; "
-    assert [message.startswith(dark) for message in caplog.messages] == [True] * (bits < 16)
+    dark = (
+        f"{tmp_path}: all images of 16 bits that were looked at (3) use only their lower {bits} "
+        "bits and would become dark; scale them to the full range first"
+    )
+    assert caplog.messages == [dark] * (bits < 16)
+
+
+@pytest.mark.parametrize(("even", "odd", "dark"), [(8, 12, True), (12, 16, False)])
+def test_every_kind_of_image_is_looked_at(
+    even: int, odd: int, dark: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every second image was looked at, so that the others were unknown."""
+    for number in range(70):
+        bits = odd if number % 2 else even
+        levels = np.full((8, 8), 2**bits - 1, np.uint8 if bits == 8 else np.uint16)
+        Image.fromarray(levels).save(tmp_path / f"{number:02d}.png")
+    open_dataset("folder", str(tmp_path), "all", 8)
+    found = ["(32) use only their lower 12 bits" in line for line in caplog.messages]
+    assert found == [True] * dark
 
 
 def test_transparent_palette_gives_no_warning(
@@ -910,7 +926,9 @@ def test_split_validation(kind: str, request: pytest.FixtureRequest) -> None:
         assert isinstance(validation, TensorImages)
 
 
-@pytest.mark.parametrize("names", [("Train", "Test"), ("train", "validation"), ("cats", "dogs")])
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("train", "validation"), ("test", "Val"), ("cats", "dogs")]
+)
 def test_folders_that_are_no_splits_are_told(
     names: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -918,7 +936,9 @@ def test_folders_that_are_no_splits_are_told(
         (tmp_path / name).mkdir()
         Image.new("L", (8, 8)).save(tmp_path / name / "a.png")
     assert len(open_folder(tmp_path, "test", 8)) == 1
-    told = f"{tmp_path} has {', '.join(f'{name}/' for name in sorted(names))}, but not train/"
+    lacking = "neither test/ nor val/" if "train" in names else "no train/"
+    folders = ", ".join(f"{name}/" for name in sorted(names))
+    told = f"{tmp_path} has {folders} but {lacking}: all 2 images are split, about a tenth"
     assert (told in caplog.text) == ("cats" not in names)
 
 

@@ -15,6 +15,7 @@ from datasets.config import DataConfig
 from datasets.image_sets import Place
 from datasets.patches import Patches, patches_of
 from tests.conftest import refusal
+from tests.processes import limited_files
 from tests.scripts.test_cli import TINY, Script
 from tests.unit.test_datasets import augmented, same, smooth_noise
 from utils.errors import UserError
@@ -143,8 +144,18 @@ def test_a_cache_that_cannot_be_written(files: FileImages, tmp_path: Path) -> No
     patches = patches_of(files, 1, str(tmp_path / "cache"), "x")
     patches.folder.rmdir()  # type: ignore[union-attr]
     loader = BatchLoader(patches, 4, device=torch.device("cpu"), skip_bad=True)
-    assert "No such file or directory" in refusal(lambda: list(loader.epoch()))
+    message = f"--image_cache: {patches.folder}/00000000.npy: No such file or directory"
+    assert refusal(lambda: list(loader.epoch())) == message
     assert not loader.bad_images
+
+
+def test_a_full_disk_is_told_with_flag_and_file(files: FileImages, tmp_path: Path) -> None:
+    """numpy's own error has neither; a limit on the size of files stands for the disk."""
+    patches = patches_of(files, 1, str(tmp_path / "cache"), "x")
+    with limited_files(500), pytest.raises(OSError, match="File too large") as raised:
+        corner(patches, None)
+    assert raised.value.filename == f"--image_cache: {patches.folder}/00000000.npy"
+    assert not list(patches.folder.iterdir())  # type: ignore[union-attr]
 
 
 def test_patches_depend_on_seed_epoch_and_position_alone(files: FileImages) -> None:

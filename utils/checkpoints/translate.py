@@ -197,7 +197,7 @@ def flags_of_shapes(state_dict: StateDict, groups: Any) -> dict[str, Any]:
     if type(groups) is not int or groups < 1 or base % groups:
         raise ValueError(f"normalises in {groups} groups, which do not divide {base} channels")
     if in_channels != out_channels:
-        raise ValueError(f"makes images of {out_channels} channels from images of {in_channels}")
+        raise ValueError(f"makes {out_channels}-channel images from {in_channels}-channel ones")
     return {
         "hidden_size": base,
         "channel_multipliers": ",".join(str(width // base) for width in widths),

@@ -87,7 +87,8 @@ def open_pairs(config: EvaluationConfig, files: Files) -> tuple[list[Pair], dict
     for flag, found in files.items():
         if found.left_out:
             others = image_files.listed(found.left_out)
-            log.warning("%s: %d images; left out: %s", flag, len(found.images), others)
+            number = image_files.counted(len(found.images), "image")
+            log.warning("%s: %s; left out: %s", flag, number, others)
     pairs, skipped, different = [], {}, []
     for name in names:
         try:

@@ -40,7 +40,7 @@ class LoopConfig:
     )
     max_steps: int | None = option(
         None,
-        "steps of the run; with --num_epochs too, whichever ends first",
+        "training steps; if --num_epochs is given too, the shorter of the two",
         minimum=1,
         maximum=10**12,
     )
@@ -144,9 +144,9 @@ class TrainConfig(LoopConfig):
     )
     pretrained: str | None = option(
         None,
-        "weights to start from: a checkpoint of this repository, which also gives the model flags; "
-        "or, without the quantiser, a folder of diffusers' VQModel or AutoencoderKL, or a "
-        "checkpoint of taming-transformers or latent-diffusion",
+        "weights to start from: a checkpoint of this repository, which also gives the model flags, "
+        "or a state dict of the reference; or, without the quantiser, a folder of diffusers' "
+        "VQModel or AutoencoderKL, or a checkpoint of taming-transformers or latent-diffusion",
     )
     new_quantizer: bool = option(
         False, "start with a new quantiser instead of that of --pretrained"
@@ -158,7 +158,7 @@ class TrainConfig(LoopConfig):
         choices=("split", "test"),
     )
     num_validation: int | None = option(
-        None, "most images of a validation, evenly spread (default: all)", minimum=1
+        None, "at most this many validation images, evenly spread (default: all)", minimum=1
     )
     compile: bool = option(False, "compile encoder and decoder (torch.compile)")
     channels_last: bool = option(False, "store images and weights channels last")
