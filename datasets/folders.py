@@ -123,10 +123,11 @@ def warn_of_empty_bits(folder: Path, names: Sequence[str]) -> None:
         with suppress(UserError):  # decoding it for training will tell
             levels.append(brightest(folder / name))
     if levels and max(levels) < 128:
+        bits = max(9, 8 + max(levels).bit_length())
         warn_once(
             f"{folder}: all images of 16 bits that were looked at ({len(levels):,}) use only their "
-            f"lower {8 + max(levels).bit_length()} bits and would become dark; scale them to the "
-            "full range first"
+            f"lower {bits} bits and would become dark; give --bits {bits} if they are grey, or "
+            "scale them to the full range first"
         )
 
 

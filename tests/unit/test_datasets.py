@@ -778,7 +778,8 @@ def test_empty_upper_bits_are_told(
         open_dataset("folder", str(tmp_path), "all", 8)
     dark = (
         f"{tmp_path}: all images of 16 bits that were looked at (3) use only their lower {bits} "
-        "bits and would become dark; scale them to the full range first"
+        f"bits and would become dark; give --bits {bits} if they are grey, or scale them to the "
+        "full range first"
     )
     assert caplog.messages == [dark] * (bits < 16)
 
