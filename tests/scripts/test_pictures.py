@@ -238,7 +238,7 @@ def test_what_a_folder_holds_and_is_not_used_is_told(script: Script, pictures: P
     outcome = script(*TEST[:3], "--images", "b", "c")
     assert outcome.code == 0, outcome.err
     assert "--images b: 4 images; left out: 1 .txt" in outcome.err
-    assert "c: its images of 16 bits use 12 of them" in outcome.err
+    assert "c: all images of 16 bits that were looked at (1) use only their lower 12" in outcome.err
 
 
 def test_other_pictures_do_not_replace_results(script: Script, pictures: Path) -> None:
