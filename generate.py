@@ -24,6 +24,7 @@ from torchvision.utils import make_grid
 from datasets import ImageSet, Labels
 from datasets.codes import CodeLoader, StoredCodes
 from datasets.config import DataConfig
+from datasets.originals import mask_of, squares
 from datasets.splits import check_fit, check_images, data_flags, names_stored, open_training
 from modules import Autoencoder
 from modules.priors.config import CodeSpace, PriorConfig
@@ -45,7 +46,14 @@ from utils.errors import UserError, memory_for
 from utils.flags.arguments import build, check_stored, parse_flags, with_preset
 from utils.generation.checkpoints import FirstStage, StoredPrior, read_prior
 from utils.generation.config import PriorTrainConfig, SampleConfig
-from utils.generation.samples import draw_samples, labels_of, remove_samples, write_samples
+from utils.generation.editing import SIDES, Editing, known_positions
+from utils.generation.samples import (
+    draw_samples,
+    labels_of,
+    noise_of,
+    remove_samples,
+    write_samples,
+)
 from utils.images import to_bytes
 from utils.locks import locked
 from utils.logger import log, start_logging
@@ -240,22 +248,59 @@ def draw() -> None:
     how = Sampling(config.temperature, config.top_k, config.top_p, config.guidance, config.rounds)
     classes = len(stored.classes)
     name = Path(results_name(path, config.output_folder)).with_suffix("")
+    editing = open_editing(config, stored, first_stage)
     folder = Path(config.output_folder) / "samples" / name
-    settings = {
+    settings: dict[str, Any] = {
         "prior": tensors_digest(prior.state_dict(), stored.first_stage.digest),
         "seed": config.seed,
         "label": config.label,
         **asdict(how),
     }
+    count, arrange = config.num_samples or 100, {}
+    if editing is not None:
+        folder = folder.with_name(f"{folder.name}-{config.edit}")
+        flags = {name: getattr(config, name) for name in ("inpaint", "vary", "interpolate")}
+        settings |= {**flags, "images": editing.digest()}
+        count, arrange = config.num_samples or editing.usual_count, {"arrange": editing.arrange}
 
     def draw_numbers(numbers: list[int]) -> Tensor:
-        labels = labels_of(numbers, config.label, classes)
-        return draw_samples(prior, first_stage, how, numbers, labels, config.seed)
+        if editing is None:
+            labels, known = labels_of(numbers, config.label, classes), None
+            noise = noise_of(config.seed, numbers)
+        else:
+            labels = torch.full((len(numbers),), -1 if config.label is None else config.label)
+            noise = editing.noise(config.seed, numbers)
+            known = editing.start(first_stage, numbers, noise)
+        return draw_samples(prior, first_stage, how, noise, labels, known)
 
     with locked(folder, "--output_folder"), memory_for(f"--batch_size {config.batch_size}"):
         if config.overwrite and rank() == 0:
             remove_samples(folder)
-        write_samples(folder, settings, config.num_samples, config.batch_size, draw_numbers)
+        write_samples(folder, settings, count, config.batch_size, draw_numbers, **arrange)
+
+
+def open_editing(
+    config: SampleConfig, prior: StoredPrior, first_stage: Autoencoder
+) -> Editing | None:
+    """Open the pictures that flags ask to edit, if any, and say how."""
+    if config.edit is None:
+        return None
+    data = prior.group("data_config", DataConfig)
+    size, channels = prior.first_stage.image_size, first_stage.config.in_channels
+    with first_goes_ahead():
+        originals = squares(config.images, data, channels, size)
+    if config.interpolate is not None:
+        if len(originals) < 2:
+            raise UserError(f"--interpolate {config.interpolate} needs two pictures or more")
+        return Editing(originals, prior.space, share=config.vary or 0.5, steps=config.interpolate)
+    if config.vary is not None:
+        return Editing(originals, prior.space, share=config.vary)
+    part: Any = config.inpaint
+    if part not in SIDES:
+        if not Path(part).is_file():
+            raise UserError(f"--inpaint {part} is neither {', '.join(SIDES)} nor a picture")
+        part = mask_of(part, config.images, size)
+    return Editing(originals, prior.space, known_positions(part, prior.space))
 
 
 def check_flags(config: SampleConfig, prior: StoredPrior) -> None:
@@ -269,6 +314,12 @@ def check_flags(config: SampleConfig, prior: StoredPrior) -> None:
             "models images given their class (--label_dropout 0)" if classes else "has no classes"
         )
         raise UserError(f"--guidance {config.guidance}: {prior.path} {have}")
+    if config.edit is not None and config.label is None:
+        if config.guidance != 1:
+            raise UserError(f"--guidance {config.guidance} needs --label with --{config.edit}")
+        if not prior.knows_no_class:
+            have = "models images given their class (--label_dropout 0)"
+            raise UserError(f"--{config.edit} needs --label: {prior.path} {have}")
     if config.rounds != SampleConfig.rounds and prior.config.prior != "masked":
         given = f"--rounds {config.rounds} has no effect with a {prior.config.prior} prior"
         raise UserError(f"{given}, {prior.path}")

@@ -52,7 +52,7 @@ class Autoencoder(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images → (reconstruction of the same shape, Quantized)."""
-        quantized: Quantized = self.quantizer(self._latents(images))
+        quantized: Quantized = self.quantizer(self.latents(images))
         return self.reconstruct(quantized.latents), quantized
 
     def compile_parts(self) -> None:
@@ -62,13 +62,13 @@ class Autoencoder(nn.Module, ABC):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images → indices (B, H, W, m), int64."""
-        return self.quantizer.encode(self._latents(images))
+        return self.quantizer.encode(self.latents(images))
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (B, H, W, m) → images (B, in_channels, f·H, f·W)."""
         return self.reconstruct(self.quantizer.decode(indices))
 
-    def _latents(self, images: Tensor) -> Tensor:
+    def latents(self, images: Tensor) -> Tensor:
         """Images → latents before quantisation, (B, C, H, W)."""
         shape, channels = tuple(images.shape), self.config.in_channels
         if len(shape) != 4 or shape[1] != channels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from .transformer import Cache, CodeTransformer
 
 CHOICE_TEMPERATURE = 4.5  # of the Gumbel noise in the first round, as in MaskGIT
+CANDIDATES = 16  # of an image, where a causal prior has to meet known codes
 Noise: TypeAlias = Callable[..., Tensor]  # sizes → uniform numbers in [0, 1), (B, *sizes)
 
 
@@ -38,7 +39,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Known:
-    """Codes that are given, (B, H, W, m), at the positions of a mask (H, W), bool."""
+    """Codes that are given, (B, H, W, m), at the positions of a mask (H, W) or (B, H, W), bool."""
 
     codes: Tensor
     mask: Tensor
@@ -56,19 +57,20 @@ def sample(
 ) -> Tensor:
     """Draw codes (B, H, W, m), int64, of the classes `labels` (B,), −1 for no class.
 
-    A causal prior draws one position after another, and sees a known code from its position on. A
+    A causal prior draws one position after another, several candidates where known codes follow. A
     masked prior fills in the unknown positions in rounds, and sees all known codes from the start.
     cached=False computes all positions anew at every step of a causal prior; the result is equal.
     """
     space, device = model.space, labels.device
     shape = (len(labels), space.num_positions, space.num_slots)
     if known is None:
-        mask = torch.zeros(space.num_positions, dtype=torch.bool, device=device)
+        mask = torch.zeros(shape[:2], dtype=torch.bool, device=device)
         codes = torch.zeros(shape, dtype=torch.int64, device=device)
     else:
-        mask, codes = known.mask.flatten(), known.codes.reshape(shape).clone()
+        mask = known.mask.expand(len(labels), space.height, space.width).flatten(1)
+        codes = known.codes.reshape(shape).clone()
     if model.causal:
-        draw_in_order(model, labels, noise, how, codes, mask, cached=cached)
+        codes = draw_in_order(model, labels, noise, how, codes, mask, cached=cached)
     else:
         draw_in_rounds(model, labels, noise, how, codes, mask)
     return codes.view(len(codes), space.height, space.width, space.num_slots)
@@ -83,18 +85,48 @@ def draw_in_order(
     mask: Tensor,
     *,
     cached: bool,
-) -> None:
-    """Fill in the codes (B, L, m) outside the mask (L,), in raster order."""
-    draws = noise(*codes.shape[1:]).to(codes.device)
+) -> Tensor:
+    """Fill in the codes (B, L, m) outside the mask (B, L), in raster order: → codes.
+
+    A causal prior sees no known code that follows. There CANDIDATES of each image are drawn, and
+    after each run of known codes drawn again, by the probability that they gave to these codes: a
+    particle filter (Gordon et al., 1993), whose draws follow the prior given all known codes as the
+    number of candidates grows.
+    """
+    size, length, slots = codes.shape
+    count = CANDIDATES if (mask[:, 1:] & ~mask[:, :-1]).any() else 1
+    draws = noise(count, length, slots).to(codes.device).flatten(0, 1)
+    chances = noise(length, count).to(codes.device)
+    ends = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    codes, mask, labels = (x.repeat_interleave(count, 0) for x in (codes, mask, labels))
     labels, twice = guided(model, labels, how)
+    numbers = torch.arange(len(codes), device=codes.device).view(size, count)
+    weights = torch.zeros(size, count, dtype=torch.float64, device=codes.device)
+    chooser = Chooser(draws[:, 0], how, twice)
 
     def choose(position: int) -> Callable[[Tensor, int], Tensor]:
-        if mask[position]:
-            return lambda _, slot: codes[:, position, slot].repeat(twice)
-        return Chooser(draws[:, position], how, twice)
+        nonlocal chooser
+        given = codes[:, position].masked_fill(~mask[:, position, None], -1)
+        chooser = Chooser(draws[:, position], how, twice, given)
+        return chooser
 
-    for position, found in enumerate(in_order(model, labels, choose, cached=cached)):
+    positions = in_order(model, labels, choose, cached=cached)
+    found = next(positions)
+    for position in range(length):
         codes[:, position] = found[: len(codes)]
+        weights += chooser.log_probability.masked_fill(~mask[:, position], 0).view(size, count)
+        rows = None
+        if count > 1 and ends[:, position].any():
+            below = weights.softmax(1).cumsum(1)
+            chosen = torch.searchsorted(below, chances[:, position].double().contiguous())
+            again = numbers.gather(1, chosen.clamp_max(count - 1))
+            rows = torch.where(ends[:, position, None], again, numbers).flatten()
+            codes = codes[rows]
+            weights = weights.masked_fill(ends[:, position, None], 0)
+            rows = torch.cat([rows + len(rows) * number for number in range(twice)])
+        if position + 1 < length:
+            found = positions.send(rows)
+    return codes[numbers[:, 0]]
 
 
 def in_order(
@@ -103,17 +135,22 @@ def in_order(
     choose: Callable[[int], Callable[[Tensor, int], Tensor]],
     *,
     cached: bool = True,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, Tensor | None, None]:
     """Yield the codes (b, m) of one position after another, of the classes `labels` (b,).
 
     choose: position → a function of a slot's logits (b, K) and its number that returns codes (b,).
+    What is sent back, if anything, are the rows (b,) with which the next position goes on.
     """
     caches = [Cache(model.space.num_positions) for _ in model.blocks] if cached else None
     inputs = model.blank.expand(len(labels), 1, -1)
     for position in range(model.space.num_positions):
         contexts = model.contexts(inputs, labels, caches)[:, -1]
         codes = model.slot_codes(contexts, choose(position))
-        yield codes
+        rows = yield codes
+        if rows is not None:
+            codes, inputs = codes[rows], inputs[rows]
+            for cache in caches or ():
+                cache.select(rows)
         latest = model.embed(model.codes, codes[:, None]).sum(2)
         inputs = latest if cached else torch.cat([inputs, latest], dim=1)
 
@@ -126,15 +163,15 @@ def draw_in_rounds(
     codes: Tensor,
     mask: Tensor,
 ) -> None:
-    """Fill in the codes (B, L, m) outside the mask (L,), the most certain ones first.
+    """Fill in the codes (B, L, m) outside the mask (B, L), the most certain ones first.
 
     After round t of T, cos(π/2 · t/T) of the positions are left; Gumbel noise on the certainties
     falls to 0 (MaskGIT, Chang et al., CVPR 2022).
     """
     size, length, slots = codes.shape
     labels, twice = guided(model, labels, how)
-    done = mask.expand(size, length)
-    unknown = int((~mask).sum())
+    done = mask
+    unknown = (~mask).sum(1, keepdim=True).double()
     for number in range(1, how.rounds + 1):
         embedded = model.embed(model.codes, codes).sum(2)
         inputs = torch.where(done[:, :, None], embedded, model.blank).repeat(twice, 1, 1)
@@ -146,9 +183,9 @@ def draw_in_rounds(
         randomness = CHOICE_TEMPERATURE * (1 - number / how.rounds)
         certainty = choose.log_probability.view(size, length) + randomness * gumbel
         certainty = certainty.masked_fill(done, math.inf)
-        left = int(unknown * math.cos(math.pi / 2 * number / how.rounds))
-        kept = certainty.topk(length - left, dim=1).indices
-        done = torch.zeros_like(done).scatter(1, kept, 1)
+        left = (unknown * math.cos(math.pi / 2 * number / how.rounds)).long()
+        ranks = certainty.argsort(dim=1, descending=True).argsort(dim=1)
+        done = ranks < length - left
 
 
 def guided(model: CodeTransformer, labels: Tensor, how: Sampling) -> tuple[Tensor, int]:
@@ -164,13 +201,16 @@ class Chooser:
     Args:
         draws: (b, m), uniform in [0, 1).
         twice: 2 if the second half of the rows is the first one without its classes.
+        given: codes (b, m) that are not drawn; −1 where they are.
 
     Attributes:
         log_probability: of the codes chosen so far, (b,).
     """
 
-    def __init__(self, draws: Tensor, how: Sampling, twice: int) -> None:
-        self.draws, self.how, self.twice = draws, how, twice
+    def __init__(
+        self, draws: Tensor, how: Sampling, twice: int, given: Tensor | None = None
+    ) -> None:
+        self.draws, self.how, self.twice, self.given = draws, how, twice, given
         self.log_probability = torch.zeros(len(draws), device=draws.device)
 
     def __call__(self, logits: Tensor, slot: int) -> Tensor:
@@ -180,6 +220,8 @@ class Chooser:
             given, none = logits.chunk(2)
             logits = none + self.how.guidance * (given - none)
         codes = pick(logits, self.draws[:, slot], self.how)
+        if self.given is not None:
+            codes = torch.where(self.given[:, slot] < 0, codes, self.given[:, slot])
         self.log_probability += logits.log_softmax(-1).gather(1, codes[:, None])[:, 0]
         return codes.repeat(self.twice)
 

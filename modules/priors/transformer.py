@@ -39,6 +39,11 @@ class Cache:
         self.stored[:, :, :, start : self.filled] = keys_values
         return self.stored[:, :, :, : self.filled]
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows (B,) of the batch."""
+        if self.stored is not None:
+            self.stored = self.stored[:, rows]
+
 
 class Block(nn.Module):
     """Self-attention and MLP, each after a LayerNorm and added to its input: (B, L, D) → same."""

@@ -60,9 +60,34 @@ class SampleConfig:
     first_stage: str | None = option(
         None, "checkpoint of the first stage (default: where it was in training)"
     )
-    num_samples: int = option(100, "images to draw", minimum=1, maximum=10**8)
+    num_samples: int | None = option(
+        None,
+        "images to draw (default: 100, or 8 of each picture with --inpaint or --vary)",
+        minimum=1,
+        maximum=10**8,
+    )
+    images: tuple[str, ...] = option(
+        (),
+        "pictures, and folders of them, that --inpaint, --vary or --interpolate starts from "
+        "(default: the first ten test images)",
+    )
+    inpaint: str | None = option(
+        None, "part of each picture to draw anew: left, right, top, bottom, or the white of a mask"
+    )
+    vary: float | None = option(
+        None,
+        "share of each picture's positions to draw anew, chosen at random (with --interpolate 0.5)",
+        above=0,
+        maximum=1,
+    )
+    interpolate: int | None = option(
+        None, "images to draw between each picture and the next", minimum=1, maximum=98
+    )
     label: int | None = option(
-        None, "class of the images (default: all classes in turn)", minimum=0, maximum=10**6
+        None,
+        "class of the images (default: all classes in turn; of edited pictures none)",
+        minimum=0,
+        maximum=10**6,
     )
     temperature: float = option(
         1.0, "divides the logits; 0 takes the most probable code", minimum=0, maximum=100
@@ -79,3 +104,24 @@ class SampleConfig:
     batch_size: int = option(64, "images at a time", minimum=1, maximum=2**20)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     overwrite: bool = option(False, "remove the samples of an earlier run first")
+
+    def __post_init__(self) -> None:
+        if self.inpaint == "":
+            raise ValueError("--inpaint is empty")
+        for name in ("vary", "interpolate"):
+            value = getattr(self, name)
+            if self.inpaint is not None and value is not None:
+                raise ValueError(f"--inpaint {self.inpaint} contradicts --{name} {value}")
+        if self.images and self.edit is None:
+            raise ValueError("--images needs --inpaint, --vary or --interpolate")
+        if self.interpolate is not None and self.num_samples is not None:
+            raise ValueError(
+                f"--num_samples {self.num_samples} contradicts --interpolate {self.interpolate}, "
+                "which draws that many images between two pictures"
+            )
+
+    @property
+    def edit(self) -> str | None:
+        """The flag that says how pictures are edited, if any."""
+        names = ("inpaint", "interpolate", "vary")
+        return next((name for name in names if getattr(self, name) is not None), None)

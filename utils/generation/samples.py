@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from modules import Autoencoder
-from modules.priors.sampling import Noise, Sampling, sample
+from modules.priors.sampling import Known, Noise, Sampling, sample
 from modules.priors.transformer import CodeTransformer
 from utils.distributed import from_first, num_ranks, rank, wait_for_all
 from utils.errors import UserError
@@ -49,13 +49,13 @@ def draw_samples(
     prior: CodeTransformer,
     first_stage: Autoencoder,
     how: Sampling,
-    numbers: list[int],
+    noise: Noise,
     labels: Tensor,
-    seed: int,
+    known: Known | None = None,
 ) -> Tensor:
-    """Draw the samples of these numbers: images (b, C, h, w), uint8, on the CPU."""
+    """Draw images (b, C, h, w), uint8, on the CPU, of the classes `labels` (b,)."""
     device = next(prior.parameters()).device
-    codes = sample(prior, labels.to(device), noise_of(seed, numbers), how)
+    codes = sample(prior, labels.to(device), noise, how, known)
     return to_bytes(first_stage.decode(codes)).cpu()
 
 
@@ -65,8 +65,11 @@ def write_samples(
     num_samples: int,
     batch_size: int,
     draw: Callable[[list[int]], Tensor],
+    arrange: Callable[[Tensor], tuple[Tensor, int]] = lambda images: (images, 10),
 ) -> None:
     """Write the samples that the folder lacks, and grid.png; all processes call this together.
+
+    arrange: the first samples (n, C, h, w) → the pictures of the grid, and how many make a row.
 
     Raises UserError if the folder holds samples of other settings.
     """
@@ -80,7 +83,7 @@ def write_samples(
             bar.update(min(batch_size * num_ranks(), len(missing) - bar.n))
     wait_for_all()
     if rank() == 0:
-        save_grid(folder, min(num_samples, GRID))
+        save_grid(folder, min(num_samples, GRID), arrange)
 
 
 def name_of(number: int) -> str:
@@ -128,11 +131,11 @@ def remove_samples(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def save_grid(folder: Path, count: int) -> None:
-    """Write the first samples as one picture, ten to a row."""
+def save_grid(folder: Path, count: int, arrange: Callable[[Tensor], tuple[Tensor, int]]) -> None:
+    """Write the first samples as one picture."""
     pictures = [Image.open(folder / name_of(number)) for number in range(count)]
-    images = torch.stack([pil_to_tensor(picture) for picture in pictures])
+    images, columns = arrange(torch.stack([pil_to_tensor(picture) for picture in pictures]))
     with whole_file(folder / GRID_NAME) as temporary:
-        picture = to_picture(make_grid(images, nrow=10, pad_value=255))
+        picture = to_picture(make_grid(images, nrow=columns, pad_value=255))
         fitted(picture, 800, 2400).save(temporary, format="PNG")
     log.info("%s", folder / GRID_NAME)

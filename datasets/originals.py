@@ -1,0 +1,62 @@
+"""The pictures that generate.py edits, as squares of the size that the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from datasets.config import DataConfig
+from datasets.image_sets import square_of
+from datasets.pictures import Pictures, find_pictures
+from datasets.splits import opener
+from utils.errors import UserError
+from utils.images import to_picture
+
+NUM_TEST_IMAGES = 10  # that are edited, unless --images names others
+CPU = torch.device("cpu")
+
+
+def squares(given: Sequence[str], data: DataConfig, channels: int, size: int) -> Tensor:
+    """Open the pictures of --images, or else the first test images: (n, C, size, size), uint8.
+
+    As in training, a picture is its square in the middle, resized.
+    """
+    if not given:
+        images = opener(data)("test")
+        return torch.stack([images[i] for i in range(min(NUM_TEST_IMAGES, len(images)))])
+    pictures = Pictures(find_pictures(given, data.bits), channels, device=CPU, bits=data.bits)
+    return torch.stack([square(pictures.decode(i), size) for i in range(pictures.size)])
+
+
+def square(picture: Tensor, size: int) -> Tensor:
+    """Cut a picture (C, h, w) to its square in the middle and resize it: (C, size, size)."""
+    cut = square_of(to_picture(picture)).resize((size, size), Image.Resampling.BICUBIC)
+    pixels: Tensor = pil_to_tensor(cut)
+    return pixels
+
+
+def mask_of(name: str, given: Sequence[str], size: int) -> Tensor:
+    """Open a mask that is cut as the pictures are: (size, size), True where it is white.
+
+    Raises UserError where it is not of the size of the pictures of --images, or has no white.
+    """
+    mask = Pictures({name: Path(name)}, 3, device=CPU).decode(0)
+    pictures = Pictures(find_pictures(given), 3, device=CPU)
+    for index in range(pictures.size):
+        (height, width), (other_height, other_width) = (
+            x.shape[1:] for x in (mask, pictures.decode(index))
+        )
+        if (height, width) != (other_height, other_width):
+            raise UserError(
+                f"--inpaint {name} is {width}×{height}, and {pictures.source(index)} "
+                f"{other_width}×{other_height}"
+            )
+    white = square(mask, size).float().mean(0) > 127.5
+    if not white.any():
+        raise UserError(f"--inpaint {name} has nothing white, which would be drawn anew")
+    return white
