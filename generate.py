@@ -3,7 +3,8 @@
 generate.py train --first_stage <exp>/best.pt writes <output_folder>/models/<exp_name>/best.pt and
 last.pt; validation gives the likelihood in bits per pixel. The same command again continues.
 generate.py sample --model_name <exp_name>/best.pt writes images and grid.png to
-<output_folder>/samples/<model_name>/. Both take --help, and share work under torchrun.
+<output_folder>/samples/<model_name>/; --inpaint, --vary and --interpolate edit pictures. Both take
+--help, and share work under torchrun.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torchvision.utils import make_grid
 from datasets import ImageSet, Labels
 from datasets.codes import CodeLoader, StoredCodes
 from datasets.config import DataConfig
-from datasets.originals import mask_of, squares
+from datasets.originals import open_editing
 from datasets.splits import check_fit, check_images, data_flags, names_stored, open_training
 from modules import Autoencoder
 from modules.priors.config import CodeSpace, PriorConfig
@@ -46,7 +47,6 @@ from utils.errors import UserError, memory_for
 from utils.flags.arguments import build, check_stored, parse_flags, with_preset
 from utils.generation.checkpoints import FirstStage, StoredPrior, read_prior
 from utils.generation.config import PriorTrainConfig, SampleConfig
-from utils.generation.editing import SIDES, Editing, known_positions
 from utils.generation.samples import (
     draw_samples,
     labels_of,
@@ -277,30 +277,6 @@ def draw() -> None:
         if config.overwrite and rank() == 0:
             remove_samples(folder)
         write_samples(folder, settings, count, config.batch_size, draw_numbers, **arrange)
-
-
-def open_editing(
-    config: SampleConfig, prior: StoredPrior, first_stage: Autoencoder
-) -> Editing | None:
-    """Open the pictures that flags ask to edit, if any, and say how."""
-    if config.edit is None:
-        return None
-    data = prior.group("data_config", DataConfig)
-    size, channels = prior.first_stage.image_size, first_stage.config.in_channels
-    with first_goes_ahead():
-        originals = squares(config.images, data, channels, size)
-    if config.interpolate is not None:
-        if len(originals) < 2:
-            raise UserError(f"--interpolate {config.interpolate} needs two pictures or more")
-        return Editing(originals, prior.space, share=config.vary or 0.5, steps=config.interpolate)
-    if config.vary is not None:
-        return Editing(originals, prior.space, share=config.vary)
-    part: Any = config.inpaint
-    if part not in SIDES:
-        if not Path(part).is_file():
-            raise UserError(f"--inpaint {part} is neither {', '.join(SIDES)} nor a picture")
-        part = mask_of(part, config.images, size)
-    return Editing(originals, prior.space, known_positions(part, prior.space))
 
 
 def check_flags(config: SampleConfig, prior: StoredPrior) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,11 +15,40 @@ from datasets.config import DataConfig
 from datasets.image_sets import square_of
 from datasets.pictures import Pictures, find_pictures
 from datasets.splits import opener
+from modules import Autoencoder
+from utils.distributed import first_goes_ahead
 from utils.errors import UserError
+from utils.generation.checkpoints import StoredPrior
+from utils.generation.config import SampleConfig
+from utils.generation.editing import SIDES, Editing, known_positions
 from utils.images import to_picture
 
 NUM_TEST_IMAGES = 10  # that are edited, unless --images names others
 CPU = torch.device("cpu")
+
+
+def open_editing(
+    config: SampleConfig, prior: StoredPrior, first_stage: Autoencoder
+) -> Editing | None:
+    """Open the pictures that flags ask to edit, if any, and say how."""
+    if config.edit is None:
+        return None
+    data = prior.group("data_config", DataConfig)
+    size, channels = prior.first_stage.image_size, first_stage.config.in_channels
+    with first_goes_ahead():
+        originals = squares(config.images, data, channels, size)
+    if config.interpolate is not None:
+        if len(originals) < 2:
+            raise UserError(f"--interpolate {config.interpolate} needs two pictures or more")
+        return Editing(originals, prior.space, share=config.vary or 0.5, steps=config.interpolate)
+    if config.vary is not None:
+        return Editing(originals, prior.space, share=config.vary)
+    part: Any = config.inpaint
+    if part not in SIDES:
+        if not Path(part).is_file():
+            raise UserError(f"--inpaint {part} is neither {', '.join(SIDES)} nor a picture")
+        part = mask_of(part, config.images, size)
+    return Editing(originals, prior.space, known_positions(part, prior.space))
 
 
 def squares(given: Sequence[str], data: DataConfig, channels: int, size: int) -> Tensor:

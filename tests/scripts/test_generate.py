@@ -320,3 +320,113 @@ def test_a_prior_codes_the_indices(script: Script, stage: Path) -> None:
     assert "digest" in refused(*back, "--prior", "third/best.pt")
     codes.write_bytes(codes.read_bytes()[:-40] + bytes(40))
     assert "truncated or damaged" in refused(*back, "--prior", "prior/best.pt")
+
+
+@pytest.mark.parametrize("prior", ["transformer", "masked"])
+def test_pictures_are_edited(script: Script, stage: Path, tmp_path: Path, prior: str) -> None:
+    assert script(*TRAIN, "--prior", prior, "--max_steps", "20", "--lr", "0.02").code == 0
+    samples = stage / "samples" / "prior"
+    # Without --images: the first ten test images.
+    drawn = script(*SAMPLE, "--inpaint", "right")
+    assert drawn.code == 0, drawn.err
+    inpainted = pictures(samples / "best-inpaint")
+    assert len(inpainted) == 8 * 10
+    assert script(*SAMPLE, "--inpaint", "left", "--overwrite").code == 0
+    assert not same(pictures(samples / "best-inpaint"), inpainted)
+    # Two pictures in turn; batches and processes do not matter.
+    ramp = np.tile(np.linspace(0, 255, 28).astype(np.uint8), (28, 1))
+    for name, pixels in (("a", ramp), ("b", ramp[:, ::-1])):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    images = ("--images", "a.png", "b.png")
+    vary = (*SAMPLE, *images, "--vary", "0.3", "--num_samples")
+    assert script(*vary, "5").code == 0
+    varied = pictures(samples / "best-vary")
+    assert len(varied) == 5
+    outcomes = run_ranks((*vary, "9", "--batch_size", "2"), tmp_path)
+    assert [outcome.code for outcome in outcomes] == [0, 0]
+    more = pictures(samples / "best-vary")
+    assert len(more) == 9
+    assert script(*vary, "9", "--overwrite").code == 0
+    assert same(pictures(samples / "best-vary"), more)
+    assert same(varied, {name: more[name] for name in varied})
+    [first, second, third] = [more[f"{number:08d}.png"].astype(int) for number in range(3)]
+    assert not np.array_equal(first, third)
+    assert np.abs(first - third).mean() < np.abs(first - second).mean()
+    refused = script(*SAMPLE, *images, "--vary", "0.4")
+    assert refused.code == 2
+    assert "with --vary 0.3, not 0.4; give --overwrite" in refused.err
+    refused = script(*SAMPLE, "--images", "a.png", "--vary", "0.3")
+    assert "with --images 2 pictures of digest" in refused.err
+    # Between two pictures the first ones resemble the first.
+    between = script(*SAMPLE, *images, "--interpolate", "6", "--vary", "0.1")
+    assert between.code == 0, between.err
+    steps = pictures(samples / "best-interpolate")
+    assert len(steps) == 6
+    distances = [
+        [np.abs(steps[f"{number:08d}.png"].astype(int) - end).mean() for number in (0, 5)]
+        for end in (first, second)
+    ]
+    assert distances[0][0] < distances[0][1]
+    assert distances[1][1] < distances[1][0]
+    # Only what a mask touches changes: its white pixel lies in the last position.
+    mask = np.zeros((28, 28), np.uint8)
+    mask[25, 26] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    grid = stage / "samples" / "prior" / "best-inpaint" / "grid.png"
+    masked = (*SAMPLE, *images, "--inpaint", "mask.png", "--num_samples", "4", "--overwrite")
+    assert script(*masked).code == 0
+    row = np.asarray(Image.open(grid).convert("L"))
+    factor = row.shape[1] // (4 * 30 + 2)  # original, known part and two results, and the margins
+    cells = row[::factor, ::factor][2:30, 2:].reshape(28, -1)
+    original, known = cells[:, :28], cells[:, 30:58]
+    assert (known[24:, 24:] == 128).all()
+    assert np.array_equal(known[:24], original[:24])
+
+
+def test_one_line_for_pictures_that_cannot_be_edited(
+    script: Script, stage: Path, mnist: Path, tmp_path: Path
+) -> None:
+    labels = mnist / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    write_idx(labels, (np.arange(40) % 10).astype(np.uint8))
+    words = ("--class_conditional", "--label_dropout", "0", "--max_steps", "1")
+    assert script(*TRAIN, *words).code == 0
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "colours.png")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "black.png")
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "wide.png")
+    (tmp_path / "damaged.png").write_bytes(b"x")
+
+    def refused(*words: str) -> str:
+        outcome = script(*SAMPLE, *words)
+        assert outcome.code == 2, outcome.err
+        assert "Traceback" not in outcome.err
+        return outcome.err.strip().splitlines()[-1]
+
+    zero, grey = ("--label", "0"), ("--images", "grey.png")
+    assert "--images needs --inpaint" in refused(*grey)
+    assert "--inpaint left contradicts --vary 0.5" in refused("--inpaint", "left", "--vary", "0.5")
+    assert "contradicts --interpolate 3" in refused("--inpaint", "left", "--interpolate", "3")
+    several = ("--interpolate", "3", "--num_samples", "5")
+    assert "--num_samples 5 contradicts --interpolate 3" in refused(*several)
+    assert "0.0 is not greater than 0" in refused("--vary", "0")
+    assert "--vary needs --label: " in refused("--vary", "0.5")
+    assert "has the classes 0 to 9" in refused("--vary", "0.5", "--label", "10")
+    assert "needs two pictures" in refused(*zero, *grey, "--interpolate", "3")
+    missing = refused(*zero, "--images", "none.png", "--vary", "0.5")
+    assert "--images none.png does not exist" in missing
+    damaged = refused(*zero, "--images", "damaged.png", "--vary", "0.5")
+    assert "damaged.png cannot be decoded" in damaged
+    colours = refused(*zero, "--images", "colours.png", "--vary", "0.5")
+    assert "colours.png has colours, and the model takes grey levels only" in colours
+    assert "--inpaint lft is neither left, right" in refused(*zero, "--inpaint", "lft")
+    assert "has nothing white" in refused(*zero, *grey, "--inpaint", "black.png")
+    sizes = "--inpaint wide.png is 30×20, and grey.png 28×28"
+    assert sizes in refused(*zero, *grey, "--inpaint", "wide.png")
+    assert (
+        script(*TRAIN, "--class_conditional", "--exp_name", "other", "--max_steps", "1").code == 0
+    )
+    other = ("--model_name", "other/best.pt", "--vary", "0.5", "--guidance", "2")
+    assert "--guidance 2.0 needs --label with --vary" in refused(*other)
+    assert not (stage / "samples").exists()
+    assert script(*SAMPLE, *zero, *grey, "--vary", "0.5", "--num_samples", "1").code == 0

@@ -6,6 +6,7 @@ import math
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +104,57 @@ def test_known_codes_stay(causal: bool) -> None:
     )
     assert torch.equal(drawn[:, 0], codes[:, 0])
     assert not torch.equal(drawn[:, 1:], codes[:, 1:])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_causal_prior_meets_known_codes_that_follow(guidance: float) -> None:
+    """The first position is drawn given the second one, not as if nothing followed."""
+    model, images, count = make(num_classes=2), every_image(SMALL), 4000
+    with torch.no_grad():
+        model.codes.weight.mul_(20)  # the second position depends on the first one
+        nats = model(images, torch.zeros(81, dtype=torch.int64)).flatten(1).sum(1)
+    labels = torch.zeros(count, dtype=torch.int64)
+    pairs = every_image(CodeSpace(3, 2, 1, 1)).view(9, 2)
+    joint = (-nats).exp().view(9, 9)  # (first, second) position
+    conditionals, marginal = joint / joint.sum(0), joint.sum(1)
+    differences = (conditionals - marginal[:, None]).abs().sum(0)
+    second = int(differences.argmax())
+    codes = pairs[second].expand(count, 1, 2, 2)
+    known = Known(codes, torch.tensor([[False, True]]))
+    how = Sampling(guidance=guidance)
+    drawn = sample(model, labels, noise_of(5, count), how, known)
+    assert torch.equal(drawn[:, 0, 1], codes[:, 0, 1])
+    slow = sample(model, labels, noise_of(5, count), how, known, cached=False)
+    assert torch.equal(drawn, slow)
+    if guidance == 1:
+        numbers = (drawn[:, 0, 0] * torch.tensor([3, 1])).sum(1)
+        found = torch.bincount(numbers, minlength=9) / count
+        error = (found - conditionals[:, second]).abs().sum()
+        assert error < 0.2 * differences[second], (error, differences)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_each_image_has_known_codes_of_its_own_whatever_the_batch(causal: bool) -> None:
+    space = CodeSpace(7, 2, 3, 3)
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(7, (5, 3, 3, 2), generator=generator)
+    mask = torch.rand(5, 3, 3, generator=generator) < 0.5
+    mask[3], mask[4] = False, True
+    mask[2] = torch.arange(9).view(3, 3) < 4  # no known code follows
+    model, labels = make(space, causal=causal), torch.full((5,), -1)
+
+    def noise(*numbers: int) -> Noise:
+        generators = [np.random.default_rng(number) for number in numbers]
+        return lambda *sizes: torch.from_numpy(np.stack([one.random(sizes) for one in generators]))
+
+    together = sample(model, labels, noise(*range(5)), Sampling(), Known(codes, mask))
+    assert torch.equal(together[mask], codes[mask])
+    for number in range(5):
+        one = slice(number, number + 1)
+        known = Known(codes[one], mask[one])
+        assert torch.equal(
+            sample(model, labels[one], noise(number), Sampling(), known)[0], together[number]
+        )
 
 
 def test_a_masked_prior_sees_both_sides() -> None:

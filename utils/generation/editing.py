@@ -22,7 +22,7 @@ SIDES = ("left", "right", "top", "bottom")
 
 @dataclass(frozen=True)
 class Editing:
-    """What each sample is made from.
+    """The pictures that samples are made from, and what of them is kept.
 
     Sample i is made from picture i mod n, or with steps from the pair of pictures i // steps and
     the next one.
