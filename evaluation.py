@@ -1,10 +1,11 @@
 """Measure reconstructions against originals, two folders of images; see docs/evaluation.md.
 
 Images are paired by name, without suffix, and compared as a viewer shows them; subfolders count,
-hidden files do not. Writes metrics.json (means, variances, settings), metrics.csv (one line per
-pair), worst_<metric>.png (the worst and best pairs) and report.html, by default beside the folder
-of the reconstructions. A run that succeeds replaces the results of an earlier one; a run that fails
-leaves them in previous_metrics/.
+hidden files do not. With --unpaired the folders are two sets, of any names and numbers of images.
+Writes metrics.json (means, variances, settings), metrics.csv (one line per pair),
+worst_<metric>.png (the worst and best pairs) and report.html, by default beside the folder of the
+reconstructions. A run that succeeds replaces the results of an earlier one; a run that fails leaves
+them in previous_metrics/.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from utils.distributed import launched
 from utils.errors import UserError, memory_for
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.networks import fetch_weights, load_networks
-from utils.evaluation.pairs import find_images, open_pairs
+from utils.evaluation.pairs import find_images, open_entries
 from utils.evaluation.results import analysis_of, print_rows, record, set_aside, show, write_results
-from utils.evaluation.scores import check_pairs, measure
+from utils.evaluation.scores import check_entries, measure
 from utils.flags.arguments import build, parse_flags
 from utils.flags.command import Command, this_command
 from utils.locks import locked
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def evaluate(config: EvaluationConfig, command: Command) -> None:
-    """Measure all pairs, write everything and report."""
+    """Measure all images, write everything and report."""
     keep_freed_memory()
     device = resolve_device(config.device)
     if not {"ssim", "psnr"}.isdisjoint(config.metrics):
@@ -53,16 +54,16 @@ def evaluate(config: EvaluationConfig, command: Command) -> None:
     output = config.output_folder
     with locked(output, "--output"):
         try:
-            pairs, skipped = open_pairs(config, files)
+            entries, skipped = open_entries(config, files)
         except UserError:  # earlier results, if any, are of other images
             set_aside(output)
             raise
-        check_pairs(config, pairs, skipped)
+        check_entries(config, entries, skipped)
         networks = load_networks(config, device)
         set_aside(output)
-        named = spread([pair.name for pair in pairs], NUM_SHOWN)
+        named = spread([entry.name for entry in entries], NUM_SHOWN)
         with memory_for(f"--batch_size {config.batch_size}"):
-            scores = measure(config, pairs, skipped, networks, device, named)
+            scores = measure(config, entries, skipped, networks, device, named)
         tested = analysis_of(Path(config.g_path))
         metrics = record(config, command, scores, networks, tested)
         written = write_results(output, config, scores, metrics, tested)

@@ -26,7 +26,8 @@ SUFFIXES = (
 # No others, whatever a file's name: Pillow hands some (EPS) to other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 BROKEN, OF_RESULTS = "broken link", "results folder"
-RESULTS = (("analysis.json", "rec"), ("samples.json", "00000000.png"))  # of test.py, generate.py
+SAMPLES = "samples.json"  # of generate.py
+RESULTS = (("analysis.json", "rec"), (SAMPLES, "00000000.png"))  # of test.py, generate.py
 UNMARKED = "TGA"  # a format without a mark at its beginning: the suffix has to say it
 TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,8 +49,9 @@ def image_names(folder: Path, left_out: Counter[str] | None = None) -> list[str]
     """Return the names of the images in folder and below, relative to it, sorted.
 
     An image is a regular file with one of SUFFIXES, or a link to one; left_out counts the others,
-    by suffix. Hidden files and folders are skipped, and folders below that hold RESULTS; links are
-    followed, but not in circles. Raises OSError where a folder cannot be read.
+    by suffix. Hidden files and folders are skipped, and folders below that hold RESULTS, and
+    pictures without a number beside SAMPLES, as the grid; links are followed, but not in circles.
+    Raises OSError where a folder cannot be read.
     """
     names: list[str] = []
     pending = [(str(folder), "", frozenset[tuple[int, int]]())]
@@ -63,14 +65,16 @@ def image_names(folder: Path, left_out: Counter[str] | None = None) -> list[str]
             if left_out is not None:
                 left_out[OF_RESULTS] += 1
             continue
+        numbered = Path(place, SAMPLES).exists()
         with os.scandir(place) as entries:
             for entry in entries:
                 kind = None if entry.name.startswith(".") else kind_of(entry)
                 if kind == "folder":
                     pending.append((entry.path, f"{prefix}{entry.name}/", above | {identity}))
                 elif kind == "file" and entry.name.lower().endswith(SUFFIXES):
-                    names.append(prefix + entry.name)
-                elif left_out is not None and not entry.name.startswith("."):
+                    if not numbered or Path(entry.name).stem.isdigit():
+                        names.append(prefix + entry.name)
+                elif left_out is not None and not entry.name.startswith((".", SAMPLES)):
                     suffix = Path(entry.name).suffix.lower() or "without suffix"
                     left_out[suffix if kind == "file" else BROKEN] += 1
     return sorted(names)

@@ -49,7 +49,7 @@ from utils.checkpoints.checkpoint import read_checkpoint
 from utils.codebook.codes.files import CodeFile
 from utils.codebook.codes.header import CodesInfo, is_inside
 from utils.errors import UserError
-from utils.evaluation.pairs import Pair, read_header, read_image
+from utils.evaluation.pairs import Entry, read_header, read_image
 from utils.flags.arguments import flag_fields, names, number_kind
 from utils.flags.search import SearchConfig
 from utils.logger import log
@@ -364,7 +364,7 @@ def test_images(number: int, folder: Path, capfd: pytest.CaptureFixture[str]) ->
             assert_one_line(error, name)
         try:
             size, mode = read_header(path)
-            pair = Pair("a", path, path, size, mode)
+            pair = Entry("a", {"original": path}, size, mode)
             pixels, _ = read_image(path, pair)
             assert pixels.shape == (1 if mode == "L" else 3, size[1], size[0])
             assert pixels.dtype == np.uint8

@@ -30,7 +30,7 @@ from modules import VQVAE, ModelConfig
 from tests.conftest import Outcome, refusal, run_process
 from utils.checkpoints.checkpoint import save_checkpoint
 from utils.errors import UserError
-from utils.evaluation.pairs import Pair, read_header, read_image
+from utils.evaluation.pairs import Entry, read_header, read_image
 from utils.image_files import SUFFIXES
 
 CPU = torch.device("cpu")
@@ -206,7 +206,7 @@ def decode_file(path: Path, size: int = 32) -> Tensor:
 def evaluation_reads(path: Path) -> np.ndarray:
     """Read one image as evaluation.py does, in colour: (3, H, W)."""
     size, mode = read_header(path)
-    pixels, _ = read_image(path, Pair(path.stem, path, path, size, mode))
+    pixels, _ = read_image(path, Entry(path.stem, {"original": path}, size, mode))
     return np.broadcast_to(pixels, (3, *pixels.shape[1:]))
 
 

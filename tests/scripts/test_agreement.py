@@ -295,6 +295,26 @@ def test_a_set_has_all_precision_and_recall_of_itself() -> None:
     assert metrics.precision_recall(vectors, vectors) == (1, 1)
 
 
+# Density and coverage: the definition of Naeem et al. 2020, exact
+
+
+def test_density_and_coverage_are_the_definition(
+    features: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "DISTANCES_AT_ONCE", 64)
+    originals, generated = features[0].double(), features[1][:50].double()
+    radii = (originals[:, None] - originals).norm(dim=2).sort(dim=1).values[:, 5]  # 0: itself
+    within = (originals[:, None] - generated).norm(dim=2) < radii[:, None]
+    expected = float(within.sum() / (5 * 50)), float(within.any(1).double().mean())
+    assert metrics.density_coverage(originals, generated) == pytest.approx(expected, abs=1e-6)
+    assert 0 < expected[1] < 1
+
+
+def test_a_set_has_density_and_coverage_1_of_itself() -> None:
+    vectors = torch.randn(50, 8)
+    assert metrics.density_coverage(vectors, vectors) == (1, 1)
+
+
 # Inception: relative tolerance 1e-4 to torch-fidelity run on the folders by itself
 
 

@@ -914,3 +914,130 @@ def test_bad_image_in_a_process_of_its_own(results: Path) -> None:
     flags = ("--gt_path", "original", "-g_path", "rec", "--metrics", "l1", "--batch_size", "1")
     end = run_forked(["evaluation.py", *flags], results)
     assert_refused((end.code, end.out, end.err), results, "rec/00000002.png")
+
+
+# Two sets without pairs
+
+
+@pytest.fixture
+def sets(results: Path) -> Path:
+    """Seven originals in folders, and samples of other names: nine, with their grid."""
+    for i in range(4, 7):
+        save(results / "original" / "below", **{f"{i:08d}": picture(i)})
+    for i in range(9):
+        save(results / "best", **{f"{i + 100:08d}": picture(20 + i)})
+    save(results / "best", grid=picture(99, (64, 64)))
+    (results / "best" / "samples.json").write_text("{}")
+    return results
+
+
+def unpaired(results: Path, evaluate: Evaluate, *flags: str) -> tuple[int, str, str]:
+    return evaluate("--unpaired", "--g_path", str(results / "best"), *flags, metrics=())
+
+
+@pytest.mark.usefixtures("fakes")
+def test_sets_of_any_sizes_have_torch_fidelitys_values(sets: Path, evaluate: Evaluate) -> None:
+    """All values against torch-fidelity's own run on the folders, density by its definition."""
+    import torch_fidelity
+
+    class Extractor(torch_fidelity.FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str]:
+            return ("4",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            del metric
+            return "4"
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return FakeInception()(x)
+
+    torch_fidelity.register_feature_extractor("quarters", Extractor)
+    code, output, errors = unpaired(sets, evaluate)
+    assert code == 0, errors
+    assert errors.startswith("FID of 7 images is biased")
+    assert "9 against 7" in output
+    content = json.loads((sets / "metrics.json").read_text())
+    found = {name: score["mean"] for name, score in content["metrics"].items()}
+    (sets / "best" / "grid.png").unlink()
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(sets / "original"),
+        input2=str(sets / "best"),
+        feature_extractor="quarters",
+        **dict.fromkeys(("fid", "kid", "prc", "samples_find_deep"), True),
+        kid_subset_size=3,
+        save_cpu_ram=True,
+        cuda=False,
+        cache=False,
+        verbose=False,
+    )
+    assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert found["precision"] == theirs["recall"]  # its first set is the generated one
+    assert found["recall"] == theirs["precision"]
+    kid = content["metrics"]["kid"]
+    assert kid["mean"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    spread = theirs["kernel_inception_distance_std"]
+    assert (math.sqrt(kid["variance"]), kid["n"]) == (pytest.approx(spread, rel=1e-4), 7)
+    x, y = (
+        metrics.features(
+            torch.stack([torch.tensor(np.array(picture(i)))[None] for i in numbers]),
+            FakeInception(),
+        )
+        for numbers in (range(7), range(20, 29))
+    )
+    assert (found["density"], found["coverage"]) == metrics.density_coverage(x, y)
+    assert (content["pairs"], content["images"]) == (0, {"gt_path": 7, "g_path": 9})
+    assert not (sets / "metrics.csv").exists()
+    page = (sets / "report.html").read_text()
+    assert "9 against 7 images" in page
+    assert page.count("<img ") == 16
+
+
+def test_the_originals_are_measured_once(sets: Path, evaluate: Evaluate, seen: list[int]) -> None:
+    """Their statistics are kept with the vectors."""
+    for flags, images in (([], 16), ([], 9), (["--num_test", "6"], 12), (["--no-cache"], 16)):
+        seen.clear()
+        assert unpaired(sets, evaluate, *flags)[0] == 0
+        assert sum(seen) == images
+    first = json.loads((sets / "metrics.json").read_text())
+    unpaired(sets, evaluate)
+    assert json.loads((sets / "metrics.json").read_text())["metrics"] == first["metrics"]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_sets_may_differ_in_size_and_skip_what_is_damaged(sets: Path, evaluate: Evaluate) -> None:
+    save(sets / "best", **{"00000100": picture(5, (24, 20), 3)})
+    errors = unpaired(sets, evaluate)[2]
+    assert "24×20 (--g_path)" in errors
+    (sets / "best" / "00000104.png").write_bytes(b"nothing")
+    code, _, errors = unpaired(sets, evaluate)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "00000104.png cannot be decoded" in errors
+    code, _, errors = unpaired(sets, evaluate, "--skip_bad_images")
+    assert code == 0
+    assert "skipped 1 of 16 images" in errors
+    assert json.loads((sets / "metrics.json").read_text())["images"]["g_path"] == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (
+            ["--metrics", "fid", "psnr", "lpips"],
+            ["--unpaired contradicts --metrics psnr lpips", "l1, ssim, psnr, lpips compare pairs"],
+        ),
+        (["--num_test", "8"], ["--num_test 8", "7 images in --gt_path"]),
+        (["--num_test", "5"], ["--metrics density_coverage needs 6", "are 5 in --gt_path"]),
+        (["--lpips_net", "alex"], ["--lpips_net alex has no effect"]),
+        (["--g_path", "{results}/absent"], ["--g_path", "/absent", "No such file"]),
+    ],
+)
+def test_bad_input_of_sets_is_one_line(
+    flags: list[str], parts: list[str], sets: Path, evaluate: Evaluate
+) -> None:
+    flags = [flag.format(results=sets) for flag in flags]
+    assert_refused(unpaired(sets, evaluate, *flags), sets, *parts)

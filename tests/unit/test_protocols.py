@@ -16,7 +16,7 @@ from skimage.metrics import structural_similarity
 from utils.errors import UserError
 from utils.evaluation import metrics, protocols
 from utils.evaluation.metrics import METRICS, Pixels
-from utils.evaluation.pairs import open_pair, read_pair
+from utils.evaluation.pairs import open_pair, read_entry
 from utils.evaluation.protocols import PROTOCOLS, Side
 
 
@@ -51,7 +51,7 @@ def test_a_cameras_jpeg_is_a_jpeg(tmp_path: Path) -> None:
     first.save(tmp_path / "plain.jpg")
     first.save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[second])
     pair = open_pair("x", tmp_path / "plain.jpg", tmp_path / "camera.jpg")
-    original, reconstruction = read_pair(pair, PROTOCOLS["reference"])
+    original, reconstruction = read_entry(pair, PROTOCOLS["reference"])
     assert np.array_equal(original, reconstruction)
     assert np.array_equal(original, as_array(Image.open(tmp_path / "plain.jpg")))
 

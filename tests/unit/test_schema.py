@@ -31,7 +31,7 @@ ANALYSIS = (
 )
 METRICS_KEYS = (
     *("metrics", "pairs", "skipped", "rate", "command", "protocol", "settings", "weights"),
-    "versions",
+    *("versions", "images"),
 )
 RATE = (
     *("codes_per_image", "nominal_bits_per_pixel", "entropy_bits_per_pixel"),

@@ -64,7 +64,7 @@ class KeptPairs:
         self.shown: dict[str, Shown] = {}  # by name
 
     def add(
-        self, names: Sequence[str], images: tuple[Pixels, Pixels], columns: Mapping[str, Values]
+        self, names: Sequence[str], images: Iterable[Pixels], columns: Mapping[str, Values]
     ) -> None:
         """Pass a batch, (B, C, H, W) each, with its values (B,) by metric."""
         for metric, column in columns.items():

@@ -15,33 +15,32 @@ from utils.errors import UserError, one_line
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.metrics import FeatureStatistics, versions
 from utils.evaluation.networks import Network
-from utils.evaluation.pairs import Pair
+from utils.evaluation.pairs import Entry
 from utils.files import whole_file
 from utils.logger import log
 
 
 def cache_file(
     config: EvaluationConfig,
-    pairs: Sequence[Pair],
+    entries: Sequence[Entry],
     networks: Mapping[str, Network],
     device: torch.device,
 ) -> Path | None:
     """Path of the statistics of these originals; None if they are not cached.
 
-    Its name is the SHA-256 of the settings and of the name and bytes of each original. Nothing is
-    cached with --skip_bad_images: a skipped reconstruction takes its original along.
+    Its name is the SHA-256 of the settings and of the bytes of each original. Nothing is cached
+    with --skip_bad_images: a skipped reconstruction takes its original along.
     """
     if not config.inception or not config.cache or config.skip_bad_images:
         return None
     weights = networks["inception"].sha256
     settings = {"protocol": config.protocol, "weights": weights, "device": device.type}
     digest = hashlib.sha256(json.dumps({**settings, **versions()}, sort_keys=True).encode())
-    for pair in pairs:
+    for original in (entry.files["original"] for entry in entries if "original" in entry.files):
         try:
-            content = hashlib.sha256(pair.original.read_bytes()).digest()
+            digest.update(hashlib.sha256(original.read_bytes()).digest())
         except OSError as error:
-            raise UserError(f"image {pair.original} cannot be read: {error.strerror}") from error
-        digest.update(hashlib.sha256(os.fsencode(pair.name)).digest() + content)
+            raise UserError(f"image {original} cannot be read: {error.strerror}") from error
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = given if given.is_absolute() else Path("~/.cache").expanduser()
     return folder / "looc" / f"{digest.hexdigest()}.npz"

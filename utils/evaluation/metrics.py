@@ -33,6 +33,7 @@ FID_ENOUGH = 2048  # features; with fewer images the covariance is rank-deficien
 ROUNDING = 1e-4  # relative to the sum of variances: float64 error in 2048 roots of zero eigenvalues
 KID_SUBSET_SIZE = 1000  # as in torch-fidelity, like the 100 subsets and their seed
 NEIGHBOUR = 3  # as in torch-fidelity: balls of precision and recall reach the third neighbour
+DENSITY_NEIGHBOUR = 5  # as in Naeem et al. 2020
 DISTANCES_AT_ONCE = 1000  # rows and columns of the distance matrix
 
 
@@ -177,6 +178,22 @@ def precision_recall(originals: Tensor, reconstructions: Tensor) -> tuple[float,
     return found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
 
 
+def density_coverage(originals: Tensor, generated: Tensor) -> tuple[float, float]:
+    """Density and coverage (Naeem et al. 2020) of feature vectors (N, d) and (M, d).
+
+    An original's ball reaches its fifth neighbour. Density: the balls that a generated image lies
+    in, over five, the mean; coverage: the share of balls that hold a generated image. Some rows of
+    the distances at a time. Needs at least 6 originals.
+    """
+    inside = covered = 0
+    for rows in torch.split(originals, DISTANCES_AT_ONCE):
+        nearest = torch.cdist(rows, originals).kthvalue(DENSITY_NEIGHBOUR + 1)  # 1: itself
+        within = torch.cdist(rows, generated) < nearest.values[:, None]  # (n, M)
+        inside += int(within.sum())
+        covered += int(within.any(dim=1).sum())
+    return inside / (DENSITY_NEIGHBOUR * len(generated)), covered / len(originals)
+
+
 @dataclass(frozen=True)
 class Metric(Figure):
     """A figure, and the function or network that computes it."""
@@ -193,6 +210,7 @@ class Metric(Figure):
 
 
 INCEPTION: dict[str, Any] = {"network": "inception", "smallest_set": 4}
+DENSITY: dict[str, Any] = {"network": "inception", "better": "higher", "smallest_set": 6}
 METRICS: dict[str, Metric] = {
     "l1": Metric("L1", better="lower", compare=l1),
     "ssim": Metric("SSIM", better="higher", compare=ssim, smallest_side=SSIM_WINDOW),
@@ -202,12 +220,21 @@ METRICS: dict[str, Metric] = {
     "kid": Metric("KID", 5, better="lower", **INCEPTION),
     "precision": Metric("Precision", better="higher", choice="precision_recall", **INCEPTION),
     "recall": Metric("Recall", better="higher", choice="precision_recall", **INCEPTION),
+    "density": Metric("Density", choice="density_coverage", **DENSITY),
+    "coverage": Metric("Coverage", choice="density_coverage", **DENSITY),
 }
 CHOICES = {  # value of --metrics → the metrics that it gives
     choice: tuple(names)
     for choice, names in groupby(METRICS, lambda name: METRICS[name].choice or name)
 }
 DEFAULT_METRICS = ("l1", "ssim", "psnr", "lpips", "fid")
+SET_METRICS = tuple(  # values of --metrics that need no pairs
+    choice for choice, names in CHOICES.items() if METRICS[names[0]].network == "inception"
+)
+NEIGHBOURS = {  # functions of both sets' vectors, by value of --metrics
+    "precision_recall": precision_recall,
+    "density_coverage": density_coverage,
+}
 LPIPS_BACKBONES = {"vgg": 16, "alex": 31}  # smallest side of images that each accepts
 
 
@@ -228,6 +255,7 @@ def settings(num_images: int) -> dict[str, Any]:
         "fid": {"features": "2048", "resize": "torch-fidelity's, to 299"},
         "kid": {"subsets": 100, "subset_size": kid_subset_size(num_images), "seed": 2020},
         "precision_recall": {"neighbour": NEIGHBOUR},
+        "density_coverage": {"neighbour": DENSITY_NEIGHBOUR},
     }
 
 

@@ -1,4 +1,4 @@
-"""Pairs of image files with the same name: finding, checking, reading and comparing them."""
+"""The image files that are measured: finding, checking, reading and comparing them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from utils import image_files
 from utils.errors import UserError, printable
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.metrics import CHOICES, METRICS, Pixels, Values
-from utils.evaluation.protocols import PROTOCOLS, Protocol, from_picture
+from utils.evaluation.protocols import PROTOCOLS, SIDES, Protocol, Side, from_picture
 from utils.logger import log
 from utils.workers import from_workers, start_worker
+
+Mode: TypeAlias = Literal["L", "RGB"]
 
 GREY_MODES = ("1", "L", "LA", "La")
 MAX_NAMED = 5  # names in an error
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two image files with the same name and size, and the mode in which both are read."""
+class Entry:
+    """A pair of image files of one size, or a single one, and the mode in which it is read."""
 
     name: str
-    original: Path
-    reconstruction: Path
+    files: dict[Side, Path]
     size: tuple[int, int]  # width, height
-    mode: Literal["L", "RGB"]
+    mode: Mode
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Batch:
     """Images of one size, and the metrics that worker processes computed."""
 
     names: list[str]  # B
-    images: tuple[Pixels, Pixels]  # originals and reconstructions, (B, C, H, W)
-    for_inception: tuple[Pixels, Pixels]  # (B, C, h, w)
+    images: dict[Side, Pixels]  # (B, C, H, W) each
+    for_inception: dict[Side, Pixels]  # (B, C, h, w) each
     values: dict[str, Values]  # (B,) each
-    skipped: dict[str, str]  # name → why the pair could not be decoded
+    skipped: dict[str, str]  # name → why the entry could not be decoded
 
 
 class Found(NamedTuple):
@@ -62,16 +63,59 @@ def find_images(config: EvaluationConfig) -> Files:
     """Find the images of both folders. Raises UserError if there are fewer than --num_test."""
     folders = {"--gt_path": Path(config.gt_path), "--g_path": Path(config.g_path)}
     files = {flag: images_in(flag, folder) for flag, folder in folders.items()}
-    number = len(set().union(*(found.images for found in files.values())))
-    if config.num_test is not None and config.num_test > number:
-        raise UserError(f"--num_test {config.num_test}, but there are {number} images")
+    numbers = {f" in {flag}": len(found.images) for flag, found in files.items()}
+    if not config.unpaired:
+        numbers = {"": len(set().union(*(found.images for found in files.values())))}
+    for place, number in numbers.items():
+        if config.num_test is not None and config.num_test > number:
+            raise UserError(f"--num_test {config.num_test}, but there are {number} images{place}")
     if folders["--gt_path"].samefile(folders["--g_path"]):
         log.warning("--gt_path and --g_path are one folder: images are compared with themselves")
     return files
 
 
-def open_pairs(config: EvaluationConfig, files: Files) -> tuple[list[Pair], dict[str, str]]:
-    """Return the pairs to measure, by their headers, and why others are skipped; sorted by name."""
+def open_entries(config: EvaluationConfig, files: Files) -> tuple[list[Entry], dict[str, str]]:
+    """Return the entries to measure, by their headers, and why others are skipped.
+
+    They are sorted by name; without pairs the originals are first.
+    """
+    entries, skipped = (open_singles if config.unpaired else open_pairs)(config, files)
+    for flag, found in files.items():
+        if found.left_out:
+            others = image_files.listed(found.left_out)
+            number = image_files.counted(len(found.images), "image")
+            log.warning("%s: %s; left out: %s", flag, number, others)
+    return entries, skipped
+
+
+def open_singles(config: EvaluationConfig, files: Files) -> tuple[list[Entry], dict[str, str]]:
+    """Open the images of both folders, each for itself."""
+    entries: list[Entry] = []
+    skipped: dict[str, str] = {}
+    sizes: dict[str, set[str]] = {}
+    for side, (flag, found) in zip(SIDES, files.items()):
+        for name in sorted(found.images)[: config.num_test]:
+            path = found.images[name]
+            try:
+                size, mode = read_header(path)
+            except UserError as error:
+                if not config.skip_bad_images:
+                    raise
+                skipped[str(path)] = str(error)
+                continue
+            sizes.setdefault(f"{size[0]}×{size[1]}", set()).add(flag)
+            entries.append(Entry(str(path), {side: path}, size, mode))
+    differing = [f"{size} ({flag})" for size, (flag, *more) in sizes.items() if not more]
+    if differing:
+        log.warning(
+            "the folders differ in the sizes of their images, and blur counts as a difference: %s",
+            first_few(differing),
+        )
+    return entries, skipped
+
+
+def open_pairs(config: EvaluationConfig, files: Files) -> tuple[list[Entry], dict[str, str]]:
+    """Open the pairs. Raises UserError if an image lacks its partner or differs in size."""
     originals, reconstructions = (found.images for found in files.values())
     names = sorted({*originals, *reconstructions})[: config.num_test]
     lacking = {
@@ -83,12 +127,7 @@ def open_pairs(config: EvaluationConfig, files: Files) -> tuple[list[Pair], dict
             for flag, missing in lacking.items()
             if missing
         )
-        raise UserError(f"images are paired by name, and {problems}")
-    for flag, found in files.items():
-        if found.left_out:
-            others = image_files.listed(found.left_out)
-            number = image_files.counted(len(found.images), "image")
-            log.warning("%s: %s; left out: %s", flag, number, others)
+        raise UserError(f"images are paired by name, and {problems}; --unpaired compares sets")
     pairs, skipped, different = [], {}, []
     for name in names:
         try:
@@ -105,12 +144,13 @@ def open_pairs(config: EvaluationConfig, files: Files) -> tuple[list[Pair], dict
     return pairs, skipped
 
 
-def open_pair(name: str, original: Path, reconstruction: Path) -> Pair:
+def open_pair(name: str, original: Path, reconstruction: Path) -> Entry:
     """Read the headers of a pair. Raises UserError if it cannot be measured."""
     (size, mode), (other, other_mode) = read_header(original), read_header(reconstruction)
     if size != other:
         raise DifferentSizes(" and ".join(f"{width}×{height}" for width, height in (size, other)))
-    return Pair(name, original, reconstruction, size, mode if mode == other_mode else "RGB")
+    files = dict(zip(SIDES, (original, reconstruction)))
+    return Entry(name, files, size, mode if mode == other_mode else "RGB")
 
 
 class DifferentSizes(UserError):
@@ -145,7 +185,7 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(map(printable, names[:MAX_NAMED])) + (", …" if len(names) > MAX_NAMED else "")
 
 
-def read_header(path: Path) -> tuple[tuple[int, int], Literal["L", "RGB"]]:
+def read_header(path: Path) -> tuple[tuple[int, int], Mode]:
     """Width and height, and the mode to read the image in. Raises UserError if it is damaged."""
     with image_files.open_image(path, str(path)) as image:
         if image_files.more_than_8_bits(image):
@@ -153,49 +193,51 @@ def read_header(path: Path) -> tuple[tuple[int, int], Literal["L", "RGB"]]:
         return image_files.viewed_size(image), "L" if image.mode in GREY_MODES else "RGB"
 
 
-def read_image(path: Path, pair: Pair) -> tuple[Pixels, str | None]:
-    """Read one image of the pair (C, H, W), and its format. Raises UserError if it is damaged."""
+def read_image(path: Path, entry: Entry) -> tuple[Pixels, str | None]:
+    """Read one image of the entry (C, H, W), and its format. Raises UserError if it is damaged."""
     with image_files.open_image(path, str(path)) as image:
-        picture = image_files.viewed(image, pair.mode)
-        if picture.size != pair.size:
+        picture = image_files.viewed(image, entry.mode)
+        if picture.size != entry.size:
             raise ValueError("its size differs from its header")
         return from_picture(picture), image.format
 
 
-def read_pair(pair: Pair, protocol: Protocol) -> tuple[Pixels, Pixels]:
-    """Read original and reconstruction as they are measured, (C, H, W)."""
-    original = protocol.prepare(*read_image(pair.original, pair), "original")
-    return original, protocol.prepare(*read_image(pair.reconstruction, pair), "reconstruction")
+def read_entry(entry: Entry, protocol: Protocol) -> list[Pixels]:
+    """Read the images of an entry as they are measured, (C, H, W) each."""
+    files = entry.files.items()
+    return [protocol.prepare(*read_image(path, entry), side) for side, path in files]
 
 
 def read_and_compare(
-    pairs: list[Pair], compared: Container[str], protocol: Protocol, inception: bool
+    entries: list[Entry], compared: Container[str], protocol: Protocol, inception: bool
 ) -> Batch:
-    """Read pairs, and compare them by the chosen metrics without network."""
-    read: dict[str, tuple[Pixels, Pixels]] = {}
+    """Read entries of the same sides, and compare pairs by the chosen metrics without network."""
+    read: dict[str, list[Pixels]] = {}
     skipped: dict[str, str] = {}
-    for pair in pairs:
+    for entry in entries:
         try:
-            read[pair.name] = read_pair(pair, protocol)
+            read[entry.name] = read_entry(entry, protocol)
         except UserError as error:  # raised here, it would come with a traceback of the worker
-            skipped[pair.name] = str(error)
+            skipped[entry.name] = str(error)
     if not read:
-        nothing = np.empty(0, np.uint8), np.empty(0, np.uint8)
-        return Batch([], nothing, nothing, {}, skipped)
-    x, y = (np.stack(images) for images in zip(*read.values()))
+        return Batch([], {}, {}, {}, skipped)
+    images = dict(zip(entries[0].files, map(np.stack, zip(*read.values()))))
     compare = {name: protocol.comparison(name) for name in METRICS if name in compared}
-    values = {name: function(x, y) for name, function in compare.items() if function is not None}
-    resized = (protocol.for_inception(x), protocol.for_inception(y)) if inception else (x, y)
-    return Batch(list(read), (x, y), resized, values, skipped)
+    values = {name: function(*images.values()) for name, function in compare.items() if function}
+    resized = {side: protocol.for_inception(x) for side, x in images.items()} if inception else {}
+    return Batch(list(read), images, resized, values, skipped)
 
 
-def batches(config: EvaluationConfig, pairs: Sequence[Pair]) -> Iterator[Batch]:
-    """Yield batches of consecutive pairs of one size and mode, read by worker processes.
+def batches(config: EvaluationConfig, entries: Sequence[Entry]) -> Iterator[Batch]:
+    """Yield batches of consecutive entries of one size, mode and side, read by worker processes.
 
-    Raises UserError naming a damaged image, unless such pairs are skipped.
+    Raises UserError naming a damaged image, unless such entries are skipped.
     """
     size = config.batch_size
-    groups = [list(group) for _, group in groupby(pairs, lambda pair: (pair.size, pair.mode))]
+    groups = [
+        list(group)
+        for _, group in groupby(entries, lambda entry: (entry.size, entry.mode, *entry.files))
+    ]
     parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
     compared = {name for choice in config.metrics for name in CHOICES[choice]}
     protocol = PROTOCOLS[config.protocol]

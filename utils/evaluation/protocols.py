@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,8 @@ from utils.evaluation import metrics
 from utils.evaluation.metrics import Pixels, Values
 from utils.images import to_picture
 
-Side = Literal["original", "reconstruction"]
+Side: TypeAlias = Literal["original", "reconstruction"]
+SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,21 @@ def write_results(
     content: Metrics,
     tested: Analysis | None,
 ) -> list[Path]:
-    """Write pictures, metrics.csv and metrics.json; returns the paths.
-
-    metrics.csv has the source of each image, if the analysis knows it.
-    """
-    measured = Path(config.gt_path), Path(config.g_path)
-    pictures = write_extremes(output, scores.names, scores.values, scores.shown, measured)
+    """Write pictures and metrics.csv, if there are pairs, and metrics.json; returns the paths."""
     table, whole = output / "metrics.csv", output / "metrics.json"
+    written = [whole]
+    if scores.names:
+        measured = Path(config.gt_path), Path(config.g_path)
+        pictures = write_extremes(output, scores.names, scores.values, scores.shown, measured)
+        write_table(table, scores, tested)
+        written = [*pictures, whole, table]
+    schema.write(whole, content)  # last: it marks the results as complete
+    shutil.rmtree(output / PREVIOUS, ignore_errors=True)
+    return written
+
+
+def write_table(table: Path, scores: Scores, tested: Analysis | None) -> None:
+    """Write metrics.csv, with the source of each image if the analysis knows it."""
     columns: dict[str, Sequence[float | str]]
     columns = {name: scores.values[name] for name in METRICS if name in scores.values}
     if tested and tested.sources:
@@ -73,9 +81,6 @@ def write_results(
         writer = csv.writer(file)
         writer.writerow(["name", *columns])
         writer.writerows(zip(scores.names, *columns.values()))
-    schema.write(whole, content)  # last: it marks the results as complete
-    shutil.rmtree(output / PREVIOUS, ignore_errors=True)
-    return [*pictures, whole, table]
 
 
 def record(
@@ -90,13 +95,14 @@ def record(
     return Metrics(
         metrics=summarise(config.metrics, scores),
         pairs=len(scores.names),
+        images=scores.images if config.unpaired else {},
         skipped=scores.skipped,
         rate=tested.rate.headline() if tested else None,
         command=command,
         protocol={"name": config.protocol, **asdict(protocol)},
         settings={
             **{name: getattr(config, name) for name in ("gt_path", "g_path", "num_test")},
-            **metrics.settings(len(scores.names)),
+            **metrics.settings(scores.number),
             "ssim": {"window": metrics.SSIM_WINDOW, **protocol.ssim},
             "lpips_net": config.lpips_net,
         },
@@ -126,8 +132,9 @@ def show(content: Metrics, written: list[Path]) -> None:
     skipped = content.skipped
     if skipped:
         log.warning(
-            "skipped %d of %d pairs, which cannot be decoded: %s",
-            *(len(skipped), len(skipped) + content.pairs, first_few(list(skipped))),
+            "skipped %d of %d %s, which cannot be decoded: %s",
+            *(len(skipped), len(skipped) + (content.pairs or sum(content.images.values()))),
+            *("images" if content.images else "pairs", first_few(list(skipped))),
         )
     lines, notes = [f"{'metric':10} {'mean':>12} {'variance':>12}"], []
     for name, score in content.metrics.items():
@@ -139,6 +146,7 @@ def show(content: Metrics, written: list[Path]) -> None:
             infinite = f"{score.identical} identical pairs, of infinite {metric.label}"
             notes.append(f"{infinite}, are excluded from its mean")
     sys.stdout.writelines(f"{line}\n" for line in [*lines, *notes])
+    print_rows({"images": content.compared} if content.images else {})
     print_rows(content.rate.rows() if content.rate else {}, written)
 
 

@@ -157,6 +157,8 @@ class Analysis:
 class Score:
     """Mean and population variance over n images (KID: over subsets); None if there is none.
 
+    n of two sets without pairs is that of the smaller one.
+
     Identical images, whose PSNR is infinite, are counted, not averaged. FID, precision and recall
     of the whole set are a mean without variance.
     """
@@ -185,6 +187,14 @@ class Metrics:
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, dict[str, str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)  # --unpaired: of gt_path and g_path
+
+    @property
+    def compared(self) -> str:
+        """The images in words."""
+        if not self.images:
+            return f"{self.pairs:,}"
+        return f"{self.images['g_path']:,} against {self.images['gt_path']:,}"
 
 
 def write(path: Path, content: Analysis | Metrics) -> None:

@@ -26,10 +26,12 @@ from utils.report.files import Found, find, layout
 from utils.report.markup import section, text
 from utils.report.pictures import reconstructions, worst_images
 from utils.report.scalar_curves import training_curves
+from utils.report.sets import set_figures, set_lead, set_pictures
 from utils.report.tables import commands, configuration, key_figures, lead, quantised
 
 LARGEST = 4_500_000  # characters of the page
 LARGEST_SIDE, SMALLEST_SIDE = 256, 48  # images are shrunk until the page is below LARGEST
+OF_SETS = ("figures", "worst", "configuration", "reproduce")  # sections of sets without a model
 OF_CODEBOOKS = ("usage", "codebook", "slots")  # sections of quantised models only
 
 
@@ -64,7 +66,12 @@ def page(found: Found, side: int) -> str:
         "configuration": ("Configuration", configuration),
         "reproduce": ("Commands", commands),
     }
-    if not quantised(found):
+    if found.metrics.images:
+        sections["worst"] = ("The two sets", lambda found: set_pictures(found, side))
+    if found.sets_only:
+        sections["figures"] = ("Key figures", set_figures)
+        sections = {key: sections[key] for key in OF_SETS}
+    elif not quantised(found):
         sections = {key: sections[key] for key in sections if key not in OF_CODEBOOKS}
     _, name = layout(found.results) or (None, found.results.resolve().name)
     links = "".join(
@@ -73,6 +80,7 @@ def page(found: Found, side: int) -> str:
     bodies = "".join(
         section(key, title, partial(build, found)) for key, (title, build) in sections.items()
     )
+    introduction = (set_lead if found.sets_only else lead)(found)
     breakable = text(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     return (
@@ -81,7 +89,7 @@ def page(found: Found, side: int) -> str:
         '<meta name="color-scheme" content="light dark">'
         f"<title>{text(name)} – LooC</title><style>\n{style}</style></head>\n<body>"
         '<a class="skip" href="#main">Skip to the report</a>\n'
-        f"<header><h1>{breakable}</h1>{lead(found)}"
+        f"<header><h1>{breakable}</h1>{introduction}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
         f'<main id="main" tabindex="-1">{bodies}</main>\n'
         f"<footer><p>{origin(found)}</p></footer></body></html>\n"

@@ -36,6 +36,11 @@ class Found:
     problems: Mapping[str, str]  # what could not be read, and why
     kept: dict[str, Shown]  # pairs that were read, by name
 
+    @property
+    def sets_only(self) -> bool:
+        """Return whether these are two sets without a model, as samples are."""
+        return bool(self.metrics.images) and "analysis.json" in self.problems
+
     def need(self, name: str, command: str) -> None:
         """Raise Missing if that could not be read."""
         if name in self.problems:
@@ -132,9 +137,10 @@ def find_pairs(
     settings = metrics.settings
     measured = [Path(str(settings.get(key) or "-")) for key in ("gt_path", "g_path")]
     own = [results / "original", results / "rec"]
+    paired = not metrics.images and all(folder.is_dir() for folder in measured)
     originals, others = (
         {name[: name.rindex(".")]: folder / name for name in image_names(folder)}
-        for folder in (measured if all(folder.is_dir() for folder in measured) else own)
+        for folder in (measured if paired else own)
     )
     names = originals.keys() & others
     names = names & values.keys() or names

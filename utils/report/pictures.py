@@ -13,7 +13,7 @@ from PIL import Image
 from utils.errors import UserError
 from utils.evaluation.extremes import Shown, extremes, to_show
 from utils.evaluation.metrics import METRICS, Metric
-from utils.evaluation.pairs import open_pair, read_pair
+from utils.evaluation.pairs import open_pair, read_entry
 from utils.evaluation.protocols import PROTOCOLS
 from utils.images import fitted, to_picture
 from utils.report.files import Found, evaluation_command, test_command
@@ -46,7 +46,8 @@ def pair_of(found: Found, name: str) -> Shown:
         if name not in found.pairs:
             raise UserError("its pictures are not there")
         protocol = PROTOCOLS.get(str(found.metrics.protocol.get("name")), PROTOCOLS["clean"])
-        found.kept[name] = to_show(name, *read_pair(open_pair(name, *found.pairs[name]), protocol))
+        images = read_entry(open_pair(name, *found.pairs[name]), protocol)
+        found.kept[name] = to_show(name, *images)
     return found.kept[name]
 
 

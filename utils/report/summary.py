@@ -55,7 +55,7 @@ def table(analysis: Analysis, metrics: Metrics) -> dict[str, str]:
     label = QUANTIZERS[kind].label if kind in QUANTIZERS else kind
     return {
         "model": f"{kind}{size}" if rate else label,
-        "images": f"{metrics.pairs} images of {analysis.data.get('dataset')}",
+        "images": f"{metrics.pairs or metrics.compared} images of {analysis.data.get('dataset')}",
         **{
             METRICS[name].label: METRICS[name].text(score.shown)
             for name, score in metrics.metrics.items()

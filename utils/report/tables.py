@@ -82,6 +82,13 @@ def quality_rows(found: Found) -> list[tuple[str, str, str]]:
     return rows
 
 
+def protocol_row(found: Found) -> list[tuple[str, str, str]]:
+    """(label, name, what it is) of the protocol, if it is known."""
+    protocol = found.metrics.protocol
+    name, about = protocol.get("name"), protocol.get("about", "")
+    return [("protocol", str(name), str(about))] if name else []
+
+
 def key_figures(found: Found) -> str:
     writers = {
         "analysis.json": ("Rate and codebook", "test.py writes it", test_command(found)),
@@ -95,8 +102,6 @@ def key_figures(found: Found) -> str:
     )
     codebook, data = found.analysis.codebook, found.analysis.data
     notes = {figure.label: figure.note for figure in CODEBOOK.values()}
-    protocol = found.metrics.protocol
-    row = ("protocol", protocol.get("name"), protocol.get("about", ""))
     rates = []
     for name, figure in RATES.items():
         value, note = getattr(found.analysis.rate, name), figure.note
@@ -113,7 +118,7 @@ def key_figures(found: Found) -> str:
     if data and "image_size" not in data:
         part = "whole, each in its own size"
     groups: dict[str, Rows] = {
-        "Quality": [*quality_rows(found), *([row] if row[1] else [])],
+        "Quality": [*quality_rows(found), *protocol_row(found)],
         "Rate": rates,
         "Codebook": [(label, value, notes[label]) for label, value in codebook.rows().items()],
         "Images": [
@@ -183,7 +188,8 @@ def configuration(found: Found) -> str:
     ]
     if not tables:
         raise Missing("Neither analysis.json nor metrics.json can be read.")
-    without = "" if found.checkpoint else " The settings of training are not known."
+    known = found.checkpoint or found.sets_only
+    without = "" if known else " The settings of training are not known."
     return (
         f"{stale(found)}<p>Everything that was set.{without} <b>Bad:</b> test images of another "
         f"data set or size than the training images, unless that is the question.</p>"
@@ -194,6 +200,8 @@ def configuration(found: Found) -> str:
 def commands(found: Found) -> str:
     known = "These train, reconstruct and measure again, as they were given."
     lines = [train_command(found), test_command(found), evaluation_command(found)]
+    if found.sets_only:
+        return f"<p>This measures again.</p>{command(lines[2])}"
     if not lines[0]:
         known = "The checkpoint does not say how it was trained."
     return f"<p>{known}</p>{command(*filter(None, lines))}"
