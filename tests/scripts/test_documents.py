@@ -219,7 +219,8 @@ def test_pip_installs_what_is_declared(command: Command) -> None:
 
 def test_every_flag_named_exists(script: Script) -> None:
     """Flags within sentences, tables and commands are flags of a script, or of others' programs."""
-    own = (*SCRIPTS, "experiments/compare.py", "experiments/ablations.py", "experiments/photos.py")
+    programs = ("compare", "ablations", "photos", "samples")
+    own = (*SCRIPTS, *(f"experiments/{name}.py" for name in programs))
     texts = [script(name, "--help").out for name in own]
     texts += [script("generate.py", command, "--help").out for command in ("train", "sample")]
     texts += [path.read_text() for path in (ROOT / "benchmarks").glob("*.py")]

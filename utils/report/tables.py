@@ -188,12 +188,13 @@ def configuration(found: Found) -> str:
     ]
     if not tables:
         raise Missing("Neither analysis.json nor metrics.json can be read.")
-    known = found.checkpoint or found.sets_only
-    without = "" if known else " The settings of training are not known."
+    flow = f'<div class="flow">{"".join(tables)}</div>'
+    if found.sets_only:
+        return f"<p>Everything that was set.</p>{flow}"
+    without = "" if found.checkpoint else " The settings of training are not known."
     return (
         f"{stale(found)}<p>Everything that was set.{without} <b>Bad:</b> test images of another "
-        f"data set or size than the training images, unless that is the question.</p>"
-        f'<div class="flow">{"".join(tables)}</div>'
+        f"data set or size than the training images, unless that is the question.</p>{flow}"
     )
 
 
