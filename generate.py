@@ -1,7 +1,7 @@
-"""Generate images: train a prior on the codes of a first stage, then draw samples from it.
+"""Generate images: train a prior on a first stage's codes or latents, then draw samples from it.
 
 generate.py train --first_stage <exp>/best.pt writes <output_folder>/models/<exp_name>/best.pt and
-last.pt; validation gives the likelihood in bits per pixel. The same command again continues.
+last.pt. The same command again continues.
 generate.py sample --model_name <exp_name>/best.pt writes images and grid.png to
 <output_folder>/samples/<model_name>/; --inpaint, --vary and --interpolate edit pictures. Both take
 --help, and share work under torchrun.
@@ -13,14 +13,13 @@ from utils.start import run  # isort: skip  # before those that take seconds
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from datasets import ImageSet, Labels
 from datasets.codes import CodeLoader, StoredCodes
@@ -28,10 +27,11 @@ from datasets.config import DataConfig
 from datasets.originals import open_editing
 from datasets.splits import check_fit, check_images, data_flags, names_stored, open_training
 from modules import Autoencoder
-from modules.priors.config import CodeSpace, PriorConfig
-from modules.priors.registry import make_prior
-from modules.priors.sampling import Sampling
-from modules.priors.transformer import CodeTransformer
+from modules.priors.config import PriorConfig
+from modules.priors.registry import PRIORS
+from modules.priors.sampling import Known, Sampling
+from modules.priors.spaces import CodeSpace, Space
+from modules.priors.spec import Noise, Prior, PriorSpec
 from utils.checkpoints.checkpoint import (
     Checkpoint,
     Stored,
@@ -45,19 +45,15 @@ from utils.devices import keep_freed_memory, seed_everything
 from utils.distributed import first_goes_ahead, rank, seed_rank, start_ranks, stop_ranks
 from utils.errors import UserError, memory_for
 from utils.flags.arguments import build, check_stored, parse_flags, with_preset
-from utils.generation.checkpoints import FirstStage, StoredPrior, read_prior
+from utils.generation.checkpoints import FirstStage, StoredPrior, new_prior, read_prior
 from utils.generation.config import PriorTrainConfig, SampleConfig
-from utils.generation.samples import (
-    draw_samples,
-    labels_of,
-    noise_of,
-    remove_samples,
-    write_samples,
-)
+from utils.generation.samples import labels_of, noise_of, remove_samples, write_samples
 from utils.images import to_bytes
 from utils.locks import locked
 from utils.logger import log, start_logging
+from utils.training.denoising import Denoising
 from utils.training.likelihood import Likelihood
+from utils.training.prior import PriorTask
 from utils.training.resume import experiment_folders, resume, start_files
 from utils.training.trainer import Trainer
 
@@ -89,6 +85,7 @@ def train() -> None:
     groups = PriorConfig, PriorTrainConfig, DataConfig
     given = parse_flags(__doc__, *groups, command="train")
     flags = with_preset(given, *groups)
+    flags = {**PRIORS[flags.get("prior", PriorConfig.prior)].implies, **flags}
     config, prior_config = build(PriorTrainConfig, flags), build(PriorConfig, flags)
     start_logging(quiet=rank() > 0)
     device = start_ranks(config.device)
@@ -99,7 +96,7 @@ def train() -> None:
     first_stage = checkpoint.model().to(device)
     check_fit(checkpoint, data, images[0])
     try:
-        space = CodeSpace.of(first_stage, images[0].image_size)
+        space = prior_config.spec.space.of(first_stage, images[0].image_size)
     except ValueError as error:
         raise UserError(f"--first_stage {checkpoint.path}: {error}") from error
     if config.exp_name is None:
@@ -111,10 +108,13 @@ def train() -> None:
         for loader in (trainer.train_loader, trainer.validation_loader):
             assert isinstance(loader, CodeLoader)
             loader.compute()
+        if trainer.step == 0:
+            assert isinstance(trainer.train_loader, CodeLoader)
+            for prior in {trainer.model, trainer.best_model}:
+                prior.measure(trainer.train_loader.codes.batches())
         log.info(
-            "%d training images of %s as %d×%d×%d codes; steps %d to %d on %s",
-            *(len(images[0]), data.dataset),
-            *(space.height, space.width, space.num_slots),
+            "%d training images of %s as %s; steps %d to %d on %s",
+            *(len(images[0]), data.dataset, space),
             *(trainer.step, trainer.total_steps, device),
         )
         with memory_for(f"--batch_size {config.batch_size} (--accumulate splits it)"):
@@ -127,7 +127,7 @@ def data_of(checkpoint: Checkpoint, flags: dict[str, Any]) -> DataConfig:
     ignored = ("crop", "crop_scale", "skip_bad_images", "image_cache")
     for name in ignored:
         if name in flags:
-            raise UserError(f"--{name} has no effect on codes, which are computed once")
+            raise UserError(f"--{name} has no effect on codes and latents, which are computed once")
     found = {**data_flags(checkpoint, flags), "flip": flags.get("flip", False)}
     data = build(DataConfig, {name: found[name] for name in found if name not in ignored})
     folder = None if data.data_folder is None else str(Path(data.data_folder).absolute())
@@ -139,7 +139,7 @@ def make_trainer(
     prior_config: PriorConfig,
     data: DataConfig,
     first_stage: Autoencoder,
-    space: CodeSpace,
+    space: Space,
     images: tuple[ImageSet, ImageSet],
     checkpoint: Checkpoint,
 ) -> Trainer:
@@ -149,26 +149,35 @@ def make_trainer(
     encode = partial(
         StoredCodes,
         first_stage,
-        folder=Path(config.output_folder) / "codes",
+        space=space,
+        folder=Path(config.output_folder) / space.items,
         batch_size=config.batch_size,
         num_workers=data.num_workers,
     )
     training, validation = images
     labels = [labels_of_set(part, config) for part in images]
     classes = labels[0].names
-    load = partial(CodeLoader, batch_size=config.batch_size, device=device, seed=config.seed)
     seed_everything(config.seed, device)
-    with memory_for(f"--width {prior_config.width}, --layers {prior_config.layers}"):
-        prior = make_prior(prior_config, space, len(classes)).to(device)
+    shape = ", ".join(f"--{name}" for name in sorted(prior_config.spec.reads))
+    with memory_for(shape):
+        prior = new_prior(prior_config, space, len(classes)).to(device)
     if config.pretrained is not None:
         path = path_of("--pretrained", config.pretrained, config)
         load_pretrained(prior, prior_config, path)
     seed_rank(config.seed)
-    task = Likelihood(
+    kind: type[PriorTask] = Likelihood if isinstance(space, CodeSpace) else Denoising
+    task = kind(
         prior,
-        pixels=training.image_size**2,
-        label_dropout=config.label_dropout,
-        show=partial(show, first_stage),
+        training.image_size**2,
+        config.label_dropout,
+        partial(draw_images, prior_config.spec, first_stage, Sampling()),
+    )
+    load = partial(
+        CodeLoader,
+        random=prior.draws,
+        batch_size=config.batch_size,
+        device=device,
+        seed=config.seed,
     )
     return Trainer(
         task,
@@ -202,7 +211,7 @@ def labels_of_set(images: ImageSet, config: PriorTrainConfig) -> Labels:
         raise UserError(f"--class_conditional: {error}") from error
 
 
-def load_pretrained(prior: CodeTransformer, config: PriorConfig, path: Path) -> None:
+def load_pretrained(prior: Prior, config: PriorConfig, path: Path) -> None:
     """Load the weights of another prior. Raises UserError if they do not fit."""
     stored = read_prior(path)
     shared = {name: getattr(config, name) for name in ("prior", "heads")}
@@ -214,10 +223,19 @@ def load_pretrained(prior: CodeTransformer, config: PriorConfig, path: Path) -> 
     prior.load_state_dict(stored.content["model"])
 
 
-def show(first_stage: Autoencoder, codes: Tensor) -> Tensor:
-    """Images of codes (n, H, W, m) as one picture (C, height, width)."""
-    picture: Tensor = make_grid(to_bytes(first_stage.decode(codes)), nrow=4, pad_value=255)
-    return picture
+@torch.no_grad()
+def draw_images(
+    spec: PriorSpec,
+    first_stage: Autoencoder,
+    how: Sampling,
+    prior: Prior,
+    labels: Tensor,
+    noise: Noise,
+    **known: Known,
+) -> Tensor:
+    """Draw images (b, C, h, w), uint8, of the classes `labels`."""
+    drawn = spec.sample(prior, labels, noise, how, **known)
+    return to_bytes(prior.space.decode(first_stage, drawn))
 
 
 def check_prior(stored: Stored, data: DataConfig, current: Mapping[str, Any]) -> None:
@@ -245,7 +263,8 @@ def draw() -> None:
     elsewhere = config.first_stage and path_of("--first_stage", config.first_stage, config)
     first_stage = stored.first_stage.open(elsewhere or None, path).to(device)
     prior = stored.model().to(device)
-    how = Sampling(config.temperature, config.top_k, config.top_p, config.guidance, config.rounds)
+    names = stored.config.spec.draws
+    how = Sampling(**{name: getattr(config, name) for name in names})
     classes = len(stored.classes)
     name = Path(results_name(path, config.output_folder)).with_suffix("")
     editing = open_editing(config, stored, first_stage)
@@ -254,7 +273,7 @@ def draw() -> None:
         "prior": tensors_digest(prior.state_dict(), stored.first_stage.digest),
         "seed": config.seed,
         "label": config.label,
-        **asdict(how),
+        **{name: getattr(how, name) for name in sorted(names)},
     }
     count, arrange = config.num_samples or 100, {}
     if editing is not None:
@@ -264,14 +283,16 @@ def draw() -> None:
         count, arrange = config.num_samples or editing.usual_count, {"arrange": editing.arrange}
 
     def draw_numbers(numbers: list[int]) -> Tensor:
+        known: dict[str, Known] = {}
         if editing is None:
-            labels, known = labels_of(numbers, config.label, classes), None
+            labels = labels_of(numbers, config.label, classes)
             noise = noise_of(config.seed, numbers)
         else:
             labels = torch.full((len(numbers),), -1 if config.label is None else config.label)
             noise = editing.noise(config.seed, numbers)
-            known = editing.start(first_stage, numbers, noise)
-        return draw_samples(prior, first_stage, how, noise, labels, known)
+            known["known"] = editing.start(first_stage, numbers, noise)
+        spec = stored.config.spec
+        return draw_images(spec, first_stage, how, prior, labels.to(device), noise, **known).cpu()
 
     with locked(folder, "--output_folder"), memory_for(f"--batch_size {config.batch_size}"):
         if config.overwrite and rank() == 0:
@@ -280,8 +301,8 @@ def draw() -> None:
 
 
 def check_flags(config: SampleConfig, prior: StoredPrior) -> None:
-    """Raise UserError where flags ask for classes or codes that the prior does not have."""
-    classes, codevectors = len(prior.classes), prior.space.num_embedding
+    """Raise UserError where flags ask for what the prior does not have."""
+    classes = len(prior.classes)
     if config.label is not None and config.label >= classes:
         have = f"has the classes 0 to {classes - 1}" if classes else "has no classes"
         raise UserError(f"--label {config.label}: {prior.path} {have}")
@@ -296,9 +317,12 @@ def check_flags(config: SampleConfig, prior: StoredPrior) -> None:
         if not prior.knows_no_class:
             have = "models images given their class (--label_dropout 0)"
             raise UserError(f"--{config.edit} needs --label: {prior.path} {have}")
-    if config.rounds != SampleConfig.rounds and prior.config.prior != "masked":
-        given = f"--rounds {config.rounds} has no effect with a {prior.config.prior} prior"
-        raise UserError(f"{given}, {prior.path}")
+    for item in fields(Sampling):
+        value = getattr(config, item.name)
+        if item.name not in prior.config.spec.draws and value != item.default:
+            given = f"--{item.name} {value} has no effect with a {prior.config.prior} prior"
+            raise UserError(f"{given}, {prior.path}")
+    codevectors = getattr(prior.space, "num_embedding", 0)
     if config.top_k > codevectors:
         raise UserError(f"--top_k {config.top_k}: {prior.path} has {codevectors} codevectors")
 

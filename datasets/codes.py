@@ -1,9 +1,9 @@
-"""Codes of a set of images, computed once and kept on disk."""
+"""Codes or latents of a set of images, computed once and kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from datasets.image_sets import ImageSet, TensorImages
 from datasets.loader import BatchLoader
-from datasets.sampling import choose, draws, permutation
+from datasets.sampling import choose, draws, generator_of, permutation
 from modules import Autoencoder
-from modules.priors.config import CodeSpace
+from modules.priors.spaces import CodeSpace, Space
 from utils.checkpoints.digest import model_digest
 from utils.distributed import num_ranks, rank, wait_for_all
 from utils.errors import UserError, one_line
@@ -27,16 +27,18 @@ from utils.logger import progress
 
 Codes: TypeAlias = npt.NDArray[Any]
 SHARD = 2**13  # images of a file
+TOGETHER = 2**8  # images whose statistics are taken at a time
 
 
 class StoredCodes:
-    """Codes (n, H, W, m) of a set of images in files of SHARD images each, memory-mapped.
+    """Codes or latents of a set of images in files of SHARD images each, memory-mapped.
 
     `compute` comes first. The files' folder is named by the digest of the model's weights and of
     the images, so that changed ones get new codes.
 
     Args:
         model: first stage that encodes.
+        space: codes (n, H, W, m) or latents (n, C, H, W).
         folder: below it is the folder of the files.
         flipped: encode the mirror images.
         batch_size, num_workers: of the images that are encoded.
@@ -46,6 +48,7 @@ class StoredCodes:
         self,
         model: Autoencoder,
         images: ImageSet,
+        space: Space,
         folder: Path,
         *,
         flipped: bool,
@@ -54,20 +57,25 @@ class StoredCodes:
     ) -> None:
         self.model, self.images, self.folder, self.flipped = model, images, folder, flipped
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.space = CodeSpace.of(model, images.image_size)
+        self.space = space
         self.shards: list[Codes] = []
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        """Codes of the images at positions (b,): (b, H, W, m), int64."""
+        """Those of the images at positions (b,), int64 or float32."""
         codes = [self.shards[p // SHARD][p % SHARD] for p in positions.tolist()]
         stacked = np.stack(codes) if codes else np.empty((0, *self.space.shape))
-        return torch.from_numpy(stacked.astype(np.int64))
+        return torch.from_numpy(stacked.astype(self.space.dtype))
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield all of them in order."""
+        for positions in torch.split(torch.arange(len(self)), TOGETHER):
+            yield self[positions]
 
     def compute(self) -> None:
-        """Compute the codes that are not on disk, the processes different files, and open them.
+        """Compute those that are not on disk, the processes different files, and open them.
 
         A run that is killed loses one file. Raises UserError naming a file that is damaged.
         """
@@ -96,9 +104,7 @@ class StoredCodes:
 
     @torch.no_grad()
     def encode(self, number: int) -> Iterator[Codes]:
-        """Yield the codes of one file, batch by batch, in the smallest integer type."""
-        bits = (self.space.num_embedding - 1).bit_length()
-        dtype = np.dtype("u1" if bits <= 8 else "<u2" if bits <= 16 else "<i4")
+        """Yield the content of one file, batch by batch."""
         chosen = torch.arange(number * SHARD, min((number + 1) * SHARD, len(self)))
         loader = BatchLoader(
             choose(self.images, chosen),
@@ -109,18 +115,25 @@ class StoredCodes:
         with progress(loader.size, "image", disable=rank() > 0) as bar:
             for images in loader.epoch():
                 signed = to_signed(images.flip(-1) if self.flipped else images)
-                yield self.model.encode(signed).cpu().numpy().astype(dtype)
+                found = self.space.encode(self.model, signed).cpu().numpy()
+                with np.errstate(over="ignore"):
+                    stored = found.astype(self.space.stored_dtype)
+                if not np.isfinite(stored).all():
+                    raise UserError(f"--first_stage has latents of up to {abs(found).max():.3g}")
+                yield stored
                 bar.update(len(images))
 
     def open(self, path: Path, number: int) -> Codes:
-        """Map a file. Raises UserError if it does not hold the codes of its images."""
+        """Map a file. Raises UserError if it does not hold the codes or latents of its images."""
         try:
             codes: Codes = np.load(path, mmap_mode="r", allow_pickle=False)
             expected = (min(SHARD, len(self) - number * SHARD), *self.space.shape)
-            if codes.shape != expected or codes.dtype.kind not in "iu":
-                found = f"{codes.dtype} {codes.shape}"
-                raise ValueError(f"its codes are {found}, not integers {expected}")
-            if codes.min() < 0 or codes.max() >= self.space.num_embedding:
+            if codes.shape != expected or codes.dtype != self.space.stored_dtype:
+                found, right = f"{codes.dtype} {codes.shape}", np.dtype(self.space.stored_dtype)
+                raise ValueError(f"it holds {found}, not {right} {expected}")
+            if isinstance(self.space, CodeSpace) and not (
+                codes.min() >= 0 and codes.max() < self.space.num_embedding
+            ):
                 raise ValueError(f"its codes are not in [0, {self.space.num_embedding})")
         except (OSError, EOFError, ValueError) as error:
             raise UserError(f"{path} is damaged, remove it: {one_line(error)}") from error
@@ -128,14 +141,17 @@ class StoredCodes:
 
 
 class CodeLoader:
-    """Batches of codes (b, H, W, m) and labels (b,) on a device, as a function of (seed, epoch).
+    """Batches of codes or latents, labels (b,) and random numbers on a device.
+
+    Each is a function of (seed, epoch).
 
     `compute` comes first. The ranks share each batch in training, with shuffle, and take whole
     batches in turn without.
 
     Args:
-        codes: those of the images.
+        codes: codes or latents of the images.
         labels: (n,), −1 for no class.
+        random: size and generator → random numbers (size, …) for a batch, whatever the processes.
         mirrored: codes of the mirror images, which half of the images are replaced by.
     """
 
@@ -145,34 +161,39 @@ class CodeLoader:
         labels: Tensor,
         mirrored: StoredCodes | None = None,
         *,
+        random: Callable[[int, torch.Generator], tuple[Tensor, ...]],
         batch_size: int,
         device: torch.device,
         shuffle: bool,
         seed: int,
     ) -> None:
         self.codes, self.mirrored, self.labels = codes, mirrored, labels
-        self.batch_size, self.device, self.shuffle, self.seed = batch_size, device, shuffle, seed
+        self.random, self.batch_size, self.device = random, batch_size, device
+        self.shuffle, self.seed = shuffle, seed
         self.bad_images: dict[int, str] = {}
 
     def __len__(self) -> int:
         return -(-len(self.codes) // self.batch_size)
 
     def compute(self) -> None:
-        """Compute the codes that are not on disk."""
+        """Compute what is not on disk."""
         self.codes.compute()
         if self.mirrored is not None:
             self.mirrored.compute()
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
         size = len(self.codes)
         order = permutation(size, self.seed, epoch) if self.shuffle else torch.arange(size)
         flips = draws(size, "flip", self.seed, epoch) < 0.5
         for number, batch in enumerate(torch.split(order, self.batch_size)):
-            if self.shuffle:
-                batch = batch[rank() :: num_ranks()]
-            if number >= start and (self.shuffle or number % num_ranks() == rank()):
-                codes = self.codes[batch]
-                if self.mirrored is not None:
-                    which = flips[batch]
-                    codes[which] = self.mirrored[batch[which]]
-                yield codes.to(self.device), self.labels[batch].to(self.device)
+            own = slice(rank(), None, num_ranks()) if self.shuffle else slice(None)
+            if number < start or not (self.shuffle or number % num_ranks() == rank()):
+                continue
+            random = self.random(len(batch), generator_of(("noise", self.seed, epoch, number)))
+            batch = batch[own]
+            codes = self.codes[batch]
+            if self.mirrored is not None:
+                which = flips[batch]
+                codes[which] = self.mirrored[batch[which]]
+            found = (codes, self.labels[batch], *(each[own] for each in random))
+            yield tuple(each.to(self.device) for each in found)

@@ -16,6 +16,7 @@ from datasets.image_sets import square_of
 from datasets.pictures import Pictures, find_pictures
 from datasets.splits import opener
 from modules import Autoencoder
+from modules.priors.spaces import CodeSpace
 from utils.distributed import first_goes_ahead
 from utils.errors import UserError
 from utils.generation.checkpoints import StoredPrior
@@ -33,6 +34,10 @@ def open_editing(
     """Open the pictures that flags ask to edit, if any, and say how."""
     if config.edit is None:
         return None
+    space = prior.space
+    if not isinstance(space, CodeSpace):
+        needs = f"--{config.edit} needs a prior over codes"
+        raise UserError(f"{needs}, and {prior.path} is {prior.config.prior}")
     data = prior.group("data_config", DataConfig)
     size, channels = prior.first_stage.image_size, first_stage.config.in_channels
     with first_goes_ahead():
@@ -40,15 +45,15 @@ def open_editing(
     if config.interpolate is not None:
         if len(originals) < 2:
             raise UserError(f"--interpolate {config.interpolate} needs two pictures or more")
-        return Editing(originals, prior.space, share=config.vary or 0.5, steps=config.interpolate)
+        return Editing(originals, space, share=config.vary or 0.5, steps=config.interpolate)
     if config.vary is not None:
-        return Editing(originals, prior.space, share=config.vary)
+        return Editing(originals, space, share=config.vary)
     part: Any = config.inpaint
     if part not in SIDES:
         if not Path(part).is_file():
             raise UserError(f"--inpaint {part} is neither {', '.join(SIDES)} nor a picture")
         part = mask_of(part, config.images, size)
-    return Editing(originals, prior.space, known_positions(part, prior.space))
+    return Editing(originals, space, known_positions(part, space))
 
 
 def squares(given: Sequence[str], data: DataConfig, channels: int, size: int) -> Tensor:

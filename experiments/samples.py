@@ -30,7 +30,9 @@ from experiments.classifier import AT_ONCE, classes_of, trained_classifier
 from experiments.neighbours import COUNT, nearest, save_neighbours
 from modules import Autoencoder
 from modules.options import option
+from modules.priors.registry import PRIORS
 from modules.priors.sampling import Sampling, sample
+from modules.priors.spec import Prior
 from modules.priors.transformer import CodeTransformer
 from utils.checkpoints.checkpoint import find_checkpoint, results_name
 from utils.checkpoints.digest import tensors_digest
@@ -118,7 +120,7 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------ images
 
 
-def settings_of(folder: Path, prior: CodeTransformer, stored: StoredPrior) -> Mapping[str, Any]:
+def settings_of(folder: Path, prior: Prior, stored: StoredPrior) -> Mapping[str, Any]:
     """The settings of the samples in the folder. Raises UserError if they are of another prior."""
     record = folder / SETTINGS
     try:
@@ -253,8 +255,11 @@ def neighbour_parts(
 # ------------------------------------------------------------------------------------------ timing
 
 
-def ways(prior: CodeTransformer, how: Sampling) -> dict[str, Callable[..., Tensor]]:
-    """Functions of prior, labels and noise that draw codes, by the name of the way."""
+def ways(prior: Prior, how: Sampling) -> dict[str, Callable[..., Tensor]]:
+    """Functions of prior, labels and noise that draw codes or latents, by the name of the way."""
+    if not isinstance(prior, CodeTransformer):
+        name = f"{how.sampler}, {how.sampling_steps} steps"
+        return {name: partial(PRIORS["diffusion"].sample, how=how)}
     if prior.causal:
         draw = partial(sample, how=how)
         return {
@@ -264,7 +269,7 @@ def ways(prior: CodeTransformer, how: Sampling) -> dict[str, Callable[..., Tenso
     return {f"{n} rounds": partial(sample, how=replace(how, rounds=n)) for n in ROUNDS}
 
 
-def timings(prior: CodeTransformer, first_stage: Autoencoder, settings: Mapping[str, Any]) -> Table:
+def timings(prior: Prior, first_stage: Autoencoder, settings: Mapping[str, Any]) -> Table:
     """Seconds per image of each way, decoding included."""
     names = {item.name for item in fields(Sampling)} & settings.keys()
     how = Sampling(**{name: settings[name] for name in names})
@@ -281,7 +286,7 @@ def timings(prior: CodeTransformer, first_stage: Autoencoder, settings: Mapping[
 @torch.no_grad()
 def seconds(
     draw: Callable[..., Tensor],
-    prior: CodeTransformer,
+    prior: Prior,
     first_stage: Autoencoder,
     size: int,
 ) -> float:
@@ -290,7 +295,8 @@ def seconds(
     took = []
     for _ in range(2):
         start = time.perf_counter()
-        first_stage.decode(draw(prior, labels_of(numbers, None, classes), noise_of(0, numbers)))
+        drawn = draw(prior, labels_of(numbers, None, classes), noise_of(0, numbers))
+        prior.space.decode(first_stage, drawn)
         took.append((time.perf_counter() - start) / size)
     return min(took)
 

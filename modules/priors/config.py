@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from ..autoencoder import Autoencoder
 from ..options import option
 from .registry import PRIORS
-
-
-@dataclass(frozen=True)
-class CodeSpace:
-    """Codes of an image: H × W positions of m slots, each one of K codevectors."""
-
-    num_embedding: int = option(256, "codevectors K", minimum=1, maximum=2**20, flag=False)
-    num_slots: int = option(1, "codes m per position", minimum=1, maximum=2**16, flag=False)
-    height: int = option(7, "H", minimum=1, maximum=2048, flag=False)
-    width: int = option(7, "W", minimum=1, maximum=2048, flag=False)
-
-    @classmethod
-    def of(cls, first_stage: Autoencoder, image_size: int) -> CodeSpace:
-        """Codes of square images. Raises ValueError if the first stage has none."""
-        config = first_stage.config
-        if not config.num_slots:
-            raise ValueError(f"--quantizer {config.quantizer} has no codes")
-        side = image_size // config.downsampling
-        return cls(config.num_embedding, config.num_slots, side, side)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, m)."""
-        return self.height, self.width, self.num_slots
-
-    def __str__(self) -> str:
-        return f"{self.height}×{self.width}×{self.num_slots} codes of K = {self.num_embedding}"
-
-    @property
-    def num_positions(self) -> int:
-        """H·W."""
-        return self.height * self.width
+from .spec import PriorSpec
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Everything needed to rebuild a prior of a code space.
+    """Everything needed to rebuild a prior of a space of codes or latents.
 
     Raises ValueError, naming the flags and both values, if fields contradict each other.
     """
 
     prior: str = option(
         "transformer",
-        "model of the codes: one position after another (transformer), or all positions in a few "
-        "rounds (masked)",
+        "model of the codes, one position after another (transformer) or all positions in a few "
+        "rounds (masked), or of the latents before quantisation (diffusion)",
         choices=PRIORS,
     )
     width: int = option(256, "channels of the transformer", minimum=2, maximum=2**14)
@@ -60,8 +28,36 @@ class PriorConfig:
     depth_layers: int = option(
         2, "residual MLPs over the slots of a position", minimum=0, maximum=64
     )
-    dropout: float = option(0.1, "dropout in training", minimum=0, maximum=0.9)
+    dropout: float = option(0.1, "dropout of the transformer", minimum=0, maximum=0.9)
+    unet_channels: int = option(
+        64, "channels of the UNet at full resolution", minimum=4, maximum=2**12
+    )
+    unet_multipliers: str = option(
+        "1,2", "its channels at full, half, … resolution, as multiples of --unet_channels"
+    )
+    unet_blocks: int = option(2, "its residual blocks per resolution", minimum=1, maximum=32)
+    unet_attention: str = option(
+        "2", "downsampling factors at which its blocks have attention, like 2,4,8"
+    )
+    unet_head_channels: int = option(
+        32, "channels of an attention head of the UNet", minimum=1, maximum=2**12
+    )
+    unet_adm: bool = option(
+        False,
+        "blocks of ADM: the noise level scales and shifts features, residual blocks resample them",
+    )
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            name, value = item.name, getattr(self, item.name)
+            if name not in {"prior", *self.spec.reads} and value != item.default:
+                raise ValueError(f"--{name} {value} has no effect with --prior {self.prior}")
         if self.width % self.heads:
             raise ValueError(f"--heads {self.heads} does not divide --width {self.width}")
+        for problem in self.spec.checks(self):
+            raise ValueError(problem)
+
+    @property
+    def spec(self) -> PriorSpec:
+        """The spec of the prior."""
+        return PRIORS[self.prior]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
+from . import diffusion
+from .sampling import sample
+from .spaces import CodeSpace
+from .spec import PriorSpec
 from .transformer import CodeTransformer
 
-if TYPE_CHECKING:
-    from .config import CodeSpace, PriorConfig
+TRANSFORMER = PriorSpec(
+    CodeTransformer,
+    sample,
+    CodeSpace,
+    reads=frozenset({"width", "layers", "heads", "depth_layers", "dropout"}),
+    draws=frozenset({"temperature", "top_k", "top_p", "guidance"}),
+)
 
-PRIORS: dict[str, Callable[[PriorConfig, CodeSpace, int], CodeTransformer]] = {
-    "transformer": CodeTransformer,
-    "masked": partial(CodeTransformer, causal=False),
+PRIORS: dict[str, PriorSpec] = {
+    "transformer": TRANSFORMER,
+    "masked": replace(
+        TRANSFORMER,
+        make=partial(CodeTransformer, causal=False),
+        draws=TRANSFORMER.draws | {"rounds"},
+    ),
+    "diffusion": diffusion.SPEC,
 }
-
-
-def make_prior(config: PriorConfig, space: CodeSpace, num_classes: int) -> CodeTransformer:
-    """Make a new prior of that many classes, or 0."""
-    return PRIORS[config.prior](config, space, num_classes)

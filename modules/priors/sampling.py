@@ -5,29 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from .spec import Noise
 from .transformer import Cache, CodeTransformer
 
 CHOICE_TEMPERATURE = 4.5  # of the Gumbel noise in the first round, as in MaskGIT
 CANDIDATES = 16  # of an image, where a causal prior has to meet known codes
-Noise: TypeAlias = Callable[..., Tensor]  # sizes → uniform numbers in [0, 1), (B, *sizes)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings by which codes are drawn from a prior's probabilities.
+    """Settings by which codes or latents are drawn from a prior.
 
     Attributes:
         temperature: divides the logits; 0 takes the most probable code.
         top_k: the most probable codes that are kept; 0 for all.
         top_p: their least total probability; 1 for all.
         guidance: weight g of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): logits
-            are none + g·(class − none). 1 for none.
+            or predicted noises are none + g·(class − none). 1 for none.
         rounds: of a masked prior.
+        sampler, sampling_steps: of latent diffusion.
     """
 
     temperature: float = 1.0
@@ -35,6 +35,8 @@ class Sampling:
     top_p: float = 1.0
     guidance: float = 1.0
     rounds: int = 12
+    sampler: str = "ddim"
+    sampling_steps: int = 50
 
 
 @dataclass(frozen=True)

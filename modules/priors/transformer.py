@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .spec import Prior
+
 if TYPE_CHECKING:
-    from .config import CodeSpace, PriorConfig
+    from .config import PriorConfig
+    from .spaces import CodeSpace
 
 
 class Cache:
@@ -89,7 +92,7 @@ class MLP(nn.Module):
         return out
 
 
-class CodeTransformer(nn.Module):
+class CodeTransformer(Prior):
     """Probability of an image's codes (B, H, W, m), given its class where there are classes.
 
     Args:
@@ -98,6 +101,8 @@ class CodeTransformer(nn.Module):
         num_classes: 0 for a prior without classes. Label −1 stands for no class.
         causal: positions follow one another in raster order; otherwise masked ones are filled in.
     """
+
+    space: CodeSpace
 
     def __init__(
         self, config: PriorConfig, space: CodeSpace, num_classes: int = 0, *, causal: bool = True

@@ -26,6 +26,11 @@ TRAIN = (
     *("--heads", "2", "--depth_layers", "1", "--batch_size", "12", "--device", "cpu"),
     *("--exp_name", "prior"),
 )
+SHAPE = TRAIN.index("--width")
+DIFFUSION = (
+    *(*TRAIN[:SHAPE], *TRAIN[TRAIN.index("--batch_size") :], "--prior", "diffusion"),
+    *("--unet_channels", "8", "--unet_blocks", "1", "--unet_head_channels", "8"),
+)
 SAMPLE = ("generate.py", "sample", "--model_name", "prior/best.pt", "--device", "cpu")
 
 
@@ -179,6 +184,72 @@ def test_codes_are_computed_once(script: Script, stage: Path) -> None:
         assert f"{files[0].parent.name}/00000.npy is damaged, remove it" in refused.err
     files[0].write_bytes(b"")
     assert "is damaged" in script(*TRAIN, "--max_steps", "1", "--exp_name", "third").err
+
+
+def test_latent_diffusion(script: Script, stage: Path, tmp_path: Path) -> None:
+    """Trained, resumed, by two processes, and drawn from."""
+    pytest.importorskip("diffusers")
+    train = (*DIFFUSION, "--flip", "--batch_size", "7")
+    assert script(*train, "--max_steps", "4").code == 0
+    resumed = script(*train, "--max_steps", "7")
+    assert "resumed" in resumed.err
+    assert "36 training images of mnist as 7×7 latents of 8 channels" in resumed.err
+    assert " denoising loss" in resumed.err
+    assert script(*train, "--max_steps", "7", "--exp_name", "whole").code == 0
+    for outcome in run_ranks((*train, "--max_steps", "7", "--exp_name", "two"), tmp_path):
+        assert outcome.code == 0, outcome.err
+    resumed, whole, two = (
+        torch.load(stage / "models" / name / "last.pt", weights_only=True)
+        for name in ("prior", "whole", "two")
+    )
+    assert whole["model"]["std"].min() > 0
+    assert not torch.equal(whole["model"]["mean"], torch.zeros(8, 1, 1))
+    for name in ("model", "trained"):
+        for key, value in whole[name].items():
+            assert torch.equal(resumed[name][key], value)
+            assert torch.allclose(two[name][key], value, atol=1e-4)
+    assert two["best"] == pytest.approx(whole["best"], rel=1e-4)
+    words = (*SAMPLE, "--sampling_steps", "2")
+    for sampler in ("ddim", "ddpm", "dpm-solver++"):
+        drawn = script(*words, "--sampler", sampler, "--num_samples", "5", "--overwrite")
+        assert drawn.code == 0, drawn.err
+        first = pictures(stage / "samples" / "prior" / "best")
+    again = ("--sampler", sampler, "--num_samples", "7", "--batch_size", "2", "--overwrite")
+    assert script(*words, *again).code == 0
+    more = pictures(stage / "samples" / "prior" / "best")
+    assert same(first, {name: more[name] for name in first})
+    for outcome in run_ranks((*words, *again), tmp_path):
+        assert outcome.code == 0, outcome.err
+    assert same(pictures(stage / "samples" / "prior" / "best"), more)
+
+
+def test_diffusion_refuses_what_it_does_not_read(script: Script, stage: Path) -> None:
+    pytest.importorskip("diffusers")
+
+    def refused(*words: str) -> str:
+        outcome = script(*words)
+        assert outcome.code == 2, outcome.err
+        assert "Traceback" not in outcome.err
+        return outcome.err.strip().splitlines()[-1]
+
+    assert "--heads 2 has no effect with --prior diffusion" in refused(*DIFFUSION, "--heads", "2")
+    assert "--unet_blocks 1 has no effect with" in refused(*TRAIN, "--unet_blocks", "1")
+    assert script(*DIFFUSION, "--max_steps", "1").code == 0
+    for words in (("--top_k", "3"), ("--temperature", "0.5"), ("--rounds", "3")):
+        line = refused(*SAMPLE, *words)
+        assert f"{' '.join(words)} has no effect with a diffusion prior" in line
+    assert "--vary needs a prior over codes" in refused(*SAMPLE, "--vary", "0.5")
+    assert "--sampling_steps 30 does not divide the 1000" in refused(
+        *SAMPLE, "--sampling_steps", "30"
+    )
+    test = ("test.py", "--model_name", "stage/best.pt", "--device", "cpu", "--save_codes")
+    line = refused(*test, "--prior", "prior/best.pt")
+    assert "is diffusion, which has no likelihood" in line
+    path = sorted(stage.glob("latents/*/*.npy"))[0]
+    np.save(path, np.load(path).astype(np.float32))
+    assert "is damaged, remove it: it holds float32" in refused(
+        *DIFFUSION, "--exp_name", "other", "--max_steps", "1"
+    )
 
 
 QUANTIZERS = {

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.priors.config import CodeSpace, PriorConfig
-from modules.priors.sampling import Known, Noise, Sampling, pick, sample
+from modules.priors.config import PriorConfig
+from modules.priors.sampling import Known, Sampling, pick, sample
+from modules.priors.spaces import CodeSpace
+from modules.priors.spec import Noise
 from modules.priors.transformer import CodeTransformer
 from utils.codebook.codes.prior_coder import PriorCoder
 

@@ -1,4 +1,4 @@
-"""A prior's checkpoint, and the first stage that turns its codes into images."""
+"""A prior's checkpoint, and the first stage that decodes its samples."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from modules import Autoencoder
 from modules.options import option
-from modules.priors.config import CodeSpace, PriorConfig
-from modules.priors.registry import make_prior
-from modules.priors.transformer import CodeTransformer
+from modules.priors.config import PriorConfig
+from modules.priors.spaces import Space
+from modules.priors.spec import Prior
 from utils.checkpoints.checkpoint import (
     Checkpoint,
     Stored,
@@ -27,7 +27,7 @@ from utils.generation.config import PriorTrainConfig
 
 @dataclass(frozen=True)
 class FirstStage:
-    """The autoencoder whose codes a prior models, as the prior's checkpoint describes it."""
+    """The autoencoder below a prior, as the prior's checkpoint describes it."""
 
     path: str = option("", "its checkpoint, an absolute path", flag=False)
     digest: str = option("", "SHA-256 of its configuration and weights", flag=False)
@@ -60,7 +60,7 @@ class StoredPrior(Stored):
     """A prior's checkpoint."""
 
     config: PriorConfig
-    space: CodeSpace
+    space: Space
     first_stage: FirstStage
     classes: tuple[str, ...]  # their names; empty for a prior without classes
     label_dropout: float
@@ -70,17 +70,26 @@ class StoredPrior(Stored):
         """Return whether it models images without their class, as label −1 asks for."""
         return not self.classes or self.label_dropout > 0
 
-    def model(self) -> CodeTransformer:
+    def model(self) -> Prior:
         """Make the prior, in evaluation mode, on the CPU. Raises UserError if damaged."""
-        make = partial(make_prior, self.config, self.space, len(self.classes))
+        make = partial(new_prior, self.config, self.space, len(self.classes))
+        with torch.device("meta"):
+            expected = make().state_dict()
         try:
-            with torch.device("meta"):
-                check_tensors(make().state_dict(), self.content.get("model"))
+            check_tensors(expected, self.content.get("model"))
         except ValueError as error:
             raise UserError(f"checkpoint {self.path} is {error}") from error
         model = make()
         model.load_state_dict(self.content["model"])
         return model.eval()
+
+
+def new_prior(config: PriorConfig, space: Space, num_classes: int) -> Prior:
+    """Make a new prior. Raises UserError if it needs a package that is missing."""
+    try:
+        return config.spec.make(config, space, num_classes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def read_prior(path: Path) -> StoredPrior:
@@ -91,11 +100,12 @@ def read_prior(path: Path) -> StoredPrior:
     classes = stored.content.get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(f"checkpoint {path} is damaged: its classes are not names")
+    config = stored.group("prior_config", PriorConfig)
     return StoredPrior(
         path,
         stored.content,
-        config=stored.group("prior_config", PriorConfig),
-        space=stored.group("space", CodeSpace),
+        config=config,
+        space=stored.group("space", config.spec.space),
         first_stage=stored.group("first_stage", FirstStage),
         classes=tuple(classes),
         label_dropout=stored.group("train_config", PriorTrainConfig).label_dropout,

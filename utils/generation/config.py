@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modules.options import option
+from modules.priors.diffusion import NUM_LEVELS, SAMPLERS
 from utils.flags.presets import PRESETS
 from utils.training.config import LoopConfig
 
@@ -14,7 +15,8 @@ class PriorTrainConfig(LoopConfig):
     """Training of a prior."""
 
     first_stage: str | None = option(
-        None, "checkpoint whose codes are modelled, under <output_folder>/models or any path"
+        None,
+        "checkpoint whose codes or latents are modelled, under <output_folder>/models or any path",
     )
     pretrained: str | None = option(
         None, "prior of the same kind and size whose weights training starts from"
@@ -100,6 +102,8 @@ class SampleConfig:
         1.0, "weight of the class in classifier-free guidance (1: none)", minimum=0, maximum=100
     )
     rounds: int = option(12, "rounds of a masked prior", minimum=1, maximum=2**12)
+    sampler: str = option("ddim", "sampler of a diffusion prior", choices=SAMPLERS)
+    sampling_steps: int = option(50, "its steps", minimum=1, maximum=NUM_LEVELS)
     seed: int = option(42, "seed of the samples", minimum=0, maximum=2**32 - 1)
     batch_size: int = option(64, "images at a time", minimum=1, maximum=2**20)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -118,6 +122,11 @@ class SampleConfig:
             raise ValueError(
                 f"--num_samples {self.num_samples} contradicts --interpolate {self.interpolate}, "
                 "which draws that many images between two pictures"
+            )
+        if self.sampler != "dpm-solver++" and NUM_LEVELS % self.sampling_steps:
+            raise ValueError(
+                f"--sampling_steps {self.sampling_steps} does not divide the {NUM_LEVELS} noise "
+                f"levels, as --sampler {self.sampler} needs"
             )
 
     @property

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules import Autoencoder
-from modules.priors.config import CodeSpace
-from modules.priors.sampling import Known, Noise
+from modules.priors.sampling import Known
+from modules.priors.spaces import CodeSpace
+from modules.priors.spec import Noise
 from utils.generation.samples import noise_of
 from utils.images import to_signed
 

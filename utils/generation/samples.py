@@ -14,13 +14,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
-from modules import Autoencoder
-from modules.priors.sampling import Known, Noise, Sampling, sample
-from modules.priors.transformer import CodeTransformer
+from modules.priors.spec import Noise
 from utils.distributed import from_first, num_ranks, rank, wait_for_all
 from utils.errors import UserError
 from utils.files import whole_file, write_json
-from utils.images import fitted, to_bytes, to_picture
+from utils.images import fitted, to_picture
 from utils.logger import log, progress
 
 GRID = 100  # images of the grid
@@ -42,21 +40,6 @@ def labels_of(numbers: list[int], label: int | None, num_classes: int) -> Tensor
     if not num_classes:
         return torch.full((len(numbers),), -1)
     return torch.tensor([number % num_classes if label is None else label for number in numbers])
-
-
-@torch.no_grad()
-def draw_samples(
-    prior: CodeTransformer,
-    first_stage: Autoencoder,
-    how: Sampling,
-    noise: Noise,
-    labels: Tensor,
-    known: Known | None = None,
-) -> Tensor:
-    """Draw images (b, C, h, w), uint8, on the CPU, of the classes `labels` (b,)."""
-    device = next(prior.parameters()).device
-    codes = sample(prior, labels.to(device), noise, how, known)
-    return to_bytes(first_stage.decode(codes)).cpu()
 
 
 def write_samples(

@@ -3,47 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modules.priors.sampling import Sampling, sample
 from modules.priors.transformer import CodeTransformer
 from utils.codebook.statistics import CodebookStatistics
-from utils.generation.checkpoints import StoredPrior, read_prior
-from utils.training.task import Step, Task
-
-NUM_SHOWN = 16  # samples in TensorBoard
+from utils.training.prior import PriorTask
+from utils.training.task import Step
 
 
-class Likelihood(Task):
+class Likelihood(PriorTask):
     """A prior that is trained on batches of codes (b, H, W, m) and labels (b,).
 
     A causal prior minimises the negative log-likelihood, which is exact; a masked one that of
     positions which are masked at random, a share of cos(π/2 · u) of them, u uniform in [0, 1).
-
-    Args:
-        model: on its device.
-        pixels: of an image; scores are bits per pixel.
-        label_dropout: share of images whose class is hidden, for classifier-free guidance.
-        show: codes (n, H, W, m) → one picture (C, height, width) for TensorBoard.
+    Scores are bits per pixel.
     """
 
     model: CodeTransformer
-    items = "images"
 
-    def __init__(
-        self,
-        model: CodeTransformer,
-        pixels: int,
-        label_dropout: float,
-        show: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.model, self.pixels, self.label_dropout, self.show = model, pixels, label_dropout, show
+    def __init__(self, model: CodeTransformer, *settings: Any) -> None:
+        super().__init__(model, *settings)
         # What a masked prior minimises is no bound of the rate.
         self.name = "bits_per_pixel" if model.causal else "masked_bits_per_pixel"
         self.begin_validation()
@@ -86,25 +69,10 @@ class Likelihood(Task):
         entropy = self.statistics.rate(self.pixels).entropy_bits_per_pixel_by_slot
         return {"entropy_bits_per_pixel_by_slot": entropy or 0.0}
 
-    def read(self, path: Path) -> StoredPrior:
-        return read_prior(path)
-
-    def score(self, scores: Mapping[str, float]) -> float:
-        return -scores[self.name]
-
     def describe(self, scores: Mapping[str, float]) -> str:
         line = f"{scores[self.name]:.4f} {self.name.replace('_', ' ')}"
         entropy = scores.get("entropy_bits_per_pixel_by_slot")
         return line if entropy is None else f"{line}, entropy of the codes {entropy:.4f}"
-
-    @torch.no_grad()
-    def pictures(self, model: Any) -> dict[str, Any]:
-        device = next(model.parameters()).device
-        numbers = torch.arange(NUM_SHOWN, device=device)
-        labels = numbers % model.num_classes if model.num_classes else torch.full_like(numbers, -1)
-        draws = partial(torch.rand, generator=torch.Generator().manual_seed(0))
-        codes = sample(model, labels, partial(draws, NUM_SHOWN), Sampling())
-        return {"samples": self.show(codes)}
 
 
 def random_masks(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from modules import Autoencoder
-from modules.priors.config import CodeSpace
 from modules.priors.sampling import in_order
+from modules.priors.spaces import CodeSpace
 from modules.priors.transformer import CodeTransformer
 from utils.checkpoints.digest import model_digest, tensors_digest
 from utils.codebook.codes.coder import Array
@@ -102,4 +102,6 @@ def open_prior(path: Path, model: Autoencoder, info: CodesInfo, device: torch.de
         raise UserError(f"--prior {path} models another model, {stored.first_stage.path}")
     if stored.space != space:
         raise UserError(f"--prior {path} models {stored.space}, not {space}")
-    return PriorCoder(stored.model().to(device))
+    prior = stored.model().to(device)
+    assert isinstance(prior, CodeTransformer)
+    return PriorCoder(prior)

@@ -1,0 +1,134 @@
+"""Latent diffusion: its training target and its samplers against diffusers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.priors.config import PriorConfig
+from modules.priors.sampling import Sampling
+from modules.priors.spaces import LatentSpace
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def make(side: int = 8, num_classes: int = 0, channels: int = 8) -> Any:
+    torch.manual_seed(0)
+    config = PriorConfig(
+        prior="diffusion", unet_channels=channels, unet_blocks=1, unet_head_channels=4
+    )
+    model: Any = config.spec.make(config, LatentSpace(3, side, side), num_classes)
+    model.measure([4 * torch.randn(50, 3, side, side) + 1])
+    return model.eval()
+
+
+def sample(model: Any, labels: Tensor, seed: int = 0, **how: Any) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(labels))]
+
+    def noise(*sizes: int) -> Tensor:
+        draws = [torch.rand(sizes, generator=each, dtype=torch.float64) for each in generators]
+        return torch.stack(draws)
+
+    spec = PriorConfig(prior="diffusion").spec
+    return spec.sample(model, labels, noise, Sampling(**{"sampling_steps": 5, **how}))
+
+
+def test_latents_are_scaled_by_their_statistics() -> None:
+    latents = torch.randn(50, 3, 8, 8) * torch.tensor([1.0, 5, 0])[:, None, None] + 2
+    model = make()
+    model.measure(latents.split(7))
+    assert torch.allclose(model.mean.flatten(), latents.mean((0, 2, 3)), atol=1e-5)
+    assert model.std.flatten()[:2].tolist() == pytest.approx(
+        latents.std((0, 2, 3), correction=0)[:2].tolist()
+    )
+    assert model.std[2] == 1
+
+
+def test_the_training_target_is_that_of_diffusers() -> None:
+    model, latents = make(), torch.randn(4, 3, 8, 8)
+    noise, levels, _ = model.draws(4, torch.Generator().manual_seed(1))
+    schedule = diffusers.DDPMScheduler(
+        beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear"
+    )
+    noisy = schedule.add_noise((latents - model.mean) / model.std, noise, levels)
+    expected = (model.unet(noisy, levels).sample - noise).square().mean((1, 2, 3))
+    found = model(latents, torch.full((4,), -1), noise, levels)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_one_ddim_step_is_that_of_the_paper() -> None:
+    """From noise x to (x − √(1 − ᾱ) ε) / √ᾱ, equation 9 of Song et al."""
+    model, labels = make(), torch.full((2,), -1)
+    uniform = torch.stack(
+        [
+            torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+            for n in range(2)
+        ]
+    )
+    x = torch.special.ndtri(uniform).float()
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000).square()
+    alpha = (1 - betas).cumprod(0)[-1]
+    epsilon = model.unet(x, torch.tensor(999)).sample
+    expected = (x - (1 - alpha).sqrt() * epsilon) / alpha.sqrt() * model.std + model.mean
+    assert torch.allclose(sample(model, labels, sampling_steps=1), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
+@pytest.mark.parametrize("side", [7, 8])
+def test_a_sample_does_not_depend_on_its_batch(sampler: str, side: int) -> None:
+    model = make(side)
+    together = sample(model, torch.full((3,), -1), sampler=sampler)
+    alone = sample(model, torch.full((1,), -1), sampler=sampler)
+    assert together.shape == (3, 3, side, side)
+    assert torch.allclose(together[:1], alone, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(together[1], together[0], atol=0.1)
+
+
+def test_guidance_of_one_is_none_and_more_changes_the_sample() -> None:
+    model, labels = make(num_classes=2), torch.arange(2)
+    plain, one, more = (sample(model, labels, guidance=g) for g in (1.0, 1 + 1e-9, 4.0))
+    assert torch.allclose(plain, one, atol=1e-4)
+    assert not torch.allclose(plain, more, atol=1e-3)
+
+
+def test_an_empty_batch_reaches_all_weights() -> None:
+    model = make(num_classes=2)
+    noise, levels, _ = model.draws(0, torch.Generator())
+    loss = model(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64), noise, levels)
+    loss.sum().backward()
+    assert all(value.grad is not None and not value.grad.any() for value in model.parameters())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
+def test_a_prior_that_has_seen_one_image_reproduces_it(sampler: str) -> None:
+    model, image = make(4, channels=32), torch.randn(1, 3, 4, 4)
+    model.measure([image])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for number in range(300):
+        noise, levels, _ = model.draws(32, torch.Generator().manual_seed(number))
+        loss = model(image.expand(32, -1, -1, -1), torch.full((32,), -1), noise, levels).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = sample(model, torch.full((2,), -1), sampler=sampler, sampling_steps=20)
+    assert (found - image).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"layers": 3}, "--layers 3 has no effect with --prior diffusion"),
+        ({"unet_multipliers": "1,x"}, "--unet_multipliers 1,x is not a list"),
+        ({"unet_attention": "3"}, "--unet_attention 3 is not among 1,2 of --unet_multipliers 1,2"),
+        ({"unet_head_channels": 48}, "--unet_head_channels 48 does not divide the 128 channels"),
+    ],
+)
+def test_contradictions_are_told(flags: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        PriorConfig(prior="diffusion", **flags)
+    with pytest.raises(ValueError, match="--unet_blocks 3 has no effect with --prior masked"):
+        PriorConfig(prior="masked", unet_blocks=3)
