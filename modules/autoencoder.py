@@ -66,6 +66,9 @@ class Autoencoder(nn.Module, ABC):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (B, H, W, m) → images (B, in_channels, f·H, f·W)."""
+        if indices.dim() != 4:
+            shape, slots = tuple(indices.shape), self.config.num_slots
+            raise ValueError(f"indices of shape {shape} are not (B, H, W, {slots})")
         return self.reconstruct(self.quantizer.decode(indices))
 
     def latents(self, images: Tensor) -> Tensor:

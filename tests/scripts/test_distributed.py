@@ -105,7 +105,7 @@ def quantise(folder: Path, anchor: str, steps: int, **switches: Any) -> list[tor
     for step in range(steps):
         features = torch.randn(6, 8, 2, 3, generator=generator) + step
         features[0, 0, 0, 0] = torch.nan
-        quantizer(my_part(features))
+        quantizer(my_part(features.movedim(1, quantizer.channel_dim)))
         states += [quantizer.codebook.detach().clone(), quantizer.usage.clone()]
     return [*states, quantizer.pool]
 
@@ -145,6 +145,7 @@ SWITCHES: tuple[dict[str, Any], ...] = (
     {"codebook_update": "ema", "codebook_start": "features"},
     {"codebook_update": "ema", "codebook_start": "kmeans", "distance": "l2"},
     {"codebook_update": "ema", "latent_norm": "running", "latent_channels": 8},
+    {"latent_norm": "batch", "latent_channels": 8, "channel_dim": -1},
 )
 
 

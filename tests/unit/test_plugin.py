@@ -131,7 +131,7 @@ def test_further_keywords_reach_the_quantiser() -> None:
         **{"split": "interval", "first_batch": True, "codebook_update": "ema", "ema_decay": 0.5},
         **{"codebook_start": "kmeans", "latent_norm": "batch", "gradient": "rotation"},
         **{"distance": "l2", "anchor": "random", "interpolation_scale": 2, "embedding_dim": 2},
-        "rate_weight": 0.1,
+        **{"rate_weight": 0.1, "channel_dim": -1},
     }
     made = make(**settings).quantizer
     assert {name: getattr(made, name) for name in settings} == settings
@@ -244,19 +244,20 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 
 def test_wrong_inputs_are_named() -> None:
     plugin, index = make(), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"z of shape \(2, 4, 3, 3\) is not \(B, e_dim 8, H, W\)"):
+    message = r"shape \(2, 4, 3, 3\) have 4 channels at channel_dim 1, not latent_channels 8"
+    with pytest.raises(ValueError, match=message):
         plugin(latents(2, 4, 3, 3))
     for name, value in (("temp", 0.5), ("rescale_logits", True), ("return_logits", True)):
         with pytest.raises(ValueError, match=f"{name} {value}"):
             plugin(latents(), **{name: value})
     plugin(latents(), temp=1.0, rescale_logits=False, return_logits=False)
-    for shape in ((3,), (2, 3), (1, 2, 2), (2, 3, 5, 1), (1, 1, 1, 1, 2)):
+    for shape in ((3,), (2, 3), (1, 2, 3), (2, 3, 5, 1), (1, 1, 1, 2, 1)):
         with pytest.raises(ValueError, match="are not 2 per position"):
             plugin.get_codebook_entry(index.expand(shape))
     for grid in ((1, 3, 5, 8), (2, 3, 5, 4)):
         with pytest.raises(ValueError, match=r"\(60,\) and shape .* e_dim is 8, with 2 indices"):
             plugin.get_codebook_entry(index.expand(60), grid)
-    with pytest.raises(ValueError, match=r"code of shape \(2, 30\) is not \(b, h, w, 2\)"):
+    with pytest.raises(ValueError, match=r"indices of shape \(2, 30\) are not \(B, …, 2\)"):
         plugin.embed_code(index.expand(2, 30))
 
 

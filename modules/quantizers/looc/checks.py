@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .anchors import ANCHORS, STARTS
 from .losses import GRADIENTS
-from .norms import LATENT_NORMS
+from .norms import LATENT_NORMS, WITH_AVERAGES
 from .search import DISTANCES
-from .units import SPLITS
+from .units import SPLITS, num_units
 from .usage import CODEBOOK_UPDATES
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ def check_arguments(q: LooCQuantizer) -> None:
         if getattr(q, name) not in choices:
             raise ValueError(f"{name} {getattr(q, name)!r} is none of {', '.join(choices)}")
     check_minima(q, num_embedding=1, embedding_dim=1, interpolation_scale=0, commitment_cost=0)
+    if q.channel_dim == 0:
+        raise ValueError("channel_dim 0 is the axis of the batch")
+    if q.latent_channels is not None:
+        check_minima(q, latent_channels=1)
     only_signs = q.latent_norm == "unit" and q.embedding_dim == 1
     rate_without_l2 = q.rate_weight and q.distance != "l2"
     contrast_by_ema = q.contras_loss and q.codebook_update != "gradient"
@@ -57,15 +61,35 @@ def check_minima(owner: object, **minima: float) -> None:
             raise ValueError(f"{name} {getattr(owner, name)} is less than {minimum}")
 
 
-def check_indices(indices: Tensor, num_embedding: int, units: int | None = None) -> None:
+def check_latents(q: LooCQuantizer, z: Tensor) -> None:
+    """Raise ValueError unless z has its channels at channel_dim, and can be cut into units."""
+    shape, at = tuple(z.shape), f"at channel_dim {q.channel_dim}"
+    if not -z.dim() < q.channel_dim < z.dim():
+        raise ValueError(f"latents of shape {shape} have no channels {at}")
+    channels, settings = shape[q.channel_dim], (q.interpolation_scale, q.embedding_dim)
+    if q.latent_channels not in (None, channels):
+        wanted = f"latent_channels {q.latent_channels}"
+        raise ValueError(f"latents of shape {shape} have {channels} channels {at}, not {wanted}")
+    units = num_units(channels, *settings, z.dim() - 2)
+    if q.latent_norm in WITH_AVERAGES and units != len(q.latent_mean):
+        norm = f"latent_norm {q.latent_norm!r} with interpolation_scale {q.interpolation_scale}"
+        raise ValueError(f"{norm} is for (B, C, H, W), not latents of shape {shape}")
+
+
+def check_indices(
+    indices: Tensor, num_embedding: int, units: int | None = None, *, any_rank: bool = False
+) -> None:
     """Raise ValueError unless the indices are (B, H, W, m), int32 or int64, in [0, K).
 
-    units: m, None if any number will do. Compiled code skips the range, which reads values.
+    units: m, None if any number will do. any_rank: (B, …, m) will do. Compiled code skips the
+    range, which reads values.
     """
     shape = tuple(indices.shape)
-    if len(shape) != 4 or units not in (None, shape[-1]):
+    right_rank = len(shape) == 4 or (any_rank and len(shape) > 1)
+    if not right_rank or units not in (None, shape[-1]):
         last = "m" if units is None else units
-        raise ValueError(f"indices of shape {shape} are not (B, H, W, {last})")
+        positions = "…" if any_rank and len(shape) != 4 else "H, W"
+        raise ValueError(f"indices of shape {shape} are not (B, {positions}, {last})")
     if indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indices of {indices.dtype} are not int64")
     if indices.numel() and not indices.is_meta and not torch.compiler.is_compiling():

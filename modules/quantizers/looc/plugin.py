@@ -6,6 +6,7 @@ projects; docs/plugin.md has a recipe for each. c is the number of channels of t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,17 +32,18 @@ class LooCPlugin(nn.Module):
             .npy file. Indices outside this module are then in [0, re_embed).
         unknown_index: new index of a codevector not in remap: "random" (drawn in each call from
             the K'), "extra" (the additional index K'), or an index.
-        sane_index_shape: return indices as (B, H, W, m), or (B, H, W) if m is 1, instead of flat.
+        sane_index_shape: return indices as (B, …, m), or (B, …) if m is 1, instead of flat.
         legacy: put beta on mean((z_q − sg[z])²) instead, the default of VQGAN.
         embedding_dim, interpolation_scale, distance, anchor: as in LooCQuantizer.
         settings: other keywords of LooCQuantizer: split, first_batch, contras_loss,
-            codebook_update, ema_decay, codebook_start, latent_norm, gradient and rate_weight.
+            codebook_update, ema_decay, codebook_start, latent_norm, gradient, rate_weight and
+            channel_dim.
 
     Attributes:
         n_e, e_dim (also as vq_embed_dim), beta, remap, sane_index_shape, legacy: the arguments.
         re_embed: number of indices outside this module.
         unknown_index: "random" or an index.
-        units: number m of indices per position.
+        units: number m of indices per position of latents (B, c, H, W).
         embedding: the codebook as an nn.Embedding.
         quantizer: the LooCQuantizer. `quantizer.codebook` is the only parameter.
 
@@ -123,7 +125,8 @@ class LooCPlugin(nn.Module):
     ) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
         """Quantise z (B, c, H, W) → latents (B, c, H, W), scalar loss, (perplexity, None, indices).
 
-        The perplexity is that of this call, a scalar; indices are int64, (B·H·W·m,) unless
+        z may have any number of axes of positions, and c at channel_dim, as in LooCQuantizer. The
+        perplexity is that of this call, a scalar; indices are int64, (B·H·W·m,) unless
         `sane_index_shape`. temp, rescale_logits and return_logits are for a Gumbel quantiser only.
         """
         if temp not in (None, 1) or rescale_logits or return_logits:
@@ -131,8 +134,6 @@ class LooCPlugin(nn.Module):
                 f"temp {temp}, rescale_logits {rescale_logits}, return_logits {return_logits}: "
                 "they have to be None or 1, False and False"
             )
-        if z.dim() != 4 or z.shape[1] != self.e_dim:
-            raise ValueError(f"z of shape {tuple(z.shape)} is not (B, e_dim {self.e_dim}, H, W)")
         latents, loss, indices = self.quantizer(z)
         share = count_indices(indices.flatten(), self.n_e) / max(1, indices.numel())  # u_k, (K,)
         perplexity = torch.special.entr(share).sum().exp()  # exp(−Σ u_k log u_k)
@@ -142,34 +143,35 @@ class LooCPlugin(nn.Module):
             indices = self.remap_to_used(indices)
         if not self.sane_index_shape:
             indices = indices.flatten()
-        elif self.units == 1:
-            indices = indices.squeeze(3)
+        elif indices.shape[-1] == 1:
+            indices = indices.squeeze(-1)
         return latents, loss, (perplexity, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """Get the latents of indices (n·m,), (b, h·w·m), (b, h, w, m), or (b, h, w) if m is 1.
+        """Get the latents of indices (n·m,), (b, h·w·m), (b, …, m), or (b, …) if m is 1.
 
-        With shape (b, h, w, c), the latents are (b, c, h, w). Without it, channels come last, in
-        place of the m indices of a position: (n, c), (b, h·w, c) or (b, h, w, c).
+        With shape (b, h, w, c), or (b, …, c), the latents have the shape of z. Without it, channels
+        come last, in place of the m indices of a position: (n, c), (b, h·w, c) or (b, …, c); with
+        interpolation the indices are then taken for those of two axes, h and w.
         """
         if shape is None:
             positions = self._positions(indices)
-            latents = self._decode(indices.reshape(1, -1, 1, self.units))  # (1, c, n, 1)
-            return latents[0, :, :, 0].T.reshape(*positions, self.e_dim)
-        batch, height, width, channels = shape
-        if channels != self.e_dim or indices.numel() != batch * height * width * self.units:
+            latents = self._decode(indices.reshape(-1, 1, 1, self.units))  # (n, c, 1, 1)
+            return latents.reshape(*positions, self.e_dim)
+        *sides, channels = shape
+        settings = (self.quantizer.interpolation_scale, self.quantizer.embedding_dim)
+        units = num_units(self.e_dim, *settings, len(sides) - 1)
+        if channels != self.e_dim or indices.numel() != math.prod(sides) * units:
             raise ValueError(
                 f"indices of shape {tuple(indices.shape)} and shape {tuple(shape)} do not match: "
-                f"e_dim is {self.e_dim}, with {self.units} indices per position"
+                f"e_dim is {self.e_dim}, with {units} indices per position"
             )
-        return self._decode(indices.reshape(batch, height, width, self.units))
+        return self._decode(indices.reshape(*sides, units))
 
     def embed_code(self, code: Tensor) -> Tensor:
-        """Get the latents (b, c, h, w) of indices (b, h, w, m), or (b, h, w) if m is 1."""
-        positions = self._positions(code)
-        if len(positions) != 3:
-            raise ValueError(f"code of shape {tuple(code.shape)} is not (b, h, w, {self.units})")
-        return self._decode(code.reshape(*positions, self.units))
+        """Get the latents, in the shape of z, of indices (b, …, m), or (b, …) if m is 1."""
+        with_units = self.units > 1 or (code.dim() == 4 and code.shape[-1] == 1)
+        return self._decode(code if with_units else code[..., None])
 
     def remap_to_used(self, indices: Tensor) -> Tensor:
         """Map indices in [0, K) to [0, re_embed), any shape."""
@@ -189,21 +191,21 @@ class LooCPlugin(nn.Module):
     def _positions(self, indices: Tensor) -> tuple[int, ...]:
         """Shape of the positions: that of the indices without the units."""
         *positions, last = indices.shape
-        if self.units == 1 and len(positions) == 2:
+        if self.units == 1 and not (len(positions) == 3 and last == 1):
             return tuple(indices.shape)
-        if len(positions) == 3 and last == self.units:
+        if len(positions) > 1 and last == self.units:
             return tuple(positions)
         if len(positions) < 2 and last % self.units == 0:
             return (*positions, last // self.units)
         raise ValueError(
             f"indices of shape {tuple(indices.shape)} are not {self.units} per position: "
-            f"(n·{self.units},), (b, n·{self.units}) or (b, h, w, {self.units})"
+            f"(n·{self.units},), (b, n·{self.units}) or (b, …, {self.units})"
         )
 
     def _decode(self, indices: Tensor) -> Tensor:
-        """Decode indices (b, h, w, m) in [0, re_embed) to latents (b, c, h, w)."""
+        """Decode indices (b, …, m) in [0, re_embed) to latents in the shape of z."""
         if self.remap is not None:
-            check_indices(indices, self.re_embed, self.units)
+            check_indices(indices, self.re_embed, any_rank=True)
             indices = self.unmap_to_all(indices)
         return self.quantizer.decode(indices)
 

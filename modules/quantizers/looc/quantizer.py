@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from . import usage
 from .anchors import ANCHORS, STARTS, Anchors, better_of, fill_pool
-from .checks import check_arguments, check_indices
+from .checks import check_arguments, check_indices, check_latents
 from .losses import StraightThrough, contrastive_loss
 from .norms import WITH_AVERAGES, LatentNorm
 from .ranks import best_over_ranks, sum_over_ranks
 from .search import search
-from .units import SPLITS, extrapolate, interpolate_back, num_units
+from .units import SPLITS, enlargement, extrapolate, interpolate_back, num_units
 
 Result = TypeVar("Result")
 
@@ -27,9 +27,9 @@ Result = TypeVar("Result")
 class Quantized(NamedTuple):
     """Result of a quantiser."""
 
-    latents: Tensor  # (B, C, H, W), quantised, with a straight-through gradient
+    latents: Tensor  # (B, C, H, W) or the shape of z, with a straight-through gradient
     loss: Tensor  # scalar
-    indices: Tensor  # (B, H, W, m), int64 in [0, K)
+    indices: Tensor  # (B, H, W, m), or the positions and m; int64 in [0, K)
 
 
 @dataclass
@@ -59,6 +59,10 @@ def untraced(method: Callable[..., Result]) -> Callable[..., Result]:
 class LooCQuantizer(LatentNorm):
     """Compositional vector quantisation with one small shared codebook.
 
+    Latents z are (B, C, H, W), or have any number of axes of positions, also none, and the channels
+    at `channel_dim`. The indices have the shape of z without the channels, then m. "(B, …, C)"
+    below stands for B, the positions and the channels, wherever these are.
+
     Args:
         num_embedding: number of codevectors K.
         embedding_dim: dimension d of a codevector; divides C·β². With d = C, without interpolation,
@@ -67,7 +71,8 @@ class LooCQuantizer(LatentNorm):
         distance: "cos" or "l2", for the match.
         anchor: "closest", "random", "probrandom" or "none", the re-initialisation rule.
         split: "fixed" (contiguous channels) or "interval" (every m-th channel).
-        interpolation_scale: β; 0 or 1 is off.
+        interpolation_scale: β; 0 or 1 is off. Linear over one axis of positions, bilinear over two,
+            trilinear over three, which makes C·βⁿ channels; not defined for other numbers n.
         first_batch: re-initialise in the first training batch only.
         contras_loss: add the contrastive loss in training; needs codebook_update "gradient".
         codebook_update: "gradient" or "ema", a moving average of the features that matched.
@@ -75,10 +80,12 @@ class LooCQuantizer(LatentNorm):
         codebook_start: "uniform" in ±1/K; "features" or "kmeans", of the first training batch.
         latent_norm: normalisation of the latents to mean square one: "none", "unit" (each unit),
             "layer" (the channels of a position, mean removed), "batch" (each channel over the
-            batch, mean removed) or "running" (each channel by its running mean and variance).
+            batch, mean removed) or "running" (each channel by its running mean and variance). The
+            last two together with interpolation take (B, C, H, W) only.
         latent_channels: channels C of the latents, if no other number is to be accepted; required
             by latent_norm "batch" and "running".
         gradient: "straight_through" or "rotation", the gradient from the latents to z.
+        channel_dim: axis of the channels: 1 for (B, C, H, W), −1 for (B, H, W, C), any but 0.
         rate_weight: the match minimises ‖z − e_k‖² + rate_weight·(−log₂ p_k); needs distance "l2".
             Codevectors too expensive to be used stay unused; anchors do not revive them.
             Entropy-constrained vector quantisation: Chou et al., IEEE Trans. ASSP 37 (1989).
@@ -131,6 +138,7 @@ class LooCQuantizer(LatentNorm):
         latent_channels: int | None = None,
         gradient: str = "straight_through",
         rate_weight: float = 0.0,
+        channel_dim: int = 1,
     ) -> None:
         super().__init__()
         self.num_embedding = num_embedding
@@ -146,17 +154,18 @@ class LooCQuantizer(LatentNorm):
         self.ema_decay = ema_decay
         self.codebook_start = codebook_start
         self.latent_norm = latent_norm
+        self.latent_channels = latent_channels
         self.gradient = gradient
         self.rate_weight = rate_weight
+        self.channel_dim = channel_dim
         self.search = "auto"
         self.search_memory: int | None = None
         self.defer_update = False
         self._warned = False
         check_arguments(self)
-        if latent_channels is not None and latent_channels < 1:
-            raise ValueError(f"latent_channels {latent_channels} is less than 1")
-        shape = (interpolation_scale, embedding_dim)
-        self.units = None if latent_channels is None else num_units(latent_channels, *shape)  # m
+        units = 0  # m
+        if latent_channels is not None:
+            units = num_units(latent_channels, interpolation_scale, embedding_dim)
 
         by_ema, bound = codebook_update == "ema", 1 / num_embedding
         start = torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound)
@@ -169,9 +178,9 @@ class LooCQuantizer(LatentNorm):
         from_data = STARTS[codebook_start] is not None
         self.register_buffer("started", torch.tensor(False) if from_data else None)
         if latent_norm in WITH_AVERAGES:
-            if self.units is None:
+            if latent_channels is None:
                 raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels")
-            self._keep_averages((self.units, embedding_dim))
+            self._keep_averages((units, embedding_dim))
         self._forget_cached_state()
         forget = LooCQuantizer._forget_cached_state
         self.register_load_state_dict_post_hook(forget)  # type: ignore[no-untyped-call]
@@ -189,15 +198,15 @@ class LooCQuantizer(LatentNorm):
 
     @untraced
     def forward(self, z: Tensor) -> Quantized:
-        """Quantise z (B, C, H, W), of any float type; in training mode also update the codebook.
+        """Quantise z (B, …, C), of any float type; in training mode also update the codebook.
 
         The loss is λ·mean((sg[z_q] − z)²) + mean((z_q − sg[z])²) over the normalised units, without
         the second term if codebook_update is "ema", plus the contrastive loss if that is on. The
         latents equal `decode(indices)` before the update.
         """
         with torch.autocast(z.device.type, enabled=False):
-            units = self._cut(z, self.training)  # (B, H, W, m, d)
-            features = units.flatten(0, 3)  # (N, d)
+            units = self._cut(z, self.training)  # (B, …, m, d)
+            features = units.flatten(0, -2)  # (N, d)
             constant = features.detach()
             if self.training:
                 self._warn_if_frozen(z)
@@ -219,42 +228,37 @@ class LooCQuantizer(LatentNorm):
     @untraced
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """Compute the indices (B, H, W, m), int64, of z (B, C, H, W), as in evaluation mode."""
+        """Compute the indices (B, …, m), int64, of z (B, …, C), as in evaluation mode."""
         with torch.autocast(z.device.type, enabled=False):
             units = self._cut(z)
-            return self._match(units.flatten(0, 3)).view(units.shape[:-1])
+            return self._match(units.flatten(0, -2)).view(units.shape[:-1])
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Compute the latents (B, C, H, W) of indices (B, H, W, m); others raise ValueError."""
-        check_indices(indices, self.num_embedding, self.units)
-        area = max(self.interpolation_scale, 1) ** 2
-        if indices.shape[-1] * self.embedding_dim % area:
-            raise ValueError(
-                f"indices of shape {tuple(indices.shape)} are not (B, H, W, m) "
-                f"with m·{self.embedding_dim} a multiple of {area}"
-            )
+        """Compute the latents (B, …, C) of indices (B, …, m); others raise ValueError."""
+        scale, dim, axes = self.interpolation_scale, self.embedding_dim, max(0, indices.dim() - 2)
+        channels, factor = self.latent_channels, enlargement(scale, axes)
+        units = None if channels is None else num_units(channels, scale, dim, axes)
+        check_indices(indices, self.num_embedding, units, any_rank=True)
+        if indices.shape[-1] * dim % factor:
+            shape = f"indices of shape {tuple(indices.shape)}"
+            raise ValueError(f"{shape} are not (B, …, m) with m·{dim} a multiple of {factor}")
         return self._join(F.embedding(indices, self.codebook))
 
     def _cut(self, z: Tensor, training: bool = False) -> Tensor:
-        """Cut z (B, C, H, W) into normalised units (B, H, W, m, d) of the codebook's type."""
-        if z.dim() != 4:
-            raise ValueError(f"latents of shape {tuple(z.shape)} are not (B, C, H, W)")
-        units_in_z = num_units(z.shape[1], self.interpolation_scale, self.embedding_dim)
-        if self.units not in (None, units_in_z):
-            raise ValueError(
-                f"latents of {z.shape[1]} channels are cut into {units_in_z} units, "
-                f"latent_channels into {self.units}"
-            )
-        extrapolated = extrapolate(z.to(self.codebook.dtype), self.interpolation_scale)
+        """Cut z (B, …, C) into normalised units (B, …, m, d) of the codebook's type."""
+        check_latents(self, z)
+        channels_second = z.to(self.codebook.dtype).movedim(self.channel_dim, 1)
+        extrapolated = extrapolate(channels_second, self.interpolation_scale)  # (B, C·β², …)
+        rows = extrapolated[..., None].flatten(2)[..., None]  # (B, C·β², H·W, 1)
         # This copy is several times faster than one after the permutation, which is then a view.
-        channels_last = extrapolated.contiguous(memory_format=torch.channels_last)
-        units = SPLITS[self.split].cut(channels_last.permute(0, 2, 3, 1), self.embedding_dim)
-        return self._normalise(units, training)
+        rows = rows.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        units = self._normalise(SPLITS[self.split].cut(rows, self.embedding_dim), training)
+        return units.view(len(z), *extrapolated.shape[2:], *units.shape[-2:])
 
     def _join(self, units: Tensor) -> Tensor:
-        """Join units (B, H, W, m, d) into latents (B, C, H, W)."""
-        joined = SPLITS[self.split].join(units).permute(0, 3, 1, 2)
-        return interpolate_back(joined, self.interpolation_scale)
+        """Join units (B, …, m, d) into latents (B, …, C)."""
+        joined = SPLITS[self.split].join(units).movedim(-1, 1)  # (B, C·β², …)
+        return interpolate_back(joined, self.interpolation_scale).movedim(1, self.channel_dim)
 
     def _match(self, features: Tensor) -> Tensor:
         """Find the codevector of each feature: (N, d) → (N,)."""
