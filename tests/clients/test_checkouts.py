@@ -14,6 +14,7 @@ import types
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_sgm(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = "sgm/modules/autoencoding/regularizers"
     form = client(monkeypatch, "generative-models", folder, "quantize").VectorQuantizer
     assert names(SgmQuantizer.__init__) == names(form.__init__)
-    setting: dict[str, Any] = dict(sane_index_shape=True, log_perplexity=True, loss_key="loss/x")
+    setting: dict[str, Any] = {"sane_index_shape": True, "log_perplexity": True}
+    setting["loss_key"] = "loss/x"
     ours = SgmQuantizer(16, 8, **setting, **ONE_UNIT, distance="l2")
     theirs = form(16, 8, **setting)
     same_codebook(ours, theirs)
@@ -200,3 +202,52 @@ def test_real_taming(legacy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         output, loss, (_, _, indices) = quantizer(z)
         results.append([output, loss, indices, *gradients(quantizer, loss, output, z)])
     torch.testing.assert_close(*results)
+
+
+def test_real_taming_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports `main`, and the fork on PyPI hides it, whatever the order of the path."""
+    found = client(monkeypatch, "taming-transformers", "taming/modules/vqvae", "quantize")
+    package, main = types.ModuleType("taming"), types.ModuleType("main")
+    package.__path__ = [str(Path(found.__file__).parents[2])]
+    main.instantiate_from_config = nn.Identity  # type: ignore[attr-defined]
+    others = {name: value for name, value in sys.modules.items() if not name.startswith("taming")}
+    with patch.dict(sys.modules, {**others, "taming": package, "main": main}, clear=True):
+        try:
+            vqgan = importlib.import_module("taming.models.vqgan")
+        except ImportError as error:
+            pytest.skip(f"taming.models needs {error.name}")
+    assert hasattr(vqgan, "EMAVQ")  # which the fork lacks
+    monkeypatch.setattr(vqgan, "VectorQuantizer", partial(LooCPlugin, embedding_dim=4))
+    config = {
+        **{"double_z": False, "z_channels": 8, "resolution": 16, "in_channels": 3, "out_ch": 3},
+        **{"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": []},
+        "dropout": 0.0,
+    }
+    model = vqgan.VQModel(config, {}, n_embed=16, embed_dim=8)
+    images = torch.rand(2, 3, 16, 16)
+    reconstruction, loss = model(images)
+    (reconstruction.mean() + loss).backward()
+    model.eval()
+    with torch.no_grad():
+        quantised, _, info = model.encode(images)
+        found = model.quantize.get_codebook_entry(info[2].view(2, -1), (2, 8, 8, 8))
+        torch.testing.assert_close(model.decode(found), model.decode(quantised))
+
+
+@pytest.mark.parametrize("codebook_update", ["gradient", "ema"])
+def test_lit_ema(codebook_update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It averages a codebook with a gradient, and leaves out one of codebook_update "ema"."""
+    module = client(monkeypatch, "generative-models", "sgm/modules", "ema")
+    plugin = LooCPlugin(16, 8, codebook_update=codebook_update)
+    average = module.LitEma(plugin)
+    start = plugin.embedding.weight.detach().clone()
+    plugin(latents().requires_grad_())
+    average(plugin)
+    last = plugin.embedding.weight.detach().clone()
+    average.store(plugin.parameters())
+    average.copy_to(plugin)
+    averaged = plugin.embedding.weight
+    assert not torch.equal(last, start)
+    assert torch.equal(averaged, last) == (codebook_update == "ema")
+    average.restore(plugin.parameters())
+    assert torch.equal(plugin.embedding.weight, last)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules import LooCPlugin, LooCQuantizer
+from modules.adapters import UnitPermuter
 from tests.unit.test_project import ROOT
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -259,6 +260,37 @@ def test_wrong_inputs_are_named() -> None:
             plugin.get_codebook_entry(index.expand(60), grid)
     with pytest.raises(ValueError, match=r"indices of shape \(2, 30\) are not \(B, …, 2\)"):
         plugin.embed_code(index.expand(2, 30))
+
+
+@pytest.mark.parametrize("embedding_dim", [8, 4])
+def test_calls_that_need_one_index_per_position(embedding_dim: int) -> None:
+    """With more, each of these is an error; none decodes something else."""
+    plugin, z = make(embedding_dim=embedding_dim).eval(), latents()
+    output, _, (_, _, indices) = plugin(z)
+    tokens = torch.zeros(2, 15, dtype=torch.int64)  # of a model that draws one per position
+    calls = (
+        lambda: indices.reshape(2, 3, 5),  # diffusers: aMUSEd, image to image and inpainting
+        lambda: plugin.get_codebook_entry(tokens, shape=(2, 3, 5, 8)),  # diffusers: VQ-Diffusion
+        # latent-diffusion: decode_first_stage(predict_cids=True)
+        lambda: plugin.get_codebook_entry(tokens.view(2, 3, 5), shape=None).permute(0, 3, 1, 2),
+    )
+    for call in calls:
+        if embedding_dim == 8:
+            assert call().shape in ((2, 3, 5), output.shape)
+        else:
+            with pytest.raises((ValueError, RuntimeError)):
+                call()
+
+
+def test_gradient_accumulation_of_others() -> None:
+    """With defer_update set but for the last part, a batch in parts is one step."""
+    whole, parts = make(), make()
+    whole(latents())
+    for number, part in enumerate(latents().split(1)):
+        parts.quantizer.defer_update = number < 1
+        parts(part)
+    assert torch.equal(parts.embedding.weight, whole.embedding.weight)
+    assert torch.equal(parts.quantizer.usage, whole.quantizer.usage)
 
 
 # ---------------------------------------------------------------------- the quantisers it replaces
@@ -524,6 +556,12 @@ def test_taming_stage_two_decodes_its_own_tokens(
         expected = stage_two.first_stage_model.decode(quantized)
         torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-5)
         start = indices[:, : tokens - 3]
+        real = need("taming.modules.transformer.permuter").Subsample(8, 8)
+        assert real(indices).shape == (2, 64)  # tokens of the other units are gone
+        stage_two.permuter = UnitPermuter(real, 8)
+        _, permuted = stage_two.encode_to_z(images())
+        decoded = stage_two.decode_to_img(permuted, quantized.shape)
+        torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-5)
         sampled = stage_two.sample(start, torch.zeros(2, 1, dtype=torch.int64), 3)
         assert stage_two.decode_to_img(sampled, quantized.shape).shape == (2, 3, 16, 16)
 
