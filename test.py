@@ -4,8 +4,9 @@ Writes to <output_folder>/results/<model_name without .pt>/<data set>/: original
 picture per image, analysis.json, reconstructions.png, usage.png, slots.png, codebook.png and
 report.html; docs/evaluation.md says which folder. A model flag that contradicts the checkpoint is
 an error. Under torchrun the images are split over processes. --save_codes writes the indices of all
-images, entropy-coded, to codes.looc; --from_codes makes the pictures of rec/ from such a file and
-the checkpoint, without the data set. --images reconstructs whole pictures, each in its own size.
+images, entropy-coded, to codes.looc, or to codes.npy; --from_codes makes the pictures of rec/ from
+such a file and the checkpoint, without the data set. --images reconstructs whole pictures, each in
+its own size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from utils.start import run  # isort: skip  # before those that take seconds
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from datasets.splits import check_fit, check_skipping, data_flags, open_tested
 from modules import Autoencoder, ModelConfig
 from modules.options import option
 from utils.checkpoints.checkpoint import Checkpoint, find_checkpoint, read_named, results_name
+from utils.codebook.codes.arrays import CodeArray, save_arrays
 from utils.codebook.codes.coder import need_coder
-from utils.codebook.codes.files import CodeFile
+from utils.codebook.codes.files import CodeFile, save_codes
 from utils.codebook.codes.header import (
     CodesInfo,
     Header,
@@ -64,7 +67,14 @@ class TestConfig:
     image_format: str = option("png", "format of the pictures", choices=("png", "jpg"))
     jpeg_quality: int = option(75, "quality of jpg pictures", minimum=1, maximum=100)
     save_codes: bool = option(False, "write the indices, entropy-coded, to codes.looc")
-    from_codes: str | None = option(None, "reconstruct from this code file instead of images")
+    codes_format: str = option(
+        "looc",
+        "files of --save_codes: codes.looc, or codes.npy (N, H, W, m) with names and labels",
+        choices=("looc", "npy"),
+    )
+    from_codes: str | None = option(
+        None, "reconstruct from this code file, or .npy of codes (N, H, W, m), instead of images"
+    )
     prior: str | None = option(
         None, "prior (of generate.py train) that codes the indices, or coded those of --from_codes"
     )
@@ -96,6 +106,13 @@ class TestConfig:
             if given and (self.images or self.from_codes is not None):
                 other = "--images" if self.images else "--from_codes"
                 raise ValueError(f"{flag} has no effect with {other}")
+        if self.codes_format == "npy":
+            if not self.save_codes:
+                raise ValueError("--codes_format npy needs --save_codes")
+            if self.images:
+                raise ValueError("--codes_format npy needs images of one size, not --images")
+            if self.prior is not None:
+                raise ValueError(f"--prior {self.prior} codes codes.looc, not --codes_format npy")
         if self.prior is not None and self.images:
             raise ValueError(f"--prior {self.prior} models images of one size, not --images")
         if self.prior is not None and not self.save_codes and self.from_codes is None:
@@ -113,6 +130,8 @@ def main() -> None:
     checkpoint = read_named(config.output_folder, config.model_name, flags)
     name = results_name(checkpoint.path, config.output_folder)
     config = replace(config, model_name=name)  # which a path elsewhere has for its results
+    if config.save_codes and config.codes_format == "looc":
+        need_coder("--save_codes")
     if config.images:
         test_pictures(checkpoint, config, flags, device)
     elif config.from_codes is None:
@@ -159,8 +178,13 @@ def test(
         skip_bad=data.skip_bad_images,
     )
     known = analysis_of(model, flags, form, tested, {**asdict(data), "data_split": split})
+    arrays = partial(save_arrays, images=images, model=model, checkpoint=checkpoint.path)
     with locked(results, "--output_folder"):
-        reconstruct(model, loader, form, results, info, known, images.name, names, prior=prior)
+        reconstruct(
+            *(model, loader, form, results, info, known, images.name, names),
+            prior=prior,
+            save=save_codes if config.codes_format == "looc" else arrays,
+        )
 
 
 def names_of(images: ImageSet, data: DataConfig) -> list[str]:
@@ -220,8 +244,12 @@ def test_from_codes(
     checkpoint: Checkpoint, config: TestConfig, flags: dict[str, Any], device: torch.device
 ) -> None:
     """Make the pictures of rec/ from a code file, and report."""
-    need_coder("--from_codes")
-    codes = CodeFile(Path(str(config.from_codes)))
+    path = Path(str(config.from_codes))
+    array = path.suffix == ".npy"
+    model = checkpoint.model().to(device)
+    if not array:
+        need_coder("--from_codes")
+    codes = CodeArray(path, model, config.batch_size) if array else CodeFile(path)
     stored = asdict(codes.info)
     check_stored(flags, stored, codes.path)
     for name in (
@@ -230,11 +258,10 @@ def test_from_codes(
     ):
         if name in flags and name not in stored:
             raise UserError(f"--{name} has no effect with --from_codes")
-    model = checkpoint.model().to(device)
     codes.check_model(model, checkpoint.path)
     codes.use_prior(prior_of(config, model, codes.info, device))
     path, info = codes.path.resolve(), codes.info
-    tested, name = f"--from_codes {path}", f"{path.parent.name}-{path.stem}"
+    tested, name = f"--from_codes {path}", f"{path.parent.name}-{path.stem}{'-npy' * array}"
     results = results_folder(config.output_folder, str(config.model_name), name, tested)
     form = Format(config.image_format, config.jpeg_quality)
     data: dict[str, Any] = {k: stored[k] for k in ("dataset", "image_size") if k in stored}

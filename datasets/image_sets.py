@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, TypeAlias
@@ -210,6 +211,9 @@ class JoinedImages(ImageSet):
         part, position = self.find(index)
         return part.name(position)
 
+    def labels(self) -> Labels:
+        return joined_labels(self.parts)
+
     def identity(self) -> Iterator[str]:
         return chain.from_iterable(part.identity() for part in self.parts)
 
@@ -218,8 +222,19 @@ def joined(parts: Sequence[ImageSet]) -> ImageSet:
     """Join sets, in memory if they are."""
     in_memory = [part.images for part in parts if isinstance(part, TensorImages)]
     if len(in_memory) == len(parts):
-        return TensorImages(torch.cat(in_memory))
+        return TensorImages(torch.cat(in_memory), partial(joined_labels, parts))
     return JoinedImages(parts)
+
+
+def joined_labels(parts: Sequence[ImageSet]) -> Labels:
+    """Labels of the images of several sets, whose classes are joined by name."""
+    found = [part.labels() for part in parts]
+    names = tuple(dict.fromkeys(name for labels in found for name in labels.names))
+    numbers = [
+        torch.tensor([names.index(name) for name in labels.names])[labels.numbers]
+        for labels in found
+    ]
+    return Labels(torch.cat(numbers), names)
 
 
 def chosen_labels(images: ImageSet, chosen: Tensor) -> Labels:

@@ -8,14 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from modules import Autoencoder
 from utils.charts import save_figure
-from utils.codebook.codes.files import CodeFile, file_rate, save_codes, spooled
+from utils.codebook.codes.arrays import ARRAYS
+from utils.codebook.codes.files import CodeFile, Spool, save_codes, spooled
 from utils.codebook.codes.header import Header, by_position, pixel_sum
 from utils.codebook.codes.prior_coder import PriorCoder
 from utils.codebook.plots import draw_all
@@ -33,7 +34,7 @@ from utils.report import write_report
 NUM_SHOWN = 32
 CODES = "codes.looc"
 PICTURES = ("reconstructions.png", "usage.png", "slots.png", "codebook.png")
-FILES = ("original", "rec", *PICTURES, CODES, "analysis.json", "report.html")
+FILES = ("original", "rec", *PICTURES, CODES, *ARRAYS, "analysis.json", "report.html")
 NEW = ".new"  # results that are complete, but not in their place yet
 
 
@@ -45,6 +46,10 @@ class Batches(Protocol):
 
     def numbered(self) -> Iterable[tuple[Tensor, Tensor]]: ...  # positions and images
     def shares(self, epoch: int, start: int, /) -> Sequence[Sized]: ...  # positions, by batch
+
+
+# Writes codes: their path, this process's spool, positions left out → figures of `Rate`.
+Save: TypeAlias = Callable[[Path, Spool, Sequence[int]], dict[str, Any]]
 
 
 class Format(NamedTuple):
@@ -67,11 +72,12 @@ def reconstruct(
     *,
     whole: bool = False,
     prior: PriorCoder | None = None,
+    save: Save = save_codes,
 ) -> None:
     """Write every image to original/ and its reconstruction to rec/, and report.
 
-    With info all indices go to codes.looc too, coded by prior, if given. known: the analysis, as
-    far as it is known before. name_of: the source of an image, by its position. names: those that
+    With info all indices are saved too, coded by prior, if given. known: the analysis, as far as it
+    is known before. name_of: the source of an image, by its position. names: those that
     are written; by default they are the positions. whole: a batch is one picture, of any size.
     Raises UserError if no image can be decoded.
     """
@@ -114,7 +120,7 @@ def reconstruct(
         bad_images = sorted(gather_items(loader.bad_images))
         rate = statistics.rate(sum(gather(num_pixels)) / statistics.num_images)
         if spool is not None:
-            rate = replace(rate, **save_codes(folder / CODES, spool, bad_images))
+            rate = replace(rate, **save(folder / CODES, spool, bad_images))
         skipped = SkippedImages(len(bad_images), list(map(name_of, bad_images)))
         sources = {
             written(position): name_of(position)
@@ -176,14 +182,16 @@ def reconstruct_codes(
         rate = statistics.rate(info.num_pixels / info.num_coded)
         analysis = replace(
             known,
-            rate=replace(rate, **file_rate(codes.path, info)),
+            rate=replace(rate, **codes.rate()),
             codebook=statistics.summary(),
         )
         if rank() == 0:
             write_analysis(folder, analysis, draw_all(statistics, model.quantizer.codebook))
     if rank() == 0:
-        finish(results, analysis, {"same as when saved": "bit for bit" if same else "no"})
-        if not same:
+        known_pixels = info.pixel_sum > 0  # those of codes that a prior has drawn are not
+        verdict = {"same as when saved": "bit for bit" if same else "no"} if known_pixels else {}
+        finish(results, analysis, verdict)
+        if known_pixels and not same:
             log.warning(
                 "some pixels differ from those of the run that saved the codes: "
                 "another device or version of PyTorch rounds differently"

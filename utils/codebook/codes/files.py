@@ -102,6 +102,16 @@ def save_codes(path: Path, spool: Spool, left_out: Sequence[int]) -> dict[str, A
     Process r holds the batches r, r + num_ranks, …, without the images left out; the file does not
     depend on the number of processes. Returns `file_rate`.
     """
+    info, spools = complete(path, spool, left_out)
+    rate: dict[str, Any] = {}
+    with first_goes_ahead():  # a prior may take hours
+        if rank() == 0:
+            rate = file_rate(path, write_codes(path, info, spools, spool.prior))
+    return from_first(lambda: rate)
+
+
+def complete(path: Path, spool: Spool, left_out: Sequence[int]) -> tuple[Header, list[Path]]:
+    """The header that is known once all images have been seen, and the spools of all processes."""
     spools = [spool_path(path, number) for number in range(num_ranks())]
     pixels = sum(gather(spool.pixel_sum))  # also waits until all spools are written
     found: dict[str, Any] = {"left_out": tuple(left_out), "pixel_sum": pixels}
@@ -109,14 +119,9 @@ def save_codes(path: Path, spool: Spool, left_out: Sequence[int]) -> dict[str, A
         by_position = sorted(gather_items(spool.pictures.items()))
         found["pictures"] = tuple(picture for _, picture in by_position)
     try:
-        info = replace(spool.info, **found)
+        return replace(spool.info, **found), spools
     except ValueError as error:
         raise UserError(f"--save_codes: {error}") from error
-    rate: dict[str, Any] = {}
-    with first_goes_ahead():  # a prior may take hours
-        if rank() == 0:
-            rate = file_rate(path, write_codes(path, info, spools, spool.prior))
-    return from_first(lambda: rate)
 
 
 def write_codes(
@@ -242,6 +247,10 @@ class CodeFile:
                 f"code file {self.path} was coded by the --prior of digest {digest[:16]}, {given}"
             )
         self.coder = prior or self.coder
+
+    def rate(self) -> dict[str, Any]:
+        """`file_rate` of this file."""
+        return file_rate(self.path, self.info)
 
     def batches(self, rank: int = 0, num_ranks: int = 1) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches of the set with their indices (b, H, W, m), int64.

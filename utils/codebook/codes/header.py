@@ -19,7 +19,7 @@ from modules import VQGAN, Autoencoder, LooCQuantizer, ModelConfig
 from modules.options import option
 from modules.vqgan import num_groups
 from utils.checkpoints.digest import tensors_digest
-from utils.codebook.codes.coder import LARGEST_TABLES, need_coder
+from utils.codebook.codes.coder import LARGEST_TABLES
 from utils.errors import UserError
 from utils.flags.arguments import value_problem
 
@@ -283,7 +283,7 @@ def codes_info(
 ) -> CodesInfo:
     """The header of the codes of a data set by this model, before the images have been seen.
 
-    Raises UserError if there are no codes, too many in a batch, or no entropy coder.
+    Raises UserError if there are no codes, or too many in a batch.
     """
     common = common_values(model, num_images)
     height, width, slots = index_shape(model.config, image_size)
@@ -314,7 +314,6 @@ def pictures_info(model: Autoencoder, names: Sequence[str]) -> PicturesInfo:
 
 def common_values(model: Autoencoder, num_images: int) -> dict[str, Any]:
     """Values that both kinds of header have. Raises UserError if there can be no codes."""
-    need_coder("--save_codes")
     if not model.config.num_slots:
         raise UserError(f"--save_codes: --quantizer {model.config.quantizer} leaves no codes")
     return {
