@@ -41,7 +41,7 @@ from utils.checkpoints.checkpoint import (
     results_name,
 )
 from utils.checkpoints.digest import tensors_digest
-from utils.devices import keep_freed_memory, seed_everything
+from utils.devices import keep_freed_memory, memory_of, seed_everything
 from utils.distributed import first_goes_ahead, rank, seed_rank, start_ranks, stop_ranks
 from utils.errors import UserError, memory_for
 from utils.flags.arguments import build, check_stored, parse_flags, with_preset
@@ -157,6 +157,7 @@ def make_trainer(
     training, validation = images
     labels = [labels_of_set(part, config) for part in images]
     classes = labels[0].names
+    check_weights(prior_config, space, device)
     seed_everything(config.seed, device)
     shape = ", ".join(f"--{name}" for name in sorted(prior_config.spec.reads))
     with memory_for(shape):
@@ -199,6 +200,20 @@ def make_trainer(
             "classes": list(classes),
         },
     )
+
+
+def check_weights(config: PriorConfig, space: Space, device: torch.device) -> None:
+    """Raise UserError if weights, gradients and Adam's moments alone do not fit into memory."""
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in new_prior(config, space, 0).parameters())
+    needed, there = 4 * 4 * count, memory_of(device)
+    if needed > there:
+        names = sorted(name for name in config.spec.reads if "dropout" not in name)
+        sizes = ", ".join(f"--{name} {getattr(config, name)}" for name in names)
+        raise UserError(
+            f"{sizes}: a prior of {space} has {count:,} weights; training takes "
+            f"{needed / 1e9:,.0f} GB for them, {device} has {there / 1e9:,.0f}"
+        )
 
 
 def labels_of_set(images: ImageSet, config: PriorTrainConfig) -> Labels:

@@ -40,6 +40,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a GPU or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks, which avoids page faults in every step."""
     trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .spec import Prior
 
 if TYPE_CHECKING:
     from .config import PriorConfig
     from .spaces import CodeSpace
+
+BLOCK = 2**26  # numbers in the widest layer's output for the codes of a block
 
 
 class Cache:
@@ -155,10 +158,27 @@ class CodeTransformer(Prior):
         contexts = self.contexts(embedded, labels)
         # Each slot sees the context and the codes of the slots before it.
         earlier = F.pad(self.embed(self.earlier_codes, codes)[:, :, :-1], (0, 0, 1, 0)).cumsum(2)
-        logits = self.head(self.depth(contexts[:, :, None] + earlier + self.slots))  # (B, L, m, K)
-        nats = F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten(), reduction="none")
+        nats = self.code_nats(contexts[:, :, None] + earlier + self.slots, codes)
         height, width = self.space.height, self.space.width
         return nats.view(len(codes), height, width, self.space.num_slots)
+
+    def code_nats(self, states: Tensor, codes: Tensor) -> Tensor:
+        """Negative log-likelihood (B·L·m,) of codes (B, L, m) from states (B, L, m, D).
+
+        Where logits and activations would be large they exist for a block of codes at a time, and
+        are computed again in the backward pass.
+        """
+
+        def block_nats(states: Tensor, codes: Tensor) -> Tensor:
+            logits = self.head(self.depth(states)).flatten(0, -2).float()
+            return F.cross_entropy(logits, codes.flatten(), reduction="none")
+
+        size = max(1, BLOCK // max(self.head.out_features, 4 * self.head.in_features))
+        if codes.numel() <= size:
+            return block_nats(states, codes)
+        blocks = zip(*(torch.split(x.flatten(0, 2), size) for x in (states, codes)))
+        parts = [checkpoint(block_nats, *block, use_reentrant=False) for block in blocks]
+        return torch.cat(parts)
 
     def check(self, codes: Tensor) -> None:
         """Raise ValueError if these are no codes of this space."""

@@ -295,6 +295,9 @@ def test_one_line_for_what_cannot_be_done(script: Script, stage: Path) -> None:
     assert told in refused("test.py", "--model_name", str(prior), "--device", "cpu")
     for flag in ("--pretrained", "--resume"):
         assert told in refused("main.py", *data, flag, str(prior), "--exp_name", "other")
+    large = refused(*TRAIN, "--exp_name", "large", "--width", "16384", "--layers", "64")
+    assert "--layers 64, --width 16384: a prior of 7×7×2 codes of K = 8 has 208," in large
+    assert "GB for them, cpu has" in large
     assert "--label 3" in refused(*SAMPLE, "--label", "3")
     assert "has no classes" in refused(*SAMPLE, "--guidance", "2")
     assert "--rounds 3 has no effect with a transformer" in refused(*SAMPLE, "--rounds", "3")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules.priors import transformer
 from modules.priors.config import PriorConfig
 from modules.priors.sampling import Known, Sampling, pick, sample
 from modules.priors.spaces import CodeSpace
@@ -205,6 +206,32 @@ def test_pick_keeps_the_most_probable_codes() -> None:
     assert shares(Sampling(top_k=100)) == [0.5, 0.3, 0.15, 0.05]
     squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
     assert shares(Sampling(temperature=0.5)) == (squares / squares.sum()).tolist()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_large_logits_are_computed_in_blocks(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same likelihoods and gradients, and never the logits of more codes than a block has."""
+    model, largest = make(CodeSpace(50, 3, 2, 3), 2, causal=causal), [0]
+    model.head.register_forward_hook(
+        lambda _module, _inputs, out: largest.append(out.flatten(0, -2).shape[0])
+    )
+    codes = torch.randint(50, (5, 2, 3, 3), generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, -1, 0, 1])
+
+    def found() -> tuple[Tensor, list[Tensor]]:
+        nats = model(codes, labels)
+        return nats.detach(), list(torch.autograd.grad(nats.square().mean(), model.head.weight))
+
+    nats, [gradient] = found()
+    assert max(largest) == 90
+    monkeypatch.setattr(transformer, "BLOCK", 7 * 64)  # 7 codes of 4·16 activations
+    largest.clear()
+    in_blocks, [gradient_in_blocks] = found()
+    assert max(largest) == 7
+    assert torch.allclose(in_blocks, nats, atol=1e-5)
+    assert torch.allclose(gradient_in_blocks, gradient, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(model(codes, labels), nats, atol=1e-5)
 
 
 def test_codes_of_another_shape_are_refused() -> None:
