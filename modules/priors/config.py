@@ -33,18 +33,20 @@ class PriorConfig:
         64, "channels of the UNet at full resolution", minimum=4, maximum=2**12
     )
     unet_multipliers: str = option(
-        "1,2", "its channels at full, half, … resolution, as multiples of --unet_channels"
+        "1,2", "channels of the UNet at full, half, … resolution, as multiples of --unet_channels"
     )
-    unet_blocks: int = option(2, "its residual blocks per resolution", minimum=1, maximum=32)
+    unet_blocks: int = option(
+        2, "residual blocks of the UNet per resolution", minimum=1, maximum=32
+    )
     unet_attention: str = option(
-        "2", "downsampling factors at which its blocks have attention, like 2,4,8"
+        "2", "downsampling factors at which the UNet has attention, like 2,4,8"
     )
     unet_head_channels: int = option(
         32, "channels of an attention head of the UNet", minimum=1, maximum=2**12
     )
     unet_adm: bool = option(
         False,
-        "blocks of ADM: the noise level scales and shifts features, residual blocks resample them",
+        "UNet blocks of ADM: the noise level scales and shifts features, residual blocks resample",
     )
 
     def __post_init__(self) -> None:

@@ -137,6 +137,7 @@ def unet_settings(config: PriorConfig, space: LatentSpace, num_classes: int) -> 
 
 
 def check(config: PriorConfig) -> Iterator[str]:
+    """Yield what the UNet's flags contradict, a line each."""
     given, head = f"--unet_multipliers {config.unet_multipliers}", config.unet_head_channels
     multipliers = parse_numbers(config.unet_multipliers)
     attention = parse_numbers(config.unet_attention)
