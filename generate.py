@@ -229,7 +229,8 @@ def labels_of_set(images: ImageSet, config: PriorTrainConfig) -> Labels:
 def load_pretrained(prior: Prior, config: PriorConfig, path: Path) -> None:
     """Load the weights of another prior. Raises UserError if they do not fit."""
     stored = read_prior(path)
-    shared = {name: getattr(config, name) for name in ("prior", "heads")}
+    without_shape = ("prior", "heads", "unet_head_channels")  # the tensors do not tell these
+    shared = {name: getattr(config, name) for name in without_shape}
     check_stored(shared, asdict(stored.config), f"--pretrained {path}")
     try:
         check_tensors(prior.state_dict(), stored.content.get("model"))

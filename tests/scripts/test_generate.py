@@ -235,6 +235,10 @@ def test_diffusion_refuses_what_it_does_not_read(script: Script, stage: Path) ->
     assert "--heads 2 has no effect with --prior diffusion" in refused(*DIFFUSION, "--heads", "2")
     assert "--unet_blocks 1 has no effect with" in refused(*TRAIN, "--unet_blocks", "1")
     assert script(*DIFFUSION, "--max_steps", "1").code == 0
+    other = ("--exp_name", "tuned", "--pretrained", "prior/best.pt", "--unet_head_channels", "4")
+    line = refused(*DIFFUSION, *other)
+    assert "--unet_head_channels 4 contradicts --pretrained" in line
+    assert "has 8" in line
     for words in (("--top_k", "3"), ("--temperature", "0.5"), ("--rounds", "3")):
         line = refused(*SAMPLE, *words)
         assert f"{' '.join(words)} has no effect with a diffusion prior" in line
