@@ -2,7 +2,7 @@
 
 generate.py train --first_stage <exp>/best.pt writes <output_folder>/models/<exp_name>/best.pt and
 last.pt. The same command again continues.
-generate.py sample --model_name <exp_name>/best.pt writes images and grid.png to
+generate.py sample --model_name <exp_name>/best.pt writes images, grid.png and report.html to
 <output_folder>/samples/<model_name>/; --inpaint, --vary and --interpolate edit pictures. Both take
 --help, and share work under torchrun.
 """
@@ -42,15 +42,17 @@ from utils.checkpoints.checkpoint import (
 )
 from utils.checkpoints.digest import tensors_digest
 from utils.devices import keep_freed_memory, memory_of, seed_everything
-from utils.distributed import first_goes_ahead, rank, seed_rank, start_ranks, stop_ranks
+from utils.distributed import first_goes_ahead, num_ranks, rank, seed_rank, start_ranks, stop_ranks
 from utils.errors import UserError, memory_for
 from utils.flags.arguments import build, check_stored, parse_flags, with_preset
+from utils.flags.command import this_command
 from utils.generation.checkpoints import FirstStage, StoredPrior, new_prior, read_prior
 from utils.generation.config import PriorTrainConfig, SampleConfig
 from utils.generation.samples import labels_of, noise_of, remove_samples, write_samples
 from utils.images import to_bytes
 from utils.locks import locked
 from utils.logger import log, start_logging
+from utils.report.samples import write_samples_report
 from utils.training.denoising import Denoising
 from utils.training.likelihood import Likelihood
 from utils.training.prior import PriorTask
@@ -102,6 +104,7 @@ def train() -> None:
     if config.exp_name is None:
         config = replace(config, exp_name=f"{checkpoint.path.parent.name}_{prior_config.prior}")
     trainer = make_trainer(config, prior_config, data, first_stage, space, images, checkpoint)
+    trainer.stored["command"] = asdict(this_command(given, num_ranks(), "train"))
     with locked(trainer.models, "--exp_name"):
         resume(trainer, partial(check_prior, data=data, current=trainer.stored))
         start_files(trainer)
@@ -270,7 +273,8 @@ def check_prior(stored: Stored, data: DataConfig, current: Mapping[str, Any]) ->
 
 
 def draw() -> None:
-    config = build(SampleConfig, parse_flags(__doc__, SampleConfig, command="sample"))
+    given = parse_flags(__doc__, SampleConfig, command="sample")
+    config = build(SampleConfig, given)
     start_logging(quiet=rank() > 0)
     device = start_ranks(config.device)
     path = path_of("--model_name", config.model_name, config)
@@ -314,6 +318,10 @@ def draw() -> None:
         if config.overwrite and rank() == 0:
             remove_samples(folder)
         write_samples(folder, settings, count, config.batch_size, draw_numbers, **arrange)
+        if rank() == 0:
+            below = elsewhere or Path(stored.first_stage.path)
+            command = this_command(given, num_ranks(), "sample")
+            log.info("%s", write_samples_report(folder, stored, below, settings, command))
 
 
 def check_flags(config: SampleConfig, prior: StoredPrior) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.conftest import Outcome, write_idx
 from tests.processes import run_ranks
+from tests.unit.test_report import Page
 
 Script = Callable[..., Outcome]
 STAGE = (
@@ -66,6 +67,12 @@ def test_from_images_to_new_images(script: Script, stage: Path, prior: str) -> N
     assert first["00000000.png"].shape == (28, 28)
     assert not np.array_equal(first["00000000.png"], first["00000001.png"])
     assert Image.open(folder / "grid.png").width >= 5 * 28
+    report = Page(folder / "report.html")
+    assert f"5 images drawn from the {prior} prior output/models/prior/best.pt" in report.text
+    for words in ("main.py --dataset mnist", "generate.py train --first", "generate.py sample"):
+        assert words in report.text
+    assert "7×7×2 codes of K = 8 0.375 bits per pixel nominal" in report.text
+    assert {"Likelihood as a table", "Likelihood of masked codes as a table"} & set(report.words)
     # More of the same: those that are there stay, and the batches do not matter.
     before = (folder / "00000004.png").stat().st_mtime_ns
     assert script(*SAMPLE, "--num_samples", "9", "--batch_size", "3").code == 0
@@ -407,6 +414,7 @@ def test_pictures_are_edited(script: Script, stage: Path, tmp_path: Path, prior:
     # Without --images: the first ten test images.
     drawn = script(*SAMPLE, "--inpaint", "right")
     assert drawn.code == 0, drawn.err
+    assert "80 images edited by" in Page(samples / "best-inpaint" / "report.html").text
     inpainted = pictures(samples / "best-inpaint")
     assert len(inpainted) == 8 * 10
     assert script(*SAMPLE, "--inpaint", "left", "--overwrite").code == 0

@@ -18,19 +18,20 @@ class Command:
     folder: str = ""  # where it was started
     flags: dict[str, Any] = field(default_factory=dict)
     num_processes: int = 1
+    task: str = ""  # of generate.py: train or sample
 
     def line(self) -> str:
         """Return the line that runs it again."""
         start = ["python"]
         if self.num_processes > 1:
             start = ["torchrun", "--nproc_per_node", str(self.num_processes)]
-        line = shlex.join([*start, self.script, *words(self.flags)])
+        line = shlex.join([*start, self.script, *self.task.split(), *words(self.flags)])
         return f"cd {shlex.quote(self.folder)} && {line}"
 
 
-def this_command(flags: Mapping[str, Any], num_processes: int = 1) -> Command:
+def this_command(flags: Mapping[str, Any], num_processes: int = 1, task: str = "") -> Command:
     """Return the command of this process, from its parsed flags."""
-    return Command(sys.argv[0], str(Path.cwd()), dict(flags), num_processes)
+    return Command(sys.argv[0], str(Path.cwd()), dict(flags), num_processes, task)
 
 
 def words(flags: Mapping[str, Any]) -> list[str]:

@@ -57,7 +57,7 @@ def write_samples(
     Raises UserError if the folder holds samples of other settings.
     """
     missing = from_first(lambda: missing_samples(folder, settings, num_samples))
-    with progress(len(missing), "image", disable=rank() > 0) as bar:
+    with progress(len(missing), "image", disable=rank() > 0 or not missing) as bar:
         for start in range(rank() * batch_size, len(missing), batch_size * num_ranks()):
             numbers = missing[start : start + batch_size]
             for number, image in zip(numbers, draw(numbers)):
@@ -108,10 +108,12 @@ def check_settings(record: Path, settings: Mapping[str, Any]) -> None:
 
 
 def remove_samples(folder: Path) -> None:
-    """Remove the samples of a folder, its grid and its settings."""
-    paths = [path for path in folder.glob("*.png") if path.stem.isdigit()]
-    for path in (*paths, folder / GRID_NAME, folder / SETTINGS):
-        path.unlink(missing_ok=True)
+    """Remove the samples of a folder, its grid, its settings and its report."""
+    for path in folder.glob("*.png"):
+        if path.stem.isdigit():
+            path.unlink(missing_ok=True)
+    for name in (GRID_NAME, SETTINGS, "report.html"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def save_grid(folder: Path, count: int, arrange: Callable[[Tensor], tuple[Tensor, int]]) -> None:

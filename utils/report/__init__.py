@@ -11,11 +11,8 @@ A section is a function of `Found` that returns HTML or raises Missing, and one 
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 from utils.errors import UserError
@@ -23,7 +20,7 @@ from utils.evaluation.extremes import Shown
 from utils.files import whole_file
 from utils.report.codebook_use import codebook_map, unit_slots, usage_histogram
 from utils.report.files import Found, find, layout
-from utils.report.markup import section, text
+from utils.report.markup import document, origin
 from utils.report.pictures import reconstructions, worst_images
 from utils.report.scalar_curves import training_curves
 from utils.report.sets import set_figures, set_lead, set_pictures
@@ -74,34 +71,6 @@ def page(found: Found, side: int) -> str:
     elif not quantised(found):
         sections = {key: sections[key] for key in sections if key not in OF_CODEBOOKS}
     _, name = layout(found.results) or (None, found.results.resolve().name)
-    links = "".join(
-        f'<li><a href="#{key}">{title}</a></li>' for key, (title, _) in sections.items()
-    )
-    bodies = "".join(
-        section(key, title, partial(build, found)) for key, (title, build) in sections.items()
-    )
+    bodies = {key: (title, partial(build, found)) for key, (title, build) in sections.items()}
     introduction = (set_lead if found.sets_only else lead)(found)
-    breakable = text(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{text(name)} – LooC</title><style>\n{style}</style></head>\n<body>"
-        '<a class="skip" href="#main">Skip to the report</a>\n'
-        f"<header><h1>{breakable}</h1>{introduction}"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
-        f'<main id="main" tabindex="-1">{bodies}</main>\n'
-        f"<footer><p>{origin(found)}</p></footer></body></html>\n"
-    )
-
-
-def origin(found: Found) -> str:
-    """Return the footer: when, from what and by which versions the page was written."""
-    stored = found.metrics.versions
-    packages = stored or {name: version(name) for name in ("torch", "torchvision", "numpy")}
-    versions = ", ".join(f"{name} {number}" for name, number in packages.items())
-    return text(
-        f"Written by LooC on {time.strftime('%d %B %Y, %H:%M %Z')}, from {found.results}. "
-        f"Python {sys.version.split()[0]}, {versions}."
-    )
+    return document(name, introduction, bodies, origin(found.results, found.metrics.versions))

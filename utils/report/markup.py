@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from importlib.metadata import version
+from pathlib import Path
 from typing import TypeVar
 
 from utils.errors import one_line, printable
@@ -84,3 +88,39 @@ def section(identity: str, title: str, build: Callable[[], str]) -> str:
         reason = text(f"{type(error).__name__}: {one_line(error)[:200]}")
         body = f'<div class="missing">This cannot be shown; a file is damaged. {reason}</div>'
     return f'<section aria-labelledby="{identity}"><h2 id="{identity}">{title}</h2>{body}</section>'
+
+
+def document(
+    name: str, lead: str, sections: Mapping[str, tuple[str, Callable[[], str]]], origin: str
+) -> str:
+    """Return the page's HTML.
+
+    sections: identity → title and a function that returns HTML or raises Missing.
+    """
+    links = "".join(
+        f'<li><a href="#{key}">{title}</a></li>' for key, (title, _) in sections.items()
+    )
+    bodies = "".join(section(key, title, build) for key, (title, build) in sections.items())
+    breakable = text(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{text(name)} – LooC</title><style>\n{style}</style></head>\n<body>"
+        '<a class="skip" href="#main">Skip to the report</a>\n'
+        f"<header><h1>{breakable}</h1>{lead}"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
+        f'<main id="main" tabindex="-1">{bodies}</main>\n'
+        f"<footer><p>{origin}</p></footer></body></html>\n"
+    )
+
+
+def origin(source: Path, stored: Mapping[str, str] | None = None) -> str:
+    """Return the footer: when, from what and by which versions, if stored, a page was written."""
+    packages = stored or {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    versions = ", ".join(f"{name} {number}" for name, number in packages.items())
+    return text(
+        f"Written by LooC on {time.strftime('%d %B %Y, %H:%M %Z')}, from {source}. "
+        f"Python {sys.version.split()[0]}, {versions}."
+    )

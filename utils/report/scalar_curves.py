@@ -34,6 +34,30 @@ CURVES = {  # scalar → (title, unit, start of the axis, how to read it)
         "It should be near 100 % and stay there. <b>Bad:</b> a fall: codevectors die and nothing "
         "brings them back.",
     ),
+    "bits_per_pixel": (
+        "Likelihood",
+        "bits per pixel",
+        0,
+        "The rate at which an ideal coder with this prior codes the images. Training and "
+        "validation should fall together. <b>Bad:</b> validation that rises while training falls: "
+        "the prior learns the training images by heart.",
+    ),
+    "masked_bits_per_pixel": (
+        "Likelihood of masked codes",
+        "bits per pixel",
+        0,
+        "No rate, but comparable between runs. Training and validation should fall together. "
+        "<b>Bad:</b> validation that rises while training falls: the prior learns the training "
+        "images by heart.",
+    ),
+    "denoising_loss": (
+        "Denoising loss",
+        "mean squared error of the noise",
+        0,
+        "It should fall fast at first, then slowly for very long, while samples still improve. "
+        "<b>Bad:</b> validation that rises while training falls: the prior learns the training "
+        "images by heart.",
+    ),
     "perplexity": (
         "Perplexity",
         "codevectors",
@@ -47,12 +71,17 @@ CURVES = {  # scalar → (title, unit, start of the axis, how to read it)
 def training_curves(found: Found) -> str:
     place = f" It was looked for in {text(found.logs)}." if found.logs else ""
     found.need("TensorBoard's folder", f"main.py writes it.{place}")
+    return curve_charts(found.curves)
+
+
+def curve_charts(curves: Mapping[str, Sequence[Point]]) -> str:
+    """Return the charts of the known scalars. Raises Missing if there are none."""
     charts = []
     for scalar, (title, unit, low, caption) in CURVES.items():
         series = {
-            group: found.curves[f"{group}/{scalar}"]
+            group: curves[f"{group}/{scalar}"]
             for group in ("train", "validation")
-            if found.curves.get(f"{group}/{scalar}")
+            if curves.get(f"{group}/{scalar}")
         }
         if not series:
             continue
@@ -65,15 +94,15 @@ def training_curves(found: Found) -> str:
         described = f"{ends}, steps {min(steps):,} to {max(steps):,}"
         y_label = f"{unit}, logarithmic" if log else unit
         drawing = partial(draw_lines, series=series, log=log, low=low)
-        curves = Chart(title, described, "step", y_label, drawing).svg()
+        chart = Chart(title, described, "step", y_label, drawing).svg()
         charts.append(
             f"<div><h3>{title}</h3>"
-            + figure(curves, caption)
+            + figure(chart, caption)
             + details(f"{title} as a table", curve_table(title, series))
             + "</div>"
         )
     if not charts:
-        raise Missing("TensorBoard's files hold none of the curves of main.py.")
+        raise Missing("TensorBoard's files hold none of the known curves.")
     return f'<div class="columns">{"".join(charts)}</div>'
 
 
