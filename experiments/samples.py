@@ -76,14 +76,10 @@ def main() -> None:
     flags = parse_flags(__doc__, SamplesConfig)
     config = build(SamplesConfig, flags)
     start_logging()
-    if config.model_name is None:
-        raise UserError("--model_name is missing: a prior that generate.py has trained")
     path = find_checkpoint("--model_name", config.model_name, config.output_folder)
     stored = read_prior(path)
-    elsewhere = config.first_stage and find_checkpoint(
-        "--first_stage", config.first_stage, config.output_folder
-    )
-    first_stage = stored.first_stage.open(elsewhere or None, path)
+    below = stored.first_stage_path(config.first_stage, config.output_folder)
+    first_stage = stored.open_first_stage(below)
     prior = stored.model()
     name = Path(results_name(path, config.output_folder)).with_suffix("")
     folder = config.samples or Path(config.output_folder) / "samples" / name

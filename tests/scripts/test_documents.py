@@ -249,7 +249,7 @@ def test_every_file_named_exists() -> None:
 
 def test_every_name_exists() -> None:
     """Names of classes and functions, in backticks, are in the code or in that of others."""
-    folders = ("modules", "datasets", "utils", "experiments", "benchmarks")
+    folders = ("modules", "datasets", "utils", "commands", "experiments", "benchmarks")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     code = "\n".join(path.read_text() for path in [*paths, *map(ROOT.joinpath, SCRIPTS)])
     others = {"VQModelInterface", "LitEma", "from_pretrained", "decode_first_stage", "predict_cids"}

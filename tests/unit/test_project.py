@@ -18,7 +18,7 @@ from utils.flags.table import PAGE, page
 
 ROOT = Path(__file__).parents[2]
 # Each layer may import those before it.
-LAYERS = ("modules", "utils", "datasets")
+LAYERS = ("modules", "utils", "datasets", "commands")
 
 
 def requirements(text: str) -> list[str]:

@@ -172,14 +172,17 @@ def read_named(output_folder: str, name: str | None, flags: Mapping[str, Any]) -
     return read_checkpoint(find_checkpoint("--model_name", name, output_folder), flags)
 
 
-def find_checkpoint(flag: str, name: str, output_folder: str, usual: str = "best.pt") -> Path:
+def find_checkpoint(
+    flag: str, name: str | None, output_folder: str, usual: str = "best.pt"
+) -> Path:
     """Return <output_folder>/models/<name> or, if there is none, the path `name`.
 
     Raises UserError for the folder of an experiment, whose usual file it names, and for what does
     not exist; then it lists what there is under models, nearest first.
     """
     if not name:
-        raise UserError(f"{flag} is empty")
+        problem = "is missing: a checkpoint under <output_folder>/models"
+        raise UserError(f"{flag} {problem if name is None else 'is empty'}")
     check_unicode(name, flag)
     models = Path(output_folder) / "models"
     for path in (models / name, Path(name)):

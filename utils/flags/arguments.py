@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields
@@ -55,7 +56,7 @@ def parse_flags(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for group in groups:
-        section = parser.add_argument_group(group.__name__.removesuffix("Config").lower())
+        section = parser.add_argument_group(title(group))
         for item in flag_fields(group):
             add_flag(section, item)
     given, unknown = parser.parse_known_args(argv)
@@ -109,6 +110,11 @@ def with_recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
     recipe = RECIPES[flags.get("recipe", "paper")]
     own = {name: value for name, value in recipe.items() if name not in unread}
     return {**own, **implied_flags(flags), **flags}
+
+
+def title(group: type) -> str:
+    """Return the title of a dataclass of flags: the words of its name."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", " ", group.__name__.removesuffix("Config")).lower()
 
 
 def flag_fields(group: type) -> list[Field[Any]]:

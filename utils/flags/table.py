@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import whole_file
-from utils.flags.arguments import flag_fields, names
+from utils.flags.arguments import flag_fields, names, title
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "flags.md"
@@ -41,7 +41,7 @@ def groups(script: str) -> Iterator[type]:
 def table(group: type, scripts: list[str]) -> str:
     """Return one group of flags as a Markdown table."""
     lines = [
-        f"## {group.__name__.removesuffix('Config')} ({', '.join(scripts)})",
+        f"## {title(group).capitalize()} ({', '.join(scripts)})",
         "",
         "| flag | default | |",
         "| --- | --- | --- |",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +17,15 @@ from utils.checkpoints.checkpoint import (
     Checkpoint,
     Stored,
     check_tensors,
+    find_checkpoint,
     read_checkpoint,
     read_stored,
 )
 from utils.checkpoints.digest import model_digest
+from utils.devices import memory_of
 from utils.errors import UserError
-from utils.generation.config import PriorTrainConfig
+from utils.flags.arguments import check_stored
+from utils.generation.config import PriorTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -37,22 +40,6 @@ class FirstStage:
     def of(cls, checkpoint: Checkpoint, image_size: int) -> FirstStage:
         """Describe an open checkpoint."""
         return cls(str(checkpoint.path.resolve()), model_digest(checkpoint.model()), image_size)
-
-    def open(self, elsewhere: Path | None, prior: Path) -> Autoencoder:
-        """Open it where it was, or elsewhere. Raises UserError if it is missing or changed."""
-        path = elsewhere or Path(self.path)
-        if not path.is_file():
-            raise UserError(
-                f"{prior} needs its first stage, and {path} does not exist: give --first_stage"
-            )
-        model = read_checkpoint(path).model()
-        digest = model_digest(model)
-        if digest != self.digest:
-            raise UserError(
-                f"{path} is not the first stage of {prior}: the digest of its weights is "
-                f"{digest[:16]}, not {self.digest[:16]}"
-            )
-        return model
 
 
 @dataclass(frozen=True)
@@ -83,6 +70,27 @@ class StoredPrior(Stored):
         model.load_state_dict(self.content["model"])
         return model.eval()
 
+    def first_stage_path(self, given: str | None, output_folder: str) -> Path:
+        """Return where --first_stage, if given, or else training says that the first stage is."""
+        if given is None:
+            return Path(self.first_stage.path)
+        return find_checkpoint("--first_stage", given, output_folder)
+
+    def open_first_stage(self, path: Path) -> Autoencoder:
+        """Open the first stage. Raises UserError if it is missing or changed."""
+        if not path.is_file():
+            raise UserError(
+                f"{self.path} needs its first stage, and {path} does not exist: give --first_stage"
+            )
+        model = read_checkpoint(path).model()
+        digest, before = model_digest(model), self.first_stage.digest
+        if digest != before:
+            raise UserError(
+                f"{path} is not the first stage of {self.path}: the digest of its weights is "
+                f"{digest[:16]}, not {before[:16]}"
+            )
+        return model
+
 
 def new_prior(config: PriorConfig, space: Space, num_classes: int) -> Prior:
     """Make a new prior. Raises UserError if it needs a package that is missing."""
@@ -90,6 +98,33 @@ def new_prior(config: PriorConfig, space: Space, num_classes: int) -> Prior:
         return config.spec.make(config, space, num_classes)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def check_weights(config: PriorConfig, space: Space, device: torch.device) -> None:
+    """Raise UserError if weights, gradients and Adam's moments alone do not fit into memory."""
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in new_prior(config, space, 0).parameters())
+    needed, there = 4 * 4 * count, memory_of(device)
+    if needed > there:
+        names = sorted(name for name in config.spec.reads if "dropout" not in name)
+        sizes = ", ".join(f"--{name} {getattr(config, name)}" for name in names)
+        raise UserError(
+            f"{sizes}: a prior of {space} has {count:,} weights; training takes "
+            f"{needed / 1e9:,.0f} GB for them, {device} has {there / 1e9:,.0f}"
+        )
+
+
+def load_pretrained(prior: Prior, config: PriorConfig, path: Path) -> None:
+    """Load the weights of another prior. Raises UserError if they do not fit."""
+    stored = read_prior(path)
+    without_shape = ("prior", "heads", "unet_head_channels")  # the tensors do not tell these
+    shared = {name: getattr(config, name) for name in without_shape}
+    check_stored(shared, asdict(stored.config), f"--pretrained {path}")
+    try:
+        check_tensors(prior.state_dict(), stored.content.get("model"))
+    except ValueError as error:
+        raise UserError(f"--pretrained {path} is {error}") from error
+    prior.load_state_dict(stored.content["model"])
 
 
 def read_prior(path: Path) -> StoredPrior:
@@ -108,5 +143,5 @@ def read_prior(path: Path) -> StoredPrior:
         space=stored.group("space", config.spec.space),
         first_stage=stored.group("first_stage", FirstStage),
         classes=tuple(classes),
-        label_dropout=stored.group("train_config", PriorTrainConfig).label_dropout,
+        label_dropout=stored.group("train_config", PriorTrainingConfig).label_dropout,
     )

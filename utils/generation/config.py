@@ -11,7 +11,7 @@ from utils.training.config import LoopConfig
 
 
 @dataclass(frozen=True)
-class PriorTrainConfig(LoopConfig):
+class PriorTrainingConfig(LoopConfig):
     """Training of a prior."""
 
     first_stage: str | None = option(
@@ -49,7 +49,7 @@ class PriorTrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label_dropout != PriorTrainConfig.label_dropout and not self.class_conditional:
+        if self.label_dropout != PriorTrainingConfig.label_dropout and not self.class_conditional:
             raise ValueError(f"--label_dropout {self.label_dropout} needs --class_conditional")
 
 

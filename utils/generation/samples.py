@@ -14,11 +14,13 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
-from modules.priors.spec import Noise
+from modules import Autoencoder
+from modules.priors.sampling import Known, Sampling
+from modules.priors.spec import Noise, Prior, PriorSpec
 from utils.distributed import from_first, num_ranks, rank, wait_for_all
 from utils.errors import UserError
 from utils.files import whole_file, write_json
-from utils.images import fitted, to_picture
+from utils.images import fitted, to_bytes, to_picture
 from utils.logger import log, progress
 
 GRID = 100  # images of the grid
@@ -40,6 +42,21 @@ def labels_of(numbers: list[int], label: int | None, num_classes: int) -> Tensor
     if not num_classes:
         return torch.full((len(numbers),), -1)
     return torch.tensor([number % num_classes if label is None else label for number in numbers])
+
+
+@torch.no_grad()
+def draw_images(
+    spec: PriorSpec,
+    first_stage: Autoencoder,
+    how: Sampling,
+    prior: Prior,
+    labels: Tensor,
+    noise: Noise,
+    **known: Known,
+) -> Tensor:
+    """Draw images (b, C, h, w), uint8, of the classes `labels`."""
+    drawn = spec.sample(prior, labels, noise, how, **known)
+    return to_bytes(prior.space.decode(first_stage, drawn))
 
 
 def write_samples(

@@ -1,0 +1,1 @@
+"""Commands of generate.py, one file each: parse, make, run."""
