@@ -16,7 +16,8 @@ from datasets.idx import open_fashion_mnist, open_mnist, open_sample
 from datasets.image_sets import FileImages, ImageSet, Split, joined
 from datasets.lsun import open_lsun
 from datasets.patches import patches_of
-from utils.errors import UserError, one_line, unknown_name
+from modules.options import unknown_name
+from utils.errors import UserError, one_line
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from datasets.config import DataConfig
 from datasets.splits import opener
 from experiments.children import Flags
 from modules import ModelConfig
-from modules.options import option
-from utils.errors import UserError, unknown_name
+from modules.options import option, unknown_name
+from utils.errors import UserError
 from utils.files import writable_folder
 from utils.flags.arguments import build, with_recipe
 from utils.flags.recipes import RECIPES

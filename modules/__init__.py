@@ -6,6 +6,7 @@ NumPy for the plug-in's remap files.
 # ruff: noqa: F401
 
 from .autoencoder import Autoencoder
+from .checkpoint import load_model
 from .config import ModelConfig
 from .discriminator import PatchDiscriminator
 from .quantizers.identity import NoQuantizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import io
 import os
@@ -12,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -30,22 +29,6 @@ class Stopped(Exception):
     def __init__(self, number: signal.Signals, message: str) -> None:
         super().__init__(message)
         self.number = number
-
-
-def unknown_name(flag: str, name: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown name, with the one that it abbreviates or resembles."""
-    known = list(known)
-    short = [one for one in known if len(name.strip("-")) > 1 and abbreviates(name.lower(), one)]
-    nearest = sorted(short, key=len) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(known)}"
-    return f"{flag} {name} is unknown; {hint}"
-
-
-def abbreviates(name: str, known: str) -> bool:
-    """Return whether name is the first letter of known and some of the others, at most half."""
-    rest = iter(known)
-    short = name == known or 2 * len(name) <= len(known)
-    return short and name[:1] == known[:1] and all(letter in rest for letter in name)
 
 
 def one_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import modules
 from modules import VQVAE, ModelConfig
 from tests.conftest import Outcome, refusal
 from utils.checkpoints.checkpoint import (
@@ -156,6 +157,20 @@ def test_one_wrong_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"m\.pt is refused: it is truncated or damaged"):
         load_model(path)
+
+
+def test_the_package_opens_the_same_files(tmp_path: Path) -> None:
+    """looc.load_model is that of modules, which knows no UserError."""
+    path, model = tmp_path / "m.pt", VQVAE(SMALL)
+    with pytest.raises(ValueError, match=r"^checkpoint .*m\.pt does not exist$"):
+        modules.load_model(path)
+    save_checkpoint(path, model, {})
+    loaded, images = modules.load_model(str(path)), torch.rand(1, 3, 8, 8)
+    assert torch.equal(loaded(images)[0], model.eval()(images)[0])
+    assert modules.load_model(GOLDEN / "checkpoint_cvq.pt").config.quantizer == "cvq"
+    torch.save({"format": "looc-1", "prior_config": {}, "first_stage": {"path": "a.pt"}}, path)
+    with pytest.raises(ValueError, match=r"m\.pt is a prior; give its first stage: a\.pt$"):
+        modules.load_model(path)
 
 
 @pytest.mark.parametrize("value", [None, -1, 2**63, 1.5, True, torch.zeros(2)])

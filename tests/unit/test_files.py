@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from modules.options import unknown_name
 from utils.codebook.results import NEW, replacing, swap
-from utils.errors import UserError, one_line, unknown_name
+from utils.errors import UserError, one_line
 from utils.files import inside, whole_file, whole_folder, writable_folder, write_json
 from utils.images import (
     comparison,

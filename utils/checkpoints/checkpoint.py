@@ -1,8 +1,7 @@
-"""Checkpoints from which a model is rebuilt without further flags."""
+"""Checkpoints of all tasks: written, opened and found by name."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import SequenceMatcher
@@ -11,16 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from modules import Autoencoder, ModelConfig, make_model
-from modules.config import implied_flags
-from modules.vqgan import default_groups
-from utils.checkpoints.translate import StateDict, describe, from_reference
+from modules import Autoencoder, ModelConfig
+from modules.checkpoint import FORMAT, model_content, read_model, rebuild, stored_flags
+from modules.reference import StateDict
 from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
 from utils.files import check_unicode, whole_file
-from utils.flags.arguments import check_stored, value_problem
+from utils.flags.arguments import check_stored
 
-FORMAT = "looc-1"
 LARGEST_COUNT = 10**12
 USUAL = ("best.pt", "last.pt")
 SHOWN = 8  # checkpoints in a message
@@ -35,26 +32,11 @@ class Stored:
     content: Mapping[str, Any]
 
     def group(self, name: str, group: type[Group]) -> Group:
-        """Return the dataclass of flags stored under this name, each value checked like a flag.
-
-        A flag that is newer than the checkpoint gets its default.
-        """
-        values = self.content.get(name)
-        if not isinstance(values, Mapping):
-            kind = group.__name__
-            raise UserError(f"checkpoint {self.path} does not hold the flags of its {kind}")
-        flags = {}
+        """Return the dataclass of flags stored under this name, as `stored_flags` does."""
         try:
-            for item in fields(group):  # type: ignore[arg-type]
-                flags[item.name] = values.get(item.name, item.default)
-                problem = value_problem(item, flags[item.name])
-                if problem:
-                    raise ValueError(f"{item.name}: {problem}")
-            if flags.get("model") == "vqgan" and "norm_groups" not in values:
-                flags["norm_groups"] = earlier_groups(flags["hidden_size"])
-            return group(**flags)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"checkpoint {self.path} is damaged: {one_line(error)}") from error
+            return stored_flags(self.content, name, group)
+        except ValueError as error:
+            raise UserError(f"checkpoint {self.path} {one_line(error)}") from error
 
     def count(self, name: str) -> int:
         """Return the number of steps, epochs or images stored under this name."""
@@ -73,9 +55,7 @@ class Checkpoint(Stored):
 
     def model(self) -> Autoencoder:
         """Make the model, in evaluation mode, on the CPU."""
-        model = make_model(self.model_config)
-        model.load_state_dict(self.state_dict)
-        return model.eval()
+        return rebuild(self.model_config, self.state_dict)
 
 
 def load_model(path: str | Path) -> Autoencoder:
@@ -90,11 +70,6 @@ def load_model(path: str | Path) -> Autoencoder:
 def save_checkpoint(path: Path, model: Autoencoder, content: Mapping[str, Any]) -> None:
     """Write the model and `content` (tensors and plain Python values) atomically."""
     write_checkpoint(path, {**model_content(model), **content})
-
-
-def model_content(model: Autoencoder) -> dict[str, Any]:
-    """Return the entries of a checkpoint from which the model is rebuilt."""
-    return {"model_config": asdict(model.config), "model": model.state_dict()}
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
@@ -132,37 +107,12 @@ def open_checkpoint(path: Path, content: Mapping[Any, Any], flags: Mapping[str, 
     """Open a checkpoint that has been read, as `read_checkpoint` does."""
     names = {item.name for item in fields(ModelConfig)}
     flags = {name: value for name, value in flags.items() if name in names}
-    if "prior_config" in content:
-        stage = content.get("first_stage")
-        where = f": {stage['path']}" if isinstance(stage, Mapping) and "path" in stage else ""
-        raise UserError(f"checkpoint {path} is a prior; give its first stage{where}")
-    if content.get("format") == FORMAT:
-        known = asdict(Stored(path, content).group("model_config", ModelConfig))
-        state_dict: Any = content.get("model")
-    else:
-        try:
-            state_dict, known = from_reference(content)
-        except ValueError as error:
-            raise UserError(f"checkpoint {path} {error}") from error
-        flags = {**implied_flags({**flags, **known}), **flags}
-        content = {}
-    check_stored(flags, known, path)
     try:
-        config = ModelConfig(**{**flags, **known})
-        config.need_libraries()
+        config, state_dict = read_model(path, content, flags)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    if not content:
-        # The reference does not store every buffer; the others start anew.
-        fresh = config.spec.make(config).named_buffers(prefix="quantizer")
-        state_dict = {**dict(fresh), **state_dict}
-    try:
-        with torch.device("meta"):
-            check_tensors(make_model(config).state_dict(), state_dict)
-        check_averages(state_dict)
-    except ValueError as error:
-        raise UserError(f"checkpoint {path} is {error}") from error
-    return Checkpoint(path, content, config, state_dict)
+        raise UserError(one_line(error)) from error
+    check_stored(flags, asdict(config), path)
+    return Checkpoint(path, content if content.get("format") == FORMAT else {}, config, state_dict)
 
 
 def read_named(output_folder: str, name: str | None, flags: Mapping[str, Any]) -> Checkpoint:
@@ -210,35 +160,3 @@ def results_name(path: Path, output_folder: str) -> str:
     if not path.is_relative_to(models) or ".." in path.parts:
         path, models = path.resolve(), models.resolve()
     return str(path.relative_to(models if path.is_relative_to(models) else path.anchor))
-
-
-def earlier_groups(width: int) -> int | None:
-    """Return --norm_groups of a VQGAN that was saved before this flag existed."""
-    groups = math.gcd(32, width)
-    return None if groups == default_groups(width) else groups
-
-
-def check_tensors(expected: StateDict, given: Any) -> None:
-    """Raise ValueError naming the first tensor that is missing, misshapen or not finite."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"damaged: a {type(given).__name__} where weights are expected")
-    for key in [*expected, *given]:
-        value = given.get(key)
-        ours, theirs = describe(expected.get(key)), describe(value)
-        if ours != theirs or value is None:
-            raise ValueError(
-                f"of another architecture: {key} is {theirs} where the model has {ours}"
-            )
-        if value.device.type != "cpu" or not value.isfinite().all():
-            raise ValueError(f"damaged: {key} is not finite")
-
-
-def check_averages(given: StateDict) -> None:
-    """Raise ValueError for impossible counts or averages of the quantiser."""
-    for name in ("usage", "ema_count", "latent_variance", "latent_steps", "pool_size"):
-        value = given.get(f"quantizer.{name}")
-        if value is not None and (value < 0).any():
-            raise ValueError(f"damaged: quantizer.{name} is negative")
-    pool = given.get("quantizer.pool")
-    if pool is not None and given["quantizer.pool_size"] > len(pool):
-        raise ValueError("damaged: quantizer.pool_size is more than quantizer.pool holds")

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from modules import Autoencoder, ModelConfig
+from modules.checkpoint import FORMAT, check_tensors
 from modules.quantizers.registry import QUANTIZER_FLAGS
 from utils.checkpoints import translate
-from utils.checkpoints.checkpoint import FORMAT, check_tensors, open_checkpoint
+from utils.checkpoints.checkpoint import open_checkpoint
 from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
 from utils.flags.arguments import check_stored

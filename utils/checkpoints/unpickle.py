@@ -1,79 +1,18 @@
-"""Safe opening of files of weights."""
+"""Safe opening of files of weights, for the scripts."""
 
 from __future__ import annotations
 
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-
-from utils.errors import UserError, one_line
-from utils.packages import need
-
-
-class Inert:
-    """Stand-in for an object that is ignored; accepts any content and drops it."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
+from modules import weights
+from utils.errors import UserError
 
 
 def read_weights(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Mapping[Any, Any]:
-    """Read the dictionary in a file of torch.save or safetensors, without executing anything.
-
-    Objects whose name begins with an entry of `inert` become Inert. Raises UserError, beginning
-    with the subject, if the file cannot be read, is damaged, or contains any other object that
-    PyTorch does not consider safe.
-    """
-    if not path.is_file():
-        raise UserError(f"{subject} {'is no file' if path.exists() else 'does not exist'}")
+    """Read a file of weights as modules.weights does; raise UserError where that is refused."""
     try:
-        with path.open("rb"):
-            pass  # later errors of the system may be due to damaged content
-    except OSError as error:
-        raise UserError(f"{subject} cannot be read: {error.strerror or one_line(error)}") from error
-    if path.suffix == ".safetensors":
-        need("safetensors.torch", subject)
-    try:
-        content = read(path, inert)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise errors of many types
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            code = f"code when opened ({named[1]})" if named else "code when opened"
-            reason = f"it would execute {code}, or is not a checkpoint"
-        else:
-            reason = f"it is truncated or damaged ({type(error).__name__})"
-        raise UserError(f"{subject} is refused: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{subject} holds a {type(content).__name__}, not a state dict")
-    return content
-
-
-def read(path: Path, inert: tuple[str, ...]) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    ignored: list[Any] = []
-    mapped = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if zipfile.is_zipfile(path):  # files of old versions of PyTorch are not
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:  # PyTorch does not verify checksums
-                    raise zipfile.BadZipFile
-                entries = archive.infolist()
-            # Processes that read one file share its pages in memory.
-            mapped = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            names = get_unsafe_globals_in_checkpoint(str(path)) if inert else []
-            ignored = [(Inert, name) for name in names if name.startswith(inert)]
-        with safe_globals(ignored):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return weights.read_weights(subject, path, inert)
+    except ValueError as error:
+        raise UserError(str(error)) from error

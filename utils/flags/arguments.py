@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from modules.config import ModelConfig, implied_flags
+from modules.options import out_of_range, unknown_name
 from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
-from utils.errors import UserError, printable, unknown_name
+from utils.errors import UserError, printable
 from utils.flags.presets import preset_flags
 from utils.flags.recipes import RECIPES
 
@@ -163,32 +163,6 @@ def convert(item: Field[Any], text: str) -> Any:
     if problem:
         raise argparse.ArgumentTypeError(problem)
     return value
-
-
-def out_of_range(value: Any, metadata: Mapping[str, Any]) -> str | None:
-    """Return the problem of a value of an option, or None."""
-    if metadata["choices"] is not None and value not in metadata["choices"]:
-        return unknown_name("choice", value, metadata["choices"])
-    if isinstance(value, (int, float)):
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{value} is not a finite number"
-        if value < metadata["minimum"]:
-            return f"{value} is less than {metadata['minimum']}"
-        if value <= metadata["above"]:
-            return f"{value} is not greater than {metadata['above']}"
-        if value > metadata["maximum"]:
-            return f"{value} is greater than {metadata['maximum']}"
-    return None
-
-
-def value_problem(item: Field[Any], value: Any) -> str | None:
-    """Return the problem of a value of any type for a field, or None."""
-    kind, given = str(item.type), type(value).__name__
-    if value is None and "None" in kind:
-        return None
-    if given not in kind and not (given == "int" and "float" in kind):
-        return f"a {given} where {kind} is expected"
-    return out_of_range(value, item.metadata)
 
 
 def contradictions(

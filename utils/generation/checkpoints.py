@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from modules import Autoencoder
+from modules.checkpoint import check_tensors
 from modules.options import option
 from modules.priors.config import PriorConfig
 from modules.priors.spaces import Space
@@ -16,7 +17,6 @@ from modules.priors.spec import Prior
 from utils.checkpoints.checkpoint import (
     Checkpoint,
     Stored,
-    check_tensors,
     find_checkpoint,
     read_checkpoint,
     read_stored,

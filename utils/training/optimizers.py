@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints.checkpoint import describe
+from modules.reference import describe
 
 
 def make_adam(

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from modules import VQGAN, Autoencoder, ModelConfig
+from modules.checkpoint import model_content
 from modules.quantizers.looc.ranks import num_ranks, sum_over_ranks
 from modules.quantizers.looc.usage import count_indices
 from modules.quantizers.registry import QUANTIZERS
-from utils.checkpoints.checkpoint import Checkpoint, model_content, read_checkpoint
+from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from utils.codebook.plots import draw_all
 from utils.codebook.statistics import CodebookStatistics, in_words, numbered, use_of
 from utils.errors import UserError, memory_for, one_line, out_of_memory

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from modules.checkpoint import check_tensors
 from modules.quantizers.looc.ranks import sum_over_ranks
-from utils.checkpoints.checkpoint import Stored, check_tensors, read_stored
+from utils.checkpoints.checkpoint import Stored, read_stored
 from utils.training.config import LoopConfig
 from utils.training.optimizers import make_adam
 

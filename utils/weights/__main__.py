@@ -5,7 +5,8 @@ It prints the metric if the weights of its default network are there.
 
 import sys
 
-from utils.errors import UserError, run, unknown_name
+from modules.options import unknown_name
+from utils.errors import UserError, run
 from utils.weights.registry import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
 
 

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modules import VQGAN, Autoencoder, LooCQuantizer, ModelConfig
-from modules.options import option
+from modules.options import option, value_problem
 from modules.vqgan import num_groups
 from utils.checkpoints.digest import tensors_digest
 from utils.codebook.codes.coder import LARGEST_TABLES
 from utils.errors import UserError
-from utils.flags.arguments import value_problem
 
 CHUNK_CODES = 2**22  # codes of a chunk; a chunk is never less than a batch
 LARGEST_CHUNK = 2**27  # codes

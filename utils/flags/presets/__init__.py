@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from modules.config import ModelConfig
+from modules.options import unknown_name
 from modules.quantizers.registry import QUANTIZER_FLAGS, QUANTIZERS
-from utils.errors import UserError, one_line, unknown_name
+from utils.errors import UserError, one_line
 
 FOLDER = Path(__file__).parent
 NOT_FLAGS = re.compile(  # comments and backslashes before the end of a line, outside quotes

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules import VQGAN, PatchDiscriminator
+from modules.checkpoint import check_tensors
 from modules.options import option
-from utils.checkpoints.checkpoint import check_tensors
 from utils.errors import UserError
 from utils.flags.arguments import build
 from utils.training.losses.loss import Loss, Seen, Setting
