@@ -26,7 +26,7 @@ from utils.devices import keep_freed_memory, resolve_device, seed_everything
 from utils.errors import run
 from utils.files import writable_folder
 from utils.flags.arguments import Parser, build, build_model_config, parse_flags, resolve
-from utils.flags.presets import PRESETS
+from utils.flags.presets import NETWORK_PRESETS
 from utils.images import to_signed
 from utils.tables import Table, machine, machine_line, write_page
 from utils.training.config import PRECISIONS, TrainConfig
@@ -47,7 +47,7 @@ def main() -> None:
         sys.stdout.write(json.dumps(measure(int(sys.argv[2]), sys.argv[3:])) + "\n")
         return
     parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="photos-64")
+    parser.add_argument("--preset", choices=NETWORK_PRESETS, default="photos-64")
     parser.add_argument("--batch_size", type=int, default=None, help="(default: the preset's)")
     parser.add_argument("--steps", type=int, default=5, help="steps to time (default: 5)")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")

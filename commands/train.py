@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from datasets import ImageSet, Labels
+from datasets import ImageSet, Labels, evenly_spread
 from datasets.codes import CodeLoader, StoredCodes
 from datasets.config import DataConfig
 from datasets.splits import check_fit, check_images, data_flags, names_stored, open_training
@@ -55,7 +55,10 @@ def main() -> None:
     checkpoint = read_checkpoint(path)
     data = data_of(checkpoint, flags)
     with first_goes_ahead():
-        images = open_training(data, "split")
+        training, validation = open_training(data, "split")
+    if config.num_validation is not None:
+        validation = evenly_spread(validation, config.num_validation)
+    images = training, validation
     check_fit(checkpoint, data, images[0])
     first_stage = checkpoint.model().to(device)
     try:

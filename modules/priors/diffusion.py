@@ -117,6 +117,7 @@ def unet_settings(config: PriorConfig, space: LatentSpace, num_classes: int) -> 
     attention = parse_numbers(config.unet_attention)
     attentive = [2**level in attention for level in range(len(multipliers))]
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+    groups = default_groups(config.unet_channels)
     down, up = plain if config.unet_adm else ("DownBlock2D", "UpBlock2D")
     resample = "resnet" if config.unet_adm else "conv"
     return {
@@ -128,7 +129,8 @@ def unet_settings(config: PriorConfig, space: LatentSpace, num_classes: int) -> 
         "down_block_types": ["AttnDownBlock2D" if each else down for each in attentive],
         "up_block_types": ["AttnUpBlock2D" if each else up for each in attentive[::-1]],
         "attention_head_dim": config.unet_head_channels,
-        "norm_num_groups": default_groups(config.unet_channels),
+        "norm_num_groups": groups,
+        "attn_norm_num_groups": groups,  # else --unet_adm has no norm in the middle
         "downsample_type": resample,
         "upsample_type": resample,
         "resnet_time_scale_shift": "scale_shift" if config.unet_adm else "default",

@@ -26,7 +26,7 @@ from utils.checkpoints.checkpoint import load_model, read_checkpoint, save_check
 from utils.devices import seed_everything
 from utils.errors import Stopped, UserError
 from utils.flags.arguments import build_model_config, resolve
-from utils.flags.presets import PRESETS
+from utils.flags.presets import NETWORK_PRESETS
 from utils.images import to_bytes
 from utils.training.config import TrainConfig
 from utils.training.losses import (
@@ -620,7 +620,7 @@ PRESET_CODES = {  # per image
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", NETWORK_PRESETS)
 def test_presets_are_whole(name: str) -> None:
     """Every preset is a model that can be built, with flags that suit its images."""
     groups = runpy.run_path(str(ROOT / "main.py"), run_name="main")["GROUPS"]

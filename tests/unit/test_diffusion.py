@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from commands import train
+from datasets.config import DataConfig
+from modules import ModelConfig, make_model
 from modules.priors.config import PriorConfig
 from modules.priors.sampling import Sampling
 from modules.priors.spaces import LatentSpace
+from utils.flags.arguments import build, build_model_config, with_preset, with_recipe
+from utils.flags.presets import PRIOR_PRESETS
+from utils.generation.config import PriorTrainingConfig
+from utils.training.config import TrainConfig
+from utils.training.losses import loss_configs
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -116,6 +125,30 @@ def test_a_prior_that_has_seen_one_image_reproduces_it(sampler: str) -> None:
         optimizer.step()
     found = sample(model, torch.full((2,), -1), sampler=sampler, sampling_steps=20)
     assert (found - image).abs().mean() < 0.2
+
+
+PUBLISHED = {  # preset → weights of the UNet of latent-diffusion by channels of its latents
+    # The number of channels matters for the first and the last convolution alone.
+    "ldm-lsun-bedroom": {3: 274_056_163, 4: 274_060_196},
+    "ldm-lsun-church": {3: 294_963_459, 4: 294_966_916},
+}
+
+
+@pytest.mark.parametrize("name", PRIOR_PRESETS)
+def test_presets_have_as_many_weights_as_published(name: str) -> None:
+    flags = with_preset({"preset": name}, *train.GROUPS)
+    config = build(PriorConfig, flags)
+    assert build(PriorTrainingConfig, flags).num_validation == 10_000
+    network = with_recipe(with_preset({"preset": "lsun-256"}, ModelConfig, DataConfig, TrainConfig,
+                                      *loss_configs()))  # fmt: skip
+    assert flags["image_size"] == network["image_size"]
+    with torch.device("meta"):
+        first_stage = make_model(build_model_config(network, 3))
+        space = LatentSpace.of(first_stage, flags["image_size"])
+        assert space == LatentSpace(3, 64, 64)
+        for channels, expected in PUBLISHED[name].items():
+            prior = config.spec.make(config, replace(space, channels=channels), 0)
+            assert sum(weight.numel() for weight in prior.parameters()) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from modules.options import option
 from modules.priors.diffusion import NUM_LEVELS, SAMPLERS
-from utils.flags.presets import PRESETS
+from utils.flags.presets import PRIOR_PRESETS
 from utils.training.config import LoopConfig
 
 
@@ -43,7 +43,7 @@ class PriorTrainingConfig(LoopConfig):
     )
     preset: str | None = option(
         None,
-        f"file of flags, or the name of one in the repository ({', '.join(PRESETS)}); "
+        f"file of flags, or the name of one in the repository ({', '.join(PRIOR_PRESETS)}); "
         "flags that you give override it",
     )
 

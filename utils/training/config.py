@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from modules.options import option
-from utils.flags.presets import PRESETS
+from utils.flags.presets import NETWORK_PRESETS
 from utils.flags.recipes import RECIPES
 
 NUM_EPOCHS = 500
@@ -90,6 +90,9 @@ class LoopConfig:
         minimum=1,
         maximum=10**12,
     )
+    num_validation: int | None = option(
+        None, "at most this many validation images, evenly spread (default: all)", minimum=1
+    )
     save_every: str = option(
         "10m", "write last.pt every so many steps (500) or minutes (10m), and with every validation"
     )
@@ -139,7 +142,7 @@ class TrainConfig(LoopConfig):
     )
     preset: str | None = option(
         None,
-        f"file of flags, or the name of one in the repository ({', '.join(PRESETS)}); "
+        f"file of flags, or the name of one in the repository ({', '.join(NETWORK_PRESETS)}); "
         "flags that you give override it",
     )
     pretrained: str | None = option(
@@ -156,9 +159,6 @@ class TrainConfig(LoopConfig):
         "images that choose best.pt: a tenth of the training set (split), or the test set, as the "
         "reference does",
         choices=("split", "test"),
-    )
-    num_validation: int | None = option(
-        None, "at most this many validation images, evenly spread (default: all)", minimum=1
     )
     compile: bool = option(False, "compile encoder and decoder (torch.compile)")
     channels_last: bool = option(False, "store images and weights channels last")

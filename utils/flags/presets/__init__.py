@@ -23,6 +23,8 @@ NOT_FLAGS = re.compile(  # comments and backslashes before the end of a line, ou
     r"""(?P<quoted>"[^"]*"|'[^']*')|(?<!\S)(\#.*|\\$)""", re.MULTILINE
 )
 PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.txt")))
+PRIOR_PRESETS = tuple(name for name in PRESETS if name.startswith("ldm-"))  # of generate.py
+NETWORK_PRESETS = tuple(name for name in PRESETS if name not in PRIOR_PRESETS)  # of main.py
 
 
 def preset_flags(name: str, quantizer: str | None, parse: Callable[..., Any]) -> dict[str, Any]:
