@@ -90,19 +90,16 @@ def main() -> None:
 
 def check_flags(config: SampleConfig, prior: StoredPrior) -> None:
     """Raise UserError where flags ask for what the prior does not have."""
-    classes, edit = len(prior.classes), f"--{config.edit}"
-    have = f"has the classes 0 to {classes - 1}" if classes else "has no classes"
-    if config.label is not None and config.label >= classes:
-        raise UserError(f"--label {config.label}: {prior.path} {have}")
-    if not prior.knows_no_class:
-        have = "models images given their class (--label_dropout 0)"
-    if config.guidance != 1 and not (classes and prior.knows_no_class):
-        raise UserError(f"--guidance {config.guidance}: {prior.path} {have}")
-    if config.edit is not None and config.label is None:
-        if config.guidance != 1:
-            raise UserError(f"--guidance {config.guidance} needs --label with {edit}")
+    edit = f"--{config.edit}" if config.edit else None
+    if config.guidance != 1:
+        given = f"--guidance {config.guidance}"
+        if not prior.classes:
+            raise UserError(f"{given}: {prior.path} has no classes")
         if not prior.knows_no_class:
-            raise UserError(f"{edit} needs --label: {prior.path} {have}")
+            raise UserError(f"{given}: {prior.path} was trained with --label_dropout 0")
+        if edit and config.label is None:
+            raise UserError(f"{given} needs --label with {edit}")
+    prior.check_label(config.label, edit)
     for item in fields(Sampling):
         value = getattr(config, item.name)
         if item.name not in prior.config.spec.draws and value != item.default:

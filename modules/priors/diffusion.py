@@ -49,6 +49,7 @@ class LatentDiffusion(Prior):
     Raises ValueError if diffusers cannot be imported.
     """
 
+    space: LatentSpace
     mean: Tensor
     std: Tensor
 

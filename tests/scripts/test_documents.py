@@ -222,7 +222,9 @@ def test_every_flag_named_exists(script: Script) -> None:
     programs = ("compare", "ablations", "photos", "samples")
     own = (*SCRIPTS, *(f"experiments/{name}.py" for name in programs))
     texts = [script(name, "--help").out for name in own]
-    texts += [script("generate.py", command, "--help").out for command in ("train", "sample")]
+    texts += [
+        script("generate.py", command, "--help").out for command in ("train", "sample", "export")
+    ]
     texts += [path.read_text() for path in (ROOT / "benchmarks").glob("*.py")]
     known = set(re.findall(r"--\w[\w-]*", " ".join(texts)))
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
@@ -253,7 +255,7 @@ def test_every_name_exists() -> None:
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     code = "\n".join(path.read_text() for path in [*paths, *map(ROOT.joinpath, SCRIPTS)])
     others = {"VQModelInterface", "LitEma", "from_pretrained", "decode_first_stage", "predict_cids"}
-    others |= {"decode_code", "decode_from_ids", "decode_tokens"}
+    others |= {"decode_code", "decode_from_ids", "decode_tokens", "trust_remote_code"}
     for path in (ROOT / "tests").rglob("test_*.py"):
         others |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.M))
     for page in PAGES:

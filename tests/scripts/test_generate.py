@@ -289,7 +289,7 @@ def test_one_line_for_what_cannot_be_done(script: Script, stage: Path) -> None:
         assert "Traceback" not in outcome.err
         return outcome.err.strip().splitlines()[-1]
 
-    assert "give train or sample first, not ''" in refused("generate.py")
+    assert "give train, sample or export first, not ''" in refused("generate.py")
     assert "not 'draw'" in refused("generate.py", "draw")
     assert "--first_stage is missing" in refused("generate.py", "train")
     assert "other/best.pt does not exist" in refused(*TRAIN, "--first_stage", "other/best.pt")

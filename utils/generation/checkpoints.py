@@ -57,6 +57,16 @@ class StoredPrior(Stored):
         """Return whether it models images without their class, as label −1 asks for."""
         return not self.classes or self.label_dropout > 0
 
+    def check_label(self, label: int | None, user: str | None) -> None:
+        """Raise UserError if there is no such class, or none where `user`, if any, needs one."""
+        classes = len(self.classes)
+        if label is not None and label >= classes:
+            have = f"has the classes 0 to {classes - 1}" if classes else "has no classes"
+            raise UserError(f"--label {label}: {self.path} {have}")
+        if user is not None and label is None and not self.knows_no_class:
+            have = "models images given their class (--label_dropout 0)"
+            raise UserError(f"{user} needs --label: {self.path} {have}")
+
     def model(self) -> Prior:
         """Make the prior, in evaluation mode, on the CPU. Raises UserError if damaged."""
         make = partial(new_prior, self.config, self.space, len(self.classes))
