@@ -18,7 +18,7 @@ from datasets.sampling import choose, draws, generator_of, permutation
 from modules import Autoencoder
 from modules.priors.spaces import CodeSpace, Space
 from utils.checkpoints.digest import model_digest
-from utils.distributed import num_ranks, rank, wait_for_all
+from utils.distributed import left_together, num_ranks, rank
 from utils.errors import UserError, one_line
 from utils.files import whole_file
 from utils.images import to_signed
@@ -81,15 +81,13 @@ class StoredCodes:
         """
         folder = self.folder / self.key()
         numbers = range(-(-len(self) // SHARD))
-        with locked(folder, "--output_folder"):
-            wait_for_all()
+        with locked(folder, "--output_folder"), left_together():
             for number in numbers[rank() :: num_ranks()]:
                 path = folder / f"{number:05d}.npy"
                 if not path.exists():
                     codes = np.concatenate(list(self.encode(number)))
                     with whole_file(path) as temporary, temporary.open("w+b") as file:
                         np.save(file, codes)  # its errors have no reason with "wb"
-            wait_for_all()
         self.shards = [self.open(folder / f"{number:05d}.npy", number) for number in numbers]
 
     def key(self) -> str:

@@ -164,14 +164,23 @@ def first_goes_ahead() -> Iterator[None]:
     dist.destroy_process_group(patient)
 
 
-def wait_for_all() -> None:
-    """Wait until all processes are here."""
-    sum_numbers(0)
+@contextmanager
+def left_together() -> Iterator[None]:
+    """Run a block in all processes, which leave it when the last one has finished.
+
+    This may take hours too.
+    """
+    if num_ranks() == 1:
+        yield
+        return
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    yield
+    dist.barrier(patient)
+    dist.destroy_process_group(patient)
 
 
 @contextmanager
 def shared_folder(path: Path) -> Iterator[Path]:
     """Yield a `whole_folder` to all processes, which share the file system."""
-    with whole_folder(path) if rank() == 0 else nullcontext(path) as folder:
+    with whole_folder(path) if rank() == 0 else nullcontext(path) as folder, left_together():
         yield from_first(lambda: folder)
-        wait_for_all()

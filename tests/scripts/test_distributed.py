@@ -30,7 +30,7 @@ from tests.conftest import HANGS, ROOT, run_process
 from tests.processes import context, run_forked, run_ranks
 from utils.checkpoints.checkpoint import read_stored
 from utils.devices import seed_everything
-from utils.distributed import first_goes_ahead, rank, seed_rank, start_ranks
+from utils.distributed import first_goes_ahead, left_together, rank, seed_rank, start_ranks
 from utils.flags.recipes import RECIPES
 from utils.training.config import TrainConfig
 from utils.training.losses import (
@@ -432,9 +432,14 @@ def wait_long(rank: int, folder: Path) -> None:
             time.sleep(2.5)
             (folder / "unpacked").touch()
         assert (folder / "unpacked").exists()
+    with left_together():
+        if rank == 1:
+            time.sleep(2.5)
+            (folder / "encoded").touch()
+    assert (folder / "encoded").exists()
 
 
-def test_others_wait_as_long_as_the_first_unpacks(tmp_path: Path) -> None:
+def test_processes_wait_for_one_another_for_long(tmp_path: Path) -> None:
     """Longer than the process group's timeout."""
     processes = [context.Process(target=wait_long, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:

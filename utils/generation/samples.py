@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from torchvision.utils import make_grid
 from modules import Autoencoder
 from modules.priors.sampling import Known, Sampling
 from modules.priors.spec import Noise, Prior, PriorSpec
-from utils.distributed import from_first, num_ranks, rank, wait_for_all
+from utils.distributed import from_first, left_together, num_ranks, rank
 from utils.errors import UserError
 from utils.files import whole_file, write_json
 from utils.images import fitted, to_bytes, to_picture
 from utils.logger import log, progress
 
 GRID = 100  # images of the grid
+WRITERS = 8  # threads, as each one waits for the disk
 GRID_NAME, SETTINGS = "grid.png", "samples.json"
+SAMPLES = 8 * "[0-9]" + ".png"  # pattern of their names
 
 
 def noise_of(seed: int, numbers: list[int]) -> Noise:
@@ -74,14 +77,17 @@ def write_samples(
     Raises UserError if the folder holds samples of other settings.
     """
     missing = from_first(lambda: missing_samples(folder, settings, num_samples))
-    with progress(len(missing), "image", disable=rank() > 0 or not missing) as bar:
+
+    def write(number: int, image: Tensor) -> None:
+        with whole_file(folder / name_of(number)) as temporary:
+            to_picture(image).save(temporary, format="PNG", compress_level=1)
+
+    bar = progress(len(missing), "image", disable=rank() > 0 or not missing)
+    with left_together(), bar, ThreadPoolExecutor(WRITERS) as pool:
         for start in range(rank() * batch_size, len(missing), batch_size * num_ranks()):
             numbers = missing[start : start + batch_size]
-            for number, image in zip(numbers, draw(numbers)):
-                with whole_file(folder / name_of(number)) as temporary:
-                    to_picture(image).save(temporary, format="PNG", compress_level=1)
+            list(pool.map(write, numbers, draw(numbers)))
             bar.update(min(batch_size * num_ranks(), len(missing) - bar.n))
-    wait_for_all()
     if rank() == 0:
         save_grid(folder, min(num_samples, GRID), arrange)
 
@@ -93,7 +99,7 @@ def name_of(number: int) -> str:
 def missing_samples(folder: Path, settings: Mapping[str, Any], num_samples: int) -> list[int]:
     """Numbers of the samples that are not in the folder, whose settings are written first."""
     record = folder / SETTINGS
-    present = {path.name for path in folder.glob("*.png") if path.stem.isdigit()}
+    present = {path.name for path in folder.glob(SAMPLES)}
     if record.exists():
         check_settings(record, settings)
     elif present:
@@ -126,9 +132,8 @@ def check_settings(record: Path, settings: Mapping[str, Any]) -> None:
 
 def remove_samples(folder: Path) -> None:
     """Remove the samples of a folder, its grid, its settings and its report."""
-    for path in folder.glob("*.png"):
-        if path.stem.isdigit():
-            path.unlink(missing_ok=True)
+    for path in folder.glob(SAMPLES):
+        path.unlink(missing_ok=True)
     for name in (GRID_NAME, SETTINGS, "report.html"):
         (folder / name).unlink(missing_ok=True)
 

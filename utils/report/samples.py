@@ -15,7 +15,7 @@ from utils.evaluation.schema import parse
 from utils.files import whole_file
 from utils.flags.command import Command
 from utils.generation.checkpoints import StoredPrior
-from utils.generation.samples import GRID_NAME
+from utils.generation.samples import GRID_NAME, SAMPLES
 from utils.images import fitted
 from utils.report.files import finite, read_curves
 from utils.report.markup import Missing, command, document, figure, origin, shown, table, text
@@ -46,7 +46,7 @@ def write_samples_report(
 ) -> Path:
     """Write report.html into a folder of samples and return its path."""
     edited = "images" in settings
-    count = sum(path.stem.isdigit() for path in folder.glob("*.png"))
+    count = sum(1 for _ in folder.glob(SAMPLES))
     verb = "edited by" if edited else "drawn from"
     lead = f"{count:,} images {verb} the {prior.config.prior} prior {prior.path}."
 
