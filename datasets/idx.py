@@ -64,7 +64,8 @@ def open_sample(_folder: Path, split: Split, _image_size: int) -> ImageSet:
         raise UserError(
             f"{path} is damaged: its sha256 is {digest[:12]}…, not {SAMPLE_SHA256[split][:12]}…"
         )
-    return TensorImages(parse_idx(content, path), partial(read_labels, path, "FashionMNIST"))
+    images = parse_idx(content, path)
+    return TensorImages(images, partial(read_labels, path, "FashionMNIST", len(images)))
 
 
 def open_idx(
@@ -84,7 +85,7 @@ def open_idx(
         if path is None:
             raise UserError(f"{missing}, not even after the download")
     images = parse_idx(path.read_bytes(), path)
-    return TensorImages(images, partial(read_labels, path, torchvision_class))
+    return TensorImages(images, partial(read_labels, path, torchvision_class, len(images)))
 
 
 def find_idx(places: Sequence[Path], split: Split) -> Path | None:
@@ -93,8 +94,8 @@ def find_idx(places: Sequence[Path], split: Split) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def read_labels(images: Path, torchvision_class: str) -> Labels:
-    """Read the file of labels beside the images'. Raises UserError if missing or damaged."""
+def read_labels(images: Path, torchvision_class: str, num_images: int) -> Labels:
+    """Read the file of labels beside the images'. Raises UserError if it does not fit them."""
     import torchvision
 
     name = images.name.removesuffix(".gz").replace("images-idx3", "labels-idx1")
@@ -103,6 +104,8 @@ def read_labels(images: Path, torchvision_class: str) -> Labels:
     if path is None:
         raise UserError(f"{paths[0]} (or .gz), the labels of {images.name}, does not exist")
     numbers = parse_idx(path.read_bytes(), path, LABELS)
+    if len(numbers) != num_images:
+        raise UserError(f"{path} has {len(numbers)} labels, {images.name} {num_images} images")
     names = tuple(getattr(torchvision.datasets, torchvision_class).classes)
     if len(numbers) and int(numbers.max()) >= len(names):
         raise UserError(f"{path} holds label {int(numbers.max())}, there are {len(names)} classes")

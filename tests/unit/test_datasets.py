@@ -354,14 +354,15 @@ def numbers_of(split: Split) -> Tensor:
         (label_bytes([1, 2])[:-1], "damaged: 9 bytes instead of 10"),
         (struct.pack(">4I", 0x803, 1, 28, 28), "not an idx file of labels"),
         (b"", "is damaged"),
+        (label_bytes([1, 2]), "has 2 labels, train-images-idx3-ubyte 3 images"),
     ],
 )
 def test_damaged_labels(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / LABELS.removesuffix(".gz")
     path.write_bytes(content)
     images = tmp_path / idx.FILES["train"]
-    assert words in refusal(lambda: idx.read_labels(images, "FashionMNIST"))
-    assert str(path) in refusal(lambda: idx.read_labels(images, "FashionMNIST"))
+    assert words in refusal(lambda: idx.read_labels(images, "FashionMNIST", 3))
+    assert str(path) in refusal(lambda: idx.read_labels(images, "FashionMNIST", 3))
 
 
 def test_folders_are_classes(tmp_path: Path) -> None:
