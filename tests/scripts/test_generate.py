@@ -343,6 +343,17 @@ def test_the_settings_lie_beside_the_samples(script: Script, stage: Path) -> Non
     for damage in ("[]", "[" * 100_000, "x", "\0"):
         record.write_text(damage)
         assert "is damaged; --overwrite" in script(*SAMPLE, "--num_samples", "1").err
+    assert script(*SAMPLE, "--num_samples", "2", "--overwrite").code == 0
+    picture = record.with_name("00000001.png")
+    Image.new("L", (5, 5)).save(picture)
+    differs = script(*SAMPLE, "--num_samples", "2")
+    assert differs.code == 2
+    assert "00000001.png cannot be decoded: it differs from 00000000.png in size" in differs.err
+    picture.write_bytes(b"")
+    damaged = script(*SAMPLE, "--num_samples", "2")
+    assert "00000001.png cannot be decoded: it is empty, damaged or none" in damaged.err
+    picture.unlink()
+    assert script(*SAMPLE, "--num_samples", "2").code == 0
     record.unlink()
     assert "holds pictures without samples.json" in script(*SAMPLE, "--num_samples", "1").err
     assert script(*SAMPLE, "--num_samples", "3", "--overwrite").code == 0

@@ -294,7 +294,7 @@ def test_values_of_another_kind_are_refused_or_shown(results: Path) -> None:
             changes: dict[str, Any] = {name: changed}
             shown = replace(found, **changes)
             lead(shown)
-            report.origin(shown)
+            report.origin(shown.results, shown.metrics.versions)
             for build in (key_figures, usage_histogram, unit_slots):
                 assert section("i", "t", partial(build, shown))
     assert refused > 50

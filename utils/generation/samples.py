@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
@@ -21,6 +20,7 @@ from modules.priors.spec import Noise, Prior, PriorSpec
 from utils.distributed import from_first, left_together, num_ranks, rank
 from utils.errors import UserError
 from utils.files import whole_file, write_json
+from utils.image_files import open_image
 from utils.images import fitted, to_bytes, to_picture
 from utils.logger import log, progress
 
@@ -140,9 +140,23 @@ def remove_samples(folder: Path) -> None:
 
 def save_grid(folder: Path, count: int, arrange: Callable[[Tensor], tuple[Tensor, int]]) -> None:
     """Write the first samples as one picture."""
-    pictures = [Image.open(folder / name_of(number)) for number in range(count)]
-    images, columns = arrange(torch.stack([pil_to_tensor(picture) for picture in pictures]))
+    images, columns = arrange(torch.stack(first_samples(folder, count)))
     with whole_file(folder / GRID_NAME) as temporary:
         picture = to_picture(make_grid(images, nrow=columns, pad_value=255))
         fitted(picture, 800, 2400).save(temporary, format="PNG")
     log.info("%s", folder / GRID_NAME)
+
+
+def first_samples(folder: Path, count: int) -> list[Tensor]:
+    """Read the first samples. Raises UserError naming one that is damaged or of another size."""
+    images: list[Tensor] = []
+    for number in range(count):
+        path = folder / name_of(number)
+        try:
+            with open_image(path, str(path)) as picture:
+                images.append(pil_to_tensor(picture))
+                if images[-1].shape != images[0].shape:
+                    raise ValueError(f"it differs from {name_of(0)} in size or colours")
+        except UserError as error:
+            raise UserError(f"{error}; remove it, and it is drawn again") from error
+    return images
