@@ -64,8 +64,9 @@ def closest_anchor(quantizer: LooCQuantizer, features: Tensor, codevectors: Tens
     prepare, _, similarity_of_rows = DISTANCES[distance]
     by_faiss = quantizer.search in ("auto", "faiss") and faiss_applies(features)
     backend = "faiss" if by_faiss else "torch"
-    if len(features):
-        closest = features[search(codevectors, features, distance, backend, memory)]
+    if len(features) and features.float().sum().isfinite():
+        found = search(codevectors, features, distance, backend, memory, lowest=False)
+        closest = features[found]
         scores = similarity_of_rows(prepare(codevectors), prepare(closest))
         if scores.isfinite().all():
             return Anchors(scores, closest)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .search import DISTANCES, block_elements, unit_norm
+from .search import DISTANCES, block_elements, unit_norm, widened
 from .usage import sums_by_index
 
 TEMPERATURE = 0.07  # of the contrastive loss
@@ -136,9 +136,10 @@ class UnitNormAtBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, codebook: Tensor) -> Tensor:
-        norm = codebook.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        wide = widened(codebook)
+        norm = wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
         ctx.codebook, ctx.norm = codebook.detach(), norm  # saved tensors must not be written later
-        unit: Tensor = codebook / norm
+        unit: Tensor = wide / norm
         return unit
 
     @staticmethod

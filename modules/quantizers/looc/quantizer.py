@@ -91,7 +91,7 @@ class LooCQuantizer(LatentNorm):
             Entropy-constrained vector quantisation: Chou et al., IEEE Trans. ASSP 37 (1989).
 
     Attributes:
-        search: a key of SEARCHES or "auto"; changes speed and memory, not results.
+        search: a key of SEARCHES or "auto"; results are the same up to rounding.
         search_memory: MiB of similarities in memory at a time, None for the default.
         defer_update: while it is set, training calls only collect statistics. The next call without
             it updates usage and codebook from all of them, so that a batch can be passed in parts.
@@ -266,7 +266,7 @@ class LooCQuantizer(LatentNorm):
         if self.rate_weight:
             bits = usage.code_bits(self.usage)
             # Only differences matter, and small numbers are more exact.
-            penalty = (self.rate_weight * (bits - bits.amin())).to(codebook.dtype)
+            penalty = self.rate_weight * (bits - bits.amin())
         return search(features, codebook, self.distance, self.search, self.search_memory, penalty)
 
     def _warn_if_frozen(self, z: Tensor) -> None:

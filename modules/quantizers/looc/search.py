@@ -5,28 +5,48 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 log = logging.getLogger("looc.search")
-failed_searches: set[str] = set()  # backends that raised an error in this process
+failed_searches: set[tuple[str, str]] = set()  # backends that raised an error, and its text
+pauses: dict[tuple[object, ...], tuple[int, int]] = {}  # searches to leave out, out of how many
+FIRST_PAUSE = 64  # searches left out after a failure; after each further one twice as many
 NUM_VERIFIED = 2**12  # features on which a newly compiled kernel is verified
-verified_kernels: set[tuple[object, ...]] = set()
+kernels_right: dict[tuple[object, ...], bool] = {}  # those that have been verified
+
+
+def widened(vectors: Tensor) -> Tensor:
+    """Convert to float32 unless the type is at least as wide."""
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 def unit_norm(vectors: Tensor) -> Tensor:
     """Scale each vector to length one: (n, d) → (n, d)."""
-    return F.normalize(vectors, dim=1)
+    return F.normalize(widened(vectors), dim=1)
+
+
+def centre_of(vectors: Tensor) -> Tensor:
+    """Mean of the vectors, zero where it is not finite: (n, d) → (d,).
+
+    ‖z‖² − 2z·e + ‖e‖² loses all digits far from the origin, unless the mean is subtracted first.
+    """
+    mean = vectors.detach().mean(0)
+    return mean.where(mean.isfinite(), 0)
 
 
 def negative_squared_l2(features: Tensor, codevectors: Tensor) -> Tensor:
     """−‖z − e‖² of all pairs: (n, d), (k, d) → (n, k)."""
+    centre = centre_of(codevectors)
+    features, codevectors = features - centre, codevectors - centre
     squares = features.square().sum(1, keepdim=True) + codevectors.square().sum(1)
     return 2 * features @ codevectors.T - squares
 
@@ -46,7 +66,7 @@ DISTANCES = {
         similarity_of_rows=lambda one, other: (one * other).sum(1),
     ),
     "l2": Distance(
-        prepare=lambda vectors: vectors,
+        prepare=widened,
         similarity=negative_squared_l2,
         similarity_of_rows=lambda one, other: -(one - other).square().sum(1),
     ),
@@ -71,43 +91,99 @@ def search(
     backend: str = "auto",
     memory: int | None = None,
     penalty: Tensor | None = None,
+    lowest: bool = True,
 ) -> Tensor:
     """Find the most similar codevector of each feature, exactly: (N, d), (K, d) → (N,), int64.
 
+    All backends return a codevector within 1e-6 of the best, and the lowest index of equal ones:
+    for "cos" the similarities differ by less than 1e-6, for "l2" the squared distances by less than
+    1e-6 of those to the mean of the codebook. Float16 and bfloat16 are searched in float32.
+
     Backend "auto" is faiss on the CPU if it is installed, else the compiled kernel for low
-    dimensions, else torch. A backend that fails is replaced by torch for the rest of the process,
-    with a warning in the log. `memory` is the MiB of similarities that torch holds at a time. The
+    dimensions, else torch. While the call is traced, it is torch. A backend that fails is replaced
+    by torch, with a warning in the log, and tried again after 64 searches of this codebook's size,
+    then after 128, and so on. `memory` is the MiB of similarities that torch holds at a time. The
     penalty (K,), at least 0, is added to the squared distance of each codevector ("l2" only).
+    Without `lowest` any of equal codevectors may be found, sooner if there are very many.
     """
-    if not len(features):
+    traced = is_traced(features)
+    if not traced and not len(features):
         return torch.empty(0, dtype=torch.int64, device=features.device)
-    keys = DISTANCES[distance].prepare(codebook)
+    features = widened(features.detach())
+    keys = DISTANCES[distance].prepare(codebook.detach())
+    if features.dtype != keys.dtype:  # one of them is float64
+        features, keys = features.double(), keys.double()
+    if distance == "l2":
+        centre = centre_of(keys)
+        features, keys = features - centre, keys - centre
     if backend == "auto":
         backend = choose_search(features, keys)
-    if penalty is not None and backend == "faiss":  # ‖(z, 0) − (e, √penalty)‖² = ‖z − e‖² + penalty
-        features, keys = F.pad(features, (0, 1)), torch.cat((keys, penalty.sqrt()[:, None]), 1)
-        penalty = None
+    rows = keys  # equal ones are equally near
+    if penalty is not None:
+        rows = torch.cat((keys, penalty.to(keys.dtype).sqrt()[:, None]), 1)
+        if backend == "faiss" and not traced:  # ‖(z, 0) − (e, √penalty)‖² = ‖z − e‖² + penalty
+            features, keys, penalty = F.pad(features, (0, 1)), rows, None
     # All backends maximise z·key + offset. The norm of z is the same for all codevectors, so that
     # it cannot change the argmax.
-    offset = codebook.new_zeros(len(codebook)) if distance == "cos" else -keys.square().sum(1) / 2
+    offset = keys.new_zeros(len(keys)) if distance == "cos" else -keys.square().sum(1) / 2
     if penalty is not None:
         offset = offset - penalty / 2
-    if backend not in failed_searches:
-        try:
-            return SEARCHES[backend](features, keys, offset, memory)
-        except Exception as error:  # compilers raise errors of many types
-            if backend == "torch":
-                raise
-            failed_searches.add(backend)
-            reason = " ".join(str(error).split())[:200]
+    if traced:
+        return search_traced(features, keys, offset)
+    found = search_or_replace(backend, features, keys, offset, memory)
+    return first_of_equals(rows, found) if lowest else found
+
+
+def search_or_replace(
+    backend: str, features: Tensor, keys: Tensor, offset: Tensor, memory: int | None
+) -> Tensor:
+    """Search by the backend, or by torch if it fails or failed lately with these codevectors."""
+    circumstances = (backend, keys.shape, keys.dtype, keys.device)
+    left, pause = pauses.get(circumstances, (0, FIRST_PAUSE // 2))
+    if left:
+        pauses[circumstances] = (left - 1, pause)
+        return search_blocks(features, keys, offset, memory)
+    try:
+        found = SEARCHES[backend](features, keys, offset, memory)
+    except Exception as error:  # compilers raise errors of many types
+        if backend == "torch":
+            raise
+        pauses[circumstances] = (2 * pause, 2 * pause)
+        reason = " ".join(str(error).split())[:200]
+        if (backend, reason) not in failed_searches:
+            failed_searches.add((backend, reason))
             log.warning("search by %s failed (%s); using torch instead", backend, reason)
-    return search_blocks(features, keys, offset, memory)
+        return search_blocks(features, keys, offset, memory)
+    pauses.pop(circumstances, None)
+    return found
+
+
+def first_of_equals(rows: Tensor, indices: Tensor) -> Tensor:
+    """Replace the index of a row that occurs several times by its lowest: (K, d), (N,) → (N,).
+
+    Backends may round the scores of equal codevectors differently: at the end of a block, say.
+    """
+    bits = (rows + 0.0).view(torch.int32).long()  # −0 becomes 0
+    codes = (bits * torch.full_like(bits, 0x5851F42D4C957F2D).cumprod(1)).sum(1)  # a hash
+    ordered, order = codes.sort(stable=True)
+    new = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
+    if not rows.is_cuda and new.all():  # on CUDA it would synchronise
+        return indices
+    positions = torch.arange(len(rows), device=rows.device)
+    first = torch.empty_like(order)
+    first[order] = order[positions.where(new, 0).cummax(0).values]
+    return first.where((rows[first] == rows).all(1), positions)[indices]
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Return whether the values must not be read: a call is traced, or its tensors are fake."""
+    recorded = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    traced = recorded or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return traced or type(tensor) is not Tensor or tensor.is_meta
 
 
 def choose_search(features: Tensor, keys: Tensor) -> str:
     """Return the fastest backend for these shapes, as measured by benchmarks/quantizer.py."""
-    if torch.compiler.is_compiling():  # torch.export can trace no other backend
-        return "torch"
     if faiss_applies(features):
         return "faiss"
     worth_compiling = len(features) * len(keys) >= 2**24
@@ -130,16 +206,45 @@ def search_faiss(features: Tensor, keys: Tensor, offset: Tensor, _: int | None) 
 
     # Among keys of length one the most similar is also the nearest, and faiss finds the nearest
     # faster up to 16 dimensions. A codevector of zeros cannot be scaled to length one.
-    nearest = bool(offset.any()) or (keys.shape[1] <= 16 and bool(keys.any(1).all()))
+    by_angle = not offset.any()
+    nearest = not by_angle or (keys.shape[1] <= 16 and bool(keys.any(1).all()))
     index = (faiss.IndexFlatL2 if nearest else faiss.IndexFlatIP)(keys.shape[1])
     index.add(keys.numpy())
 
     def search_part(part: Tensor) -> Tensor:
-        return torch.from_numpy(index.search(part.numpy(), 1)[1][:, 0])
+        if not (by_angle and nearest):
+            return torch.from_numpy(index.search(part.numpy(), 1)[1][:, 0])
+        part = part.clone()
+        faiss.normalize_L2(part.numpy())  # ‖z‖² + 1 − 2z·e is exact to rounding at ‖z‖ = 1 only
+        found = torch.from_numpy(index.search(part.numpy(), 1)[1][:, 0])
+        zeros = (part[:, 0] == 0).nonzero().squeeze(1)  # equally similar to all, up to rounding
+        found[zeros[~part[zeros].any(1)]] = 0
+        return found
 
     threads = min(torch.get_num_threads(), 1 + len(features) // 2**13)
-    indices = torch.cat(list(faiss_threads(threads).map(search_part, features.chunk(threads))))
-    return indices.clamp_min_(0)  # faiss returns −1 for a NaN feature
+    with faiss_by_products(faiss):
+        found = torch.cat(list(faiss_threads(threads).map(search_part, features.chunk(threads))))
+    return found.clamp_min_(0)  # faiss returns −1 for a NaN feature
+
+
+@contextmanager
+def faiss_by_products(faiss: Any) -> Iterator[None]:
+    """Let faiss use its fast kernels for few features too, up to 100 times as fast.
+
+    The threshold is a global of faiss, N·d = 128,000 by default.
+    """
+    with faiss_lock():
+        before = faiss.cvar.distance_compute_blas_threshold
+        faiss.cvar.distance_compute_blas_threshold = 1
+        try:
+            yield
+        finally:
+            faiss.cvar.distance_compute_blas_threshold = before
+
+
+@lru_cache
+def faiss_lock() -> threading.Lock:
+    return threading.Lock()
 
 
 @lru_cache
@@ -147,13 +252,12 @@ def faiss_threads(count: int) -> ThreadPoolExecutor:
     """Make threads with one core of faiss each: idle threads of its OpenMP would slow torch."""
     import faiss
 
-    # By default faiss computes fewer than 128,000 distances one by one, ten times as slowly.
-    faiss.cvar.distance_compute_blas_threshold = 1
     return ThreadPoolExecutor(count, "faiss", faiss.omp_set_num_threads, (1,))
 
 
 if hasattr(os, "register_at_fork"):  # a forked process does not inherit the threads
-    os.register_at_fork(after_in_child=faiss_threads.cache_clear)
+    for cached in (faiss_threads, faiss_lock):
+        os.register_at_fork(after_in_child=cached.cache_clear)
 
 
 def search_compiled(features: Tensor, keys: Tensor, offset: Tensor, memory: int | None) -> Tensor:
@@ -168,35 +272,34 @@ def search_compiled(features: Tensor, keys: Tensor, offset: Tensor, memory: int 
     for part in torch.split(features, size):
         padded = F.pad(part, (0, 0, 0, size - len(part)))
         found.append(compiled_argmax()(padded.T, keys, offset)[: len(part)])
-        if kernel not in verified_kernels:
+        if kernel not in kernels_right:
             few = slice(NUM_VERIFIED)
-            if verify_indices(part[few], keys, offset, found[-1][few], memory):
-                verified_kernels.add(kernel)
+            right = verify_indices(part[few], keys, offset, found[-1][few], memory)
+            if right is not None:
+                kernels_right[kernel] = right
+        if not kernels_right.get(kernel, True):
+            # On some processors PyTorch 2.11 compiles a wrong kernel for d = 3.
+            raise RuntimeError(f"the compiled kernel is wrong for {tuple(keys.shape)} codevectors")
     return torch.cat(found)
 
 
 def verify_indices(
     features: Tensor, keys: Tensor, offset: Tensor, indices: Tensor, memory: int | None
-) -> bool:
-    """Return whether no codevector scores higher, up to rounding; False if scores are not finite.
-
-    Raises RuntimeError if an index is wrong: on some processors PyTorch 2.11 compiles a wrong
-    kernel for d = 3.
-    """
-    wrong = RuntimeError(f"the compiled kernel is wrong for {tuple(keys.shape)} codevectors")
+) -> bool | None:
+    """Return whether no codevector scores higher, up to rounding; None if scores are not finite."""
     if ((indices < 0) | (indices >= len(keys))).any():
-        raise wrong
+        return False
     lengths = keys.norm(dim=1)
     for block, found in zip(*(blocks(x, len(keys), memory) for x in (features, indices))):
         scores = torch.addmm(offset, block, keys.T)  # (n, K)
         if not scores.isfinite().all():
-            return False
+            return None
         best, place = scores.max(1)
         short = best - scores.gather(1, found[:, None])[:, 0]
         # The rounding error is relative to the summands, which may be much larger than the score.
         length, height = (torch.maximum(x[found], x[place]) for x in (lengths, offset.abs()))
         if (short > 1e-3 * (block.norm(dim=1) * length + height)).any():
-            raise wrong
+            return False
     return True
 
 
@@ -221,16 +324,34 @@ def search_blocks(features: Tensor, keys: Tensor, offset: Tensor, memory: int | 
 
 
 def row_argmax(scores: Tensor, groups: int = 16) -> Tensor:
-    """argmax of each row, (n, K) → (n,): over the maxima of 16 interleaved groups, then within one.
+    """argmax of each row, (n, K) → (n,): the lowest of equals; any for a row with a NaN.
 
-    A maximum without its position is several times faster than one with it.
+    A maximum without its position is several times faster than one with it: it is found first, then
+    its position among bytes, or within one of 16 groups.
     """
+    if scores.shape[1] < 512:
+        return (scores == scores.amax(1, keepdim=True)).byte().argmax(1)
     if scores.shape[1] % groups:
         return scores.argmax(1)
     grouped = scores.view(len(scores), groups, -1)  # (n, 16, K / 16)
-    column = grouped.amax(1).argmax(1)  # (n,)
-    candidates = grouped.gather(2, column[:, None, None].expand(-1, groups, 1)).squeeze(2)
-    return candidates.argmax(1) * grouped.shape[2] + column
+    group = grouped.amax(2).argmax(1)  # (n,)
+    within = grouped.gather(1, group[:, None, None].expand(-1, 1, grouped.shape[2])).squeeze(1)
+    return group * grouped.shape[2] + within.argmax(1)
+
+
+def search_traced(features: Tensor, keys: Tensor, offset: Tensor) -> Tensor:
+    """Search a block of codevectors at a time: the number of features is free in a trace."""
+    size = max(256, -(-len(keys) // 16))
+    best = found = torch.empty(0)
+    for start in range(0, len(keys), size):
+        part = slice(start, start + size)
+        score, place = torch.addmm(offset[part], features, keys[part].T).max(1)
+        place = place + start
+        if start:
+            place = torch.where(score > best, place, found)
+            score = torch.maximum(score, best)
+        best, found = score, place
+    return found
 
 
 SEARCHES: dict[str, Callable[[Tensor, Tensor, Tensor, int | None], Tensor]] = {
