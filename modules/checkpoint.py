@@ -9,16 +9,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from .autoencoder import Autoencoder
 from .config import ModelConfig, implied_flags
 from .options import value_problem
+from .quantizers.looc import LooCQuantizer
+from .quantizers.looc.state import as_settings, contradictions
 from .reference import StateDict, describe, from_reference
 from .registry import make_model
 from .vqgan import default_groups
 from .weights import read_weights
 
 FORMAT = "looc-1"
+SETTINGS = "quantizer.settings"
+# Types that buffers of a quantiser had in earlier checkpoints; now all are float32.
+EARLIER_TYPES = {
+    "quantizer.reinitialised": torch.bool,
+    "quantizer.started": torch.bool,
+    "quantizer.pool_size": torch.int64,
+    "quantizer.latent_steps": torch.int64,
+}
 Group = TypeVar("Group")
 
 
@@ -75,12 +86,15 @@ def read_model(
         raise ValueError(f"{path}: {error}") from error
     if not ours:
         # The reference does not store every buffer; the others start anew.
-        fresh = config.spec.make(config).named_buffers(prefix="quantizer")
-        state_dict = {**dict(fresh), **state_dict}
+        fresh = dict(config.spec.make(config).named_buffers(prefix="quantizer"))
+        state_dict = {**fresh, **state_dict}
+        state_dict.pop(SETTINGS, None)
     try:
         with torch.device("meta"):
-            check_tensors(make_model(config).state_dict(), state_dict)
+            model = make_model(config)
+        check_tensors(model.state_dict(), state_dict)
         check_averages(state_dict)
+        check_settings(model, state_dict)
     except ValueError as error:
         raise ValueError(f"checkpoint {path} is {error}") from error
     return config, state_dict
@@ -121,6 +135,10 @@ def check_tensors(expected: StateDict, given: Any) -> None:
         raise ValueError(f"damaged: a {type(given).__name__} where weights are expected")
     for key in [*expected, *given]:
         value = given.get(key)
+        if key == SETTINGS:
+            continue  # earlier checkpoints have none
+        if isinstance(value, Tensor) and value.dtype == EARLIER_TYPES.get(key):
+            value = value.float()
         ours, theirs = describe(expected.get(key)), describe(value)
         if ours != theirs or value is None:
             raise ValueError(
@@ -139,3 +157,12 @@ def check_averages(given: StateDict) -> None:
     pool = given.get("quantizer.pool")
     if pool is not None and given["quantizer.pool_size"] > len(pool):
         raise ValueError("damaged: quantizer.pool_size is more than quantizer.pool holds")
+
+
+def check_settings(model: Autoencoder, given: StateDict) -> None:
+    """Raise ValueError if settings of the quantiser contradict the configuration."""
+    quantizer = model.quantizer
+    if isinstance(quantizer, LooCQuantizer):
+        settings = as_settings(given.get(SETTINGS))
+        for problem in contradictions(quantizer.config, settings, quantizer.compared):
+            raise ValueError(f"damaged: {problem}")

@@ -9,6 +9,7 @@ from dataclasses import fields
 from torch import Tensor
 
 from modules import Autoencoder
+from modules.checkpoint import EARLIER_TYPES, SETTINGS
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], words: str = "") -> str:
@@ -27,4 +28,9 @@ def model_digest(model: Autoencoder) -> str:
         for item in fields(model.config)
         if (value := getattr(model.config, item.name)) != item.default
     }
-    return tensors_digest(model.state_dict(), str(given))
+    tensors = {
+        name: value.to(EARLIER_TYPES.get(name, value.dtype))  # the digest stays as it was
+        for name, value in model.state_dict().items()
+        if name != SETTINGS
+    }
+    return tensors_digest(tensors, str(given))

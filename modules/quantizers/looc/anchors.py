@@ -78,7 +78,8 @@ def pool_anchor(quantizer: LooCQuantizer, _: Tensor, codevectors: Tensor) -> Anc
     scores = codevectors.new_zeros(len(codevectors))
     if not quantizer.pool_size:
         return Anchors(scores, codevectors)
-    drawn = torch.randint(int(quantizer.pool_size), (len(codevectors),), device=codevectors.device)
+    filled = min(int(quantizer.pool_size), len(quantizer.pool))  # half precision rounds
+    drawn = torch.randint(filled, (len(codevectors),), device=codevectors.device)
     return Anchors(scores, quantizer.pool[from_first_rank(drawn)])
 
 

@@ -32,7 +32,13 @@ class LatentNorm(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(shape))
         self.register_buffer("latent_variance", torch.ones(shape))
         by_running = self.latent_norm == "running"
-        self.register_buffer("latent_steps", torch.tensor(0) if by_running else None)
+        self.register_buffer("latent_steps", torch.zeros(()) if by_running else None)
+
+    def reset_parameters(self) -> None:
+        """Set the averages to what they are in a new module."""
+        for name, start in (("latent_mean", 0), ("latent_variance", 1), ("latent_steps", 0)):
+            if getattr(self, name, None) is not None:
+                nn.init.constant_(getattr(self, name), start)
 
     def _normalise(self, units: Tensor, training: bool) -> Tensor:
         """Normalise units (B, H, W, m, d); in training also update the averages."""

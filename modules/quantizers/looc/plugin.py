@@ -17,19 +17,20 @@ from torch import Tensor, nn
 
 from .checks import check_indices, check_minima
 from .quantizer import LooCQuantizer
+from .state import Described
 from .units import num_units
 from .usage import count_indices
 
 
-class LooCPlugin(nn.Module):
+class LooCPlugin(Described):
     """LooCQuantizer with the interface of a VQGAN's quantiser.
 
     Args:
         n_e: number of codevectors K.
         e_dim: channels c of the latents.
         beta: commitment weight λ, of mean((sg[z_q] − z)²).
-        remap: the K' codevectors in use, in the order of their new indices: a tensor (K',) or an
-            .npy file. Indices outside this module are then in [0, re_embed).
+        remap: the K' codevectors in use, in the order of their new indices: a tensor (K',), a list
+            or an .npy file. Indices outside this module are then in [0, re_embed).
         unknown_index: new index of a codevector not in remap: "random" (drawn in each call from
             the K'), "extra" (the additional index K'), or an index.
         sane_index_shape: return indices as (B, …, m), or (B, …) if m is 1, instead of flat.
@@ -46,11 +47,13 @@ class LooCPlugin(nn.Module):
         units: number m of indices per position of latents (B, c, H, W).
         embedding: the codebook as an nn.Embedding.
         quantizer: the LooCQuantizer. `quantizer.codebook` is the only parameter.
+        config: the arguments, with remap as a list; `from_config` makes a new plug-in of them.
 
     A call in evaluation mode changes nothing. Raises ValueError for arguments out of range, or
     inputs of a wrong shape.
     """
 
+    compared = ("unknown_index",)  # and, by the quantiser, its settings
     used: Tensor
 
     def __init__(
@@ -58,7 +61,7 @@ class LooCPlugin(nn.Module):
         n_e: int,
         e_dim: int,
         beta: float = 0.25,
-        remap: str | os.PathLike[str] | Tensor | None = None,
+        remap: str | os.PathLike[str] | Tensor | list[int] | None = None,
         unknown_index: int | str = "random",
         sane_index_shape: bool = False,
         legacy: bool = False,
@@ -106,8 +109,30 @@ class LooCPlugin(nn.Module):
                     f"nor one of the {self.re_embed} indices of remap"
                 )
 
-    def extra_repr(self) -> str:
-        return f"{self.n_e}, {self.e_dim}, beta={self.beta}, legacy={self.legacy}"
+        self.register_buffer("settings", self._described().to(self.quantizer.settings.device))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments from which `LooCPlugin.from_config` makes a new plug-in."""
+        mapped = self.remap is not None
+        unknown = "extra" if mapped and self.re_embed > len(self.used) else self.unknown_index
+        further = self.quantizer.config
+        for name in ("num_embedding", "latent_channels", "commitment_cost"):
+            del further[name]
+        return {
+            **{"n_e": self.n_e, "e_dim": self.e_dim, "beta": self.beta},
+            "remap": self.used.tolist() if mapped else None,
+            "unknown_index": unknown if mapped else "random",
+            **{"sane_index_shape": self.sane_index_shape, "legacy": self.legacy},
+            **further,
+        }
+
+    def reset_parameters(self) -> None:
+        """Reset the quantiser, and read remap again."""
+        self.quantizer.reset_parameters()
+        if self.remap is not None:
+            self.used.copy_(read_remap(self.remap, self.n_e))
+        self.settings.copy_(self._described())
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -210,10 +235,15 @@ class LooCPlugin(nn.Module):
         return self.quantizer.decode(indices)
 
 
-def read_remap(remap: str | os.PathLike[str] | Tensor, n_e: int) -> Tensor:
-    """Read distinct indices in [0, K) from a tensor or an .npy file: (K',), int64."""
-    if isinstance(remap, Tensor):
-        name, used = "remap", remap.detach().clone()
+def read_remap(remap: str | os.PathLike[str] | Tensor | list[int], n_e: int) -> Tensor:
+    """Read distinct indices in [0, K) from a tensor, a list or an .npy file: (K',), int64."""
+    if isinstance(remap, Tensor | list):
+        name, used = (
+            "remap",
+            torch.tensor(remap, device="cpu")
+            if isinstance(remap, list)
+            else remap.detach().clone(),
+        )
     else:
         import numpy as np
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .losses import StraightThrough, contrastive_loss
 from .norms import WITH_AVERAGES, LatentNorm
 from .ranks import best_over_ranks, sum_over_ranks
 from .search import search
+from .state import Described, complete_state, settle, start_value
 from .units import SPLITS, enlargement, extrapolate, interpolate_back, num_units
 
 Result = TypeVar("Result")
@@ -56,7 +58,7 @@ def untraced(method: Callable[..., Result]) -> Callable[..., Result]:
     return call
 
 
-class LooCQuantizer(LatentNorm):
+class LooCQuantizer(Described, LatentNorm):
     """Compositional vector quantisation with one small shared codebook.
 
     Latents z are (B, C, H, W), or have any number of axes of positions, also none, and the channels
@@ -95,14 +97,18 @@ class LooCQuantizer(LatentNorm):
         search_memory: MiB of similarities in memory at a time, None for the default.
         defer_update: while it is set, training calls only collect statistics. The next call without
             it updates usage and codebook from all of them, so that a batch can be passed in parts.
+        config: the arguments above; `from_config` makes a new quantiser of them.
 
     State: parameter `codebook` (K, d) and the buffers
         usage: (K,), moving average p_k of how often each codevector is used.
-        reinitialised: whether a training batch has been seen.
+        reinitialised: 1 after the first training batch, else 0.
         pool, pool_size: (K, d), past features for anchor "random".
         ema_count: (K,), moving average of matches per step; with codebook_update "ema".
-        started: whether the codebook was made from features; unless codebook_start is "uniform".
+        started: 1 if the codebook was made from features; unless codebook_start is "uniform".
         latent_mean, latent_variance, latent_steps: see `LatentNorm`.
+        settings: `config`. Loading a state raises RuntimeError where settings of `compared` differ:
+            all by which latents have their indices. Those of training may differ.
+    A codebook that is loaded without usage counts as used evenly, and a warning says so.
 
     A call in training mode updates the state, ignoring features that are not finite; in evaluation
     mode it changes nothing. Raises ValueError for arguments out of range, or an input that cannot
@@ -111,6 +117,10 @@ class LooCQuantizer(LatentNorm):
     those of all features. The contrastive loss compares the features of its own process.
     """
 
+    compared = (
+        *("num_embedding", "embedding_dim", "distance", "split", "interpolation_scale"),
+        *("latent_norm", "latent_channels", "rate_weight"),
+    )
     codebook: nn.Parameter
     usage: Tensor
     reinitialised: Tensor
@@ -167,34 +177,57 @@ class LooCQuantizer(LatentNorm):
         if latent_channels is not None:
             units = num_units(latent_channels, interpolation_scale, embedding_dim)
 
-        by_ema, bound = codebook_update == "ema", 1 / num_embedding
-        start = torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound)
-        self.codebook = nn.Parameter(start, requires_grad=not by_ema)
-        self.register_buffer("usage", torch.zeros(num_embedding))
-        self.register_buffer("reinitialised", torch.tensor(False))
-        self.register_buffer("pool", torch.zeros(num_embedding, embedding_dim))
-        self.register_buffer("pool_size", torch.tensor(0))
-        self.register_buffer("ema_count", torch.zeros(num_embedding) if by_ema else None)
-        from_data = STARTS[codebook_start] is not None
-        self.register_buffer("started", torch.tensor(False) if from_data else None)
+        by_ema, from_data = codebook_update == "ema", STARTS[codebook_start] is not None
+        self.codebook = nn.Parameter(
+            torch.empty(num_embedding, embedding_dim), requires_grad=not by_ema
+        )
+        self.register_buffer("usage", torch.empty(num_embedding))
+        # Averages of buffers, as in torch.optim.swa_utils, fail with other types than floats.
+        self.register_buffer("reinitialised", torch.empty(()))
+        self.register_buffer("pool", torch.empty(num_embedding, embedding_dim))
+        self.register_buffer("pool_size", torch.empty(()))
+        self.register_buffer("ema_count", torch.empty(num_embedding) if by_ema else None)
+        self.register_buffer("started", torch.empty(()) if from_data else None)
         if latent_norm in WITH_AVERAGES:
             if latent_channels is None:
                 raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels")
             self._keep_averages((units, embedding_dim))
+        self.register_buffer("settings", self._described().to(self.usage.device))
+        self.reset_parameters()
+        self._unseen = self.codebook.is_meta
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments from which `from_config` makes a new quantiser."""
+        return {name: getattr(self, name) for name in inspect.signature(LooCQuantizer).parameters}
+
+    def reset_parameters(self) -> None:
+        """Draw the codebook, and forget all statistics."""
+        bound = 1 / self.num_embedding
+        nn.init.uniform_(self.codebook, -bound, bound)
+        for name, buffer in self.named_buffers(recurse=False):
+            nn.init.constant_(buffer, start_value(name))
+        self.settings.copy_(self._described())
         self._forget_cached_state()
-        forget = LooCQuantizer._forget_cached_state
-        self.register_load_state_dict_post_hook(forget)  # type: ignore[no-untyped-call]
+
+    def _complete(self, state: dict[str, Any], prefix: str) -> None:
+        complete_state(self, state, prefix)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._forget_cached_state()
+
+    def _settle(self, device: torch.device | None = None) -> None:
+        real = [value.device for value in (self.codebook, self.usage) if not value.is_meta]
+        if self._unseen and (device or real):
+            settle(self, device or real[0])
 
     def _forget_cached_state(self, *_: Any) -> None:
         """Reset everything that is derived from the state, which another may have replaced."""
+        self._unseen = False  # whether loaders may have set tensors one by one
         self._safe_steps = 0  # steps in which no codevector can need an anchor
         self._start_done = False
         self._pending: PendingUpdate | None = None
-
-    def extra_repr(self) -> str:
-        names = ("distance", "anchor", "split", "interpolation_scale")
-        settings = "".join(f", {name}={getattr(self, name)!r}" for name in names)
-        return f"{self.num_embedding}, {self.embedding_dim}{settings}"
 
     @untraced
     def forward(self, z: Tensor) -> Quantized:
@@ -239,6 +272,8 @@ class LooCQuantizer(LatentNorm):
         channels, factor = self.latent_channels, enlargement(scale, axes)
         units = None if channels is None else num_units(channels, scale, dim, axes)
         check_indices(indices, self.num_embedding, units, any_rank=True)
+        if not indices.is_meta:
+            self._settle(indices.device)
         if indices.shape[-1] * dim % factor:
             shape = f"indices of shape {tuple(indices.shape)}"
             raise ValueError(f"{shape} are not (B, …, m) with m·{dim} a multiple of {factor}")
@@ -247,6 +282,7 @@ class LooCQuantizer(LatentNorm):
     def _cut(self, z: Tensor, training: bool = False) -> Tensor:
         """Cut z (B, …, C) into normalised units (B, …, m, d) of the codebook's type."""
         check_latents(self, z)
+        self._settle(z.device)
         channels_second = z.to(self.codebook.dtype).movedim(self.channel_dim, 1)
         extrapolated = extrapolate(channels_second, self.interpolation_scale)  # (B, C·β², …)
         rows = extrapolated[..., None].flatten(2)[..., None]  # (B, C·β², H·W, 1)
@@ -347,6 +383,8 @@ class LooCQuantizer(LatentNorm):
         counts = sum_over_ranks(pending.counts)
         if self.ema_count is not None:
             sums = sum_over_ranks(pending.sums)
+            known = self.ema_count.any()  # else they follow from the usage, which is 0 at first
+            self.ema_count.copy_(torch.where(known, self.ema_count, self.usage * counts.sum()))
             usage.average_features(self.codebook, self.ema_count, counts, sums, self.ema_decay)
         usage.average_usage(self.usage, counts)
         if self._may_reinitialise():
