@@ -158,11 +158,12 @@ def test_config_makes_the_module_again() -> None:
     assert as_settings(quantizer.state_dict()["settings"]) == config
     quantizer.commitment_cost = 2.0  # an attribute may change
     assert as_settings(quantizer.state_dict()["settings"])["commitment_cost"] == 2
-    for setting in (
+    settings: list[dict[str, Any]] = [
         {},
         {"remap": torch.tensor([9, 4]), "unknown_index": "extra", "legacy": True},
         {"remap": [9, 4, 3], "unknown_index": 2, "codebook_update": "ema", "split": "interval"},
-    ):
+    ]
+    for setting in settings:
         plugin = LooCPlugin(16, 8, **setting)
         again = LooCPlugin.from_config(json.loads(json.dumps(plugin.config)))
         assert again.config == plugin.config
@@ -295,8 +296,7 @@ def test_a_state_is_loaded_onto_meta(setting: dict[str, Any], assign: bool) -> N
 def set_one_by_one(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Set tensors as accelerate and transformers do, without load_state_dict."""
     for name, value in state.items():
-        tensors = module._parameters if name in module._parameters else module._buffers
-        tensors[name] = nn.Parameter(value) if name in module._parameters else value
+        setattr(module, name, nn.Parameter(value) if name in module._parameters else value)
 
 
 @every_kind
