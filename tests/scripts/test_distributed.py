@@ -140,6 +140,70 @@ def test_a_process_without_images_has_no_contrast(tmp_path: Path) -> None:
     assert not second.any()
 
 
+class Host(nn.Module):
+    """Small autoencoder around the quantiser."""
+
+    def __init__(self, **setting: Any) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 8, 2, 2)
+        self.quantizer = LooCQuantizer(16, 4, **setting)
+        self.decoder = nn.ConvTranspose2d(8, 3, 2, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        latents, loss, _ = self.quantizer(self.encoder(images))
+        error: torch.Tensor = F.mse_loss(self.decoder(latents), images) + loss
+        return error
+
+
+def shard(folder: Path, form: str, left_out: bool, setting: dict[str, Any]) -> tuple[Any, ...]:
+    """Codebooks before and after training in shards, or the error that stops it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    del folder
+    torch.manual_seed(0)
+    host: Any = Host(**setting)
+    quantizer = host.quantizer
+    start = quantizer.codebook.detach().clone()
+    try:
+        if form == "FSDP2":
+            fully_shard(host, ignored_params=set(quantizer.parameters()) if left_out else None)
+        else:
+            ignored = [quantizer] if left_out else None
+            host = FullyShardedDataParallel(
+                host, use_orig_params=True, device_id=CPU, ignored_states=ignored
+            )
+        optimizer = torch.optim.Adam([p for p in host.parameters() if p.requires_grad], lr=1e-2)
+        images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        losses = []
+        for _ in range(12):
+            loss = host(images[dist.get_rank() :: 2])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+    except RuntimeError as error:
+        return (str(error),)
+    return start, quantizer.codebook.detach(), losses
+
+
+@pytest.mark.parametrize("form", ["FSDP", "FSDP2"])
+def test_sharding(form: str, tmp_path: Path) -> None:
+    """The recipe of docs/plugin.md trains; a sharded codebook, or one that drifts, is refused."""
+    ema = {"codebook_update": "ema"}
+    (start, codebook, losses), (_, other, _) = together(2, shard, tmp_path / "ema", form, True, ema)
+    assert torch.equal(codebook, other)
+    assert not torch.equal(codebook, start)
+    assert losses[-1] < losses[0]
+    for number, setting in enumerate(({}, ema)):
+        refusals = together(2, shard, tmp_path / str(number), form, False, setting)
+        for (refusal,) in refusals:
+            assert refusal.startswith("the codebook is a ")
+            assert "leave the quantiser out of FSDP (ignored_params or ignored_states" in refusal
+    for (refusal,) in together(2, shard, tmp_path / "gradient", form, True, {}):
+        assert refusal.startswith("the codebooks of the processes differ by up to ")
+        assert "or use codebook_update 'ema'" in refusal
+
+
 SWITCHES: tuple[dict[str, Any], ...] = (
     {"codebook_update": "ema"},
     {"codebook_update": "ema", "codebook_start": "features"},

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .anchors import ANCHORS, STARTS
 from .losses import GRADIENTS
@@ -52,6 +52,21 @@ def check_arguments(q: LooCQuantizer) -> None:
     ):
         if wrong:
             raise ValueError(message)
+
+
+def check_codebook(q: LooCQuantizer, stored: Tensor | None) -> None:
+    """Raise RuntimeError if training writes into the codebook, but it is not stored as it is.
+
+    FSDP and parametrizations replace the parameter by a tensor that they compute for each call.
+    """
+    written = (q.codebook_update, q.anchor, q.codebook_start) != ("gradient", "none", "uniform")
+    if written and type(stored) is not nn.Parameter:
+        found = "not a parameter" if stored is None else f"a {type(stored).__name__}"
+        raise RuntimeError(
+            f"the codebook is {found}, so that its update would be lost: leave the quantiser out "
+            "of FSDP (ignored_params or ignored_states; codebook_update 'ema') and of "
+            "parametrizations such as weight_norm"
+        )
 
 
 def check_minima(owner: object, **minima: float) -> None:

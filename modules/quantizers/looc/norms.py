@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ranks import SumOverRanks, sum_over_ranks
+from .recomputation import in_backward
 
 MOMENTUM = 0.1  # of the running averages, as in torch.nn.BatchNorm2d
 EPSILON = 1e-5  # added to variances
@@ -59,7 +60,7 @@ def running_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor
     `batch_norm` hides brightness and contrast of the batch from the decoder, which is noise if
     batches are small and their images differ.
     """
-    if training:
+    if training and not in_backward():
         with torch.no_grad():
             batch_statistics(quantizer, units)
     return (units - quantizer.latent_mean) * (quantizer.latent_variance + EPSILON).rsqrt()
@@ -75,6 +76,8 @@ def batch_statistics(quantizer: LatentNorm, units: Tensor) -> tuple[Tensor, Tens
     count = sum_over_ranks(torch.full((), len(rows), device=rows.device))
     mean = SumOverRanks.apply(rows.sum(0)) / count.clamp_min(1)
     variance = spread = SumOverRanks.apply((rows - mean).square().sum(0)) / count.clamp_min(1)
+    if in_backward():
+        return mean, variance
     with torch.no_grad():
         seen = (count > 0) & mean.isfinite().all() & variance.isfinite().all()
         rate: float | Tensor = MOMENTUM

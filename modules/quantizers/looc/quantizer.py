@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -15,10 +17,11 @@ from torch import Tensor, nn
 
 from . import usage
 from .anchors import ANCHORS, STARTS, Anchors, better_of, fill_pool
-from .checks import check_arguments, check_indices, check_latents
+from .checks import check_arguments, check_codebook, check_indices, check_latents
 from .losses import StraightThrough, contrastive_loss
 from .norms import WITH_AVERAGES, LatentNorm
-from .ranks import best_over_ranks, sum_over_ranks
+from .ranks import best_over_ranks, check_equal_on_ranks, sum_over_ranks
+from .recomputation import MOST_CALLS, PastCall, in_backward, past_state, remember
 from .search import search
 from .state import Described, complete_state, settle, start_value
 from .units import SPLITS, enlargement, extrapolate, interpolate_back, num_units
@@ -53,6 +56,11 @@ def untraced(method: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(method)
     def call(module: nn.Module, z: Tensor) -> Result:
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise RuntimeError(
+                f"{type(module).__name__} cannot be called within torch.func.grad, vmap, jvp or "
+                "another transform of functions: it searches, and writes its state"
+            )
         return (excluded if torch.compiler.is_compiling() else method)(module, z)
 
     return call
@@ -228,6 +236,14 @@ class LooCQuantizer(Described, LatentNorm):
         self._safe_steps = 0  # steps in which no codevector can need an anchor
         self._start_done = False
         self._pending: PendingUpdate | None = None
+        self._past_calls: deque[PastCall] = deque(maxlen=MOST_CALLS)
+        self._updates = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; refuse the codebook of FSDP, which sets the pieces in this way."""
+        if name == "codebook" and self.training:
+            check_codebook(self, value)
+        super().__setattr__(name, value)
 
     @untraced
     def forward(self, z: Tensor) -> Quantized:
@@ -235,16 +251,21 @@ class LooCQuantizer(Described, LatentNorm):
 
         The loss is λ·mean((sg[z_q] − z)²) + mean((z_q − sg[z])²) over the normalised units, without
         the second term if codebook_update is "ema", plus the contrastive loss if that is on. The
-        latents equal `decode(indices)` before the update.
+        latents equal `decode(indices)` before the update. Gradient checkpointing recomputes the
+        call in a backward pass: it then reads the state of the call and updates nothing.
         """
-        with torch.autocast(z.device.type, enabled=False):
+        recomputed = self.training and in_backward()
+        state = past_state(self, z) if recomputed else nullcontext()
+        with torch.autocast(z.device.type, enabled=False), state:
             units = self._cut(z, self.training)  # (B, …, m, d)
             features = units.flatten(0, -2)  # (N, d)
             constant = features.detach()
-            if self.training:
+            if self.training and not recomputed:
+                check_codebook(self, self._parameters.get("codebook"))
                 self._warn_if_frozen(z)
                 if not self._start_done:
                     self._start(constant)
+                remember(self, z)
             indices = self._match(constant)  # (N,)
             costs = (self.commitment_cost, float(self.codebook_update == "gradient"))
             quantized, loss = StraightThrough.apply(
@@ -254,7 +275,8 @@ class LooCQuantizer(Described, LatentNorm):
                 if self.contras_loss and len(constant):
                     settings = (self.distance, self.search_memory)
                     loss = loss + contrastive_loss(self.codebook, constant, *settings)
-                self._collect(constant, indices, loss.detach())
+                if not recomputed:
+                    self._collect(constant, indices, loss.detach())
             latents = self._join(quantized.view(units.shape)).to(z.dtype)
         return Quantized(latents, loss, indices.view(units.shape[:-1]))
 
@@ -380,6 +402,9 @@ class LooCQuantizer(Described, LatentNorm):
 
     def _update(self, pending: PendingUpdate) -> None:
         """Update usage p_k and codebook: e_k ← (1 − a_k)·e_k + a_k·anchor_k, its last write."""
+        self._updates += 1
+        if self._updates.bit_count() == 1:  # 1, 2, 4, 8, … updates
+            check_equal_on_ranks(self.codebook)
         counts = sum_over_ranks(pending.counts)
         if self.ema_count is not None:
             sums = sum_over_ranks(pending.sums)

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+DRIFT = 1e-4  # difference of codebooks that is not rounding, relative to the largest value
+
 
 def num_ranks() -> int:
     """Number of processes; 1 without torch.distributed."""
@@ -52,6 +54,22 @@ def best_over_ranks(scores: Tensor, vectors: Tensor) -> Tensor:
     first = rank.clone()
     dist.all_reduce(first, dist.ReduceOp.MIN)
     return sum_over_ranks(torch.where((rank == first)[:, None], vectors, 0))
+
+
+def check_equal_on_ranks(codebook: Tensor) -> None:
+    """Raise RuntimeError if the codebooks of the processes differ by more than rounding."""
+    if num_ranks() == 1:
+        return
+    least, most = codebook.detach().clone(), codebook.detach().clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    difference, size = float((most - least).max()), float(torch.maximum(most, -least).max())
+    if difference > DRIFT * size:
+        raise RuntimeError(
+            f"the codebooks of the processes differ by up to {difference:.2g}: start all from one "
+            "seed, and average the codebook's gradient over the processes as "
+            "DistributedDataParallel does, or use codebook_update 'ema', which needs no gradient"
+        )
 
 
 class AllRanks:
