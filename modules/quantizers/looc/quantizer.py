@@ -52,16 +52,20 @@ def untraced(method: Callable[..., Result]) -> Callable[..., Result]:
 
     torch.compiler.disable does the same, but imports the compiler at once, which takes seconds.
     """
-    excluded: Callable[..., Result] = torch._disable_dynamo(method)
 
-    @wraps(method)
-    def call(module: nn.Module, z: Tensor) -> Result:
+    def checked(module: nn.Module, z: Tensor) -> Result:
         if torch._C._functorch.maybe_current_level() is not None:
             raise RuntimeError(
                 f"{type(module).__name__} cannot be called within torch.func.grad, vmap, jvp or "
                 "another transform of functions: it searches, and writes its state"
             )
-        return (excluded if torch.compiler.is_compiling() else method)(module, z)
+        return method(module, z)
+
+    excluded: Callable[..., Result] = torch._disable_dynamo(checked)
+
+    @wraps(method)
+    def call(module: nn.Module, z: Tensor) -> Result:
+        return (excluded if torch.compiler.is_compiling() else checked)(module, z)
 
     return call
 
