@@ -106,8 +106,7 @@ class LibraryQuantizer(LatentNorm):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (B, H, W, m) → latents (B, C, H, W); others raise ValueError."""
-        check_indices(indices, self.num_embedding, self.slots)
-        return self._decode(indices)
+        return self._decode(check_indices(indices, self.num_embedding, self.slots))
 
     def _decode(self, indices: Tensor) -> Tensor:
         codes = getattr(self.library, self.decode_name)(indices.flatten(1, 2)).flatten(2)

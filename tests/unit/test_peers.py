@@ -168,8 +168,11 @@ def test_what_is_no_index_is_named(name: str) -> None:
             message = f"indices of shape (1, 3, 2, {slots}) are {found}"
             with pytest.raises(ValueError, match=re.escape(message)):
                 decode(right.index_put((torch.tensor(0),) * 4, torch.tensor(wrong)))
-        with pytest.raises(ValueError, match=r"indices of torch.float32 are not int64"):
-            decode(right.float())
+        for narrow in (torch.uint8, torch.int16, torch.int32):
+            assert torch.equal(decode(right.to(narrow)), decode(right))
+        for wrong_type in (torch.float32, torch.bool):
+            with pytest.raises(ValueError, match=f"indices of {wrong_type} are not integers"):
+                decode(right.to(wrong_type))
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if QUANTIZERS[name].parts])

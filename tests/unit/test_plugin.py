@@ -201,6 +201,15 @@ def test_remap(unknown: str | int, units: int, tmp_path: Path) -> None:
         plugin.get_codebook_entry(found, (2, 3, 5, 8)),
         plain.get_codebook_entry(back, (2, 3, 5, 8)),
     )
+    for narrow in (torch.uint8, torch.int16, torch.int32):
+        tokens = found.to(narrow)
+        assert torch.equal(plugin.unmap_to_all(tokens), back)
+        for one in (plain, plugin):
+            entries = one.get_codebook_entry(found, (2, 3, 5, 8))
+            assert torch.equal(one.get_codebook_entry(tokens, (2, 3, 5, 8)), entries)
+        if unknown != "random":
+            mapped = plugin.remap_to_used(all_indices)
+            assert torch.equal(plugin.remap_to_used(all_indices.to(narrow)), mapped)
     for wrong in (-1, plugin.re_embed):  # which unmap_to_all would map to one in use
         with pytest.raises(ValueError, match=rf"not in \[0, {plugin.re_embed}\)"):
             plugin.get_codebook_entry(torch.full_like(found, wrong), (2, 3, 5, 8))

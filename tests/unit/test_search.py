@@ -150,3 +150,14 @@ def test_the_lowest_of_equals_is_found(backend: str, distance: str, size: int, d
         assert torch.equal(found, lowest[found % len(keys)])
         if distance == "cos":
             assert not found[::5].any()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_are_matched_in_float32(distance: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    quantizer = LooCQuantizer(1024, 4, distance=distance).eval()
+    torch.nn.init.normal_(quantizer.codebook)
+    z = torch.randn(4, 16, 8, 8).to(dtype)
+    found = quantizer.to(dtype).encode(z)
+    assert torch.equal(found, quantizer.float().encode(z.float()))

@@ -93,8 +93,8 @@ def check_latents(q: LooCQuantizer, z: Tensor) -> None:
 
 def check_indices(
     indices: Tensor, num_embedding: int, units: int | None = None, *, any_rank: bool = False
-) -> None:
-    """Raise ValueError unless the indices are (B, H, W, m), int32 or int64, in [0, K).
+) -> Tensor:
+    """Return the indices as int64; raise ValueError unless they are (B, H, W, m) and in [0, K).
 
     units: m, None if any number will do. any_rank: (B, …, m) will do. Compiled code skips the
     range, which reads values.
@@ -105,11 +105,13 @@ def check_indices(
         last = "m" if units is None else units
         positions = "…" if any_rank and len(shape) != 4 else "H, W"
         raise ValueError(f"indices of shape {shape} are not (B, {positions}, {last})")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"indices of {indices.dtype} are not int64")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"indices of {indices.dtype} are not integers")
+    indices = indices.long()
     if indices.numel() and not indices.is_meta and not torch.compiler.is_compiling():
         least, most = (int(value) for value in torch.aminmax(indices))
         if least < 0 or most >= num_embedding:
             raise ValueError(
                 f"indices of shape {shape} are {least} … {most}, not in [0, {num_embedding})"
             )
+    return indices

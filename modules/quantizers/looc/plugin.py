@@ -200,6 +200,7 @@ class LooCPlugin(Described):
 
     def remap_to_used(self, indices: Tensor) -> Tensor:
         """Map indices in [0, K) to [0, re_embed), any shape."""
+        indices = indices.long()
         places = indices.new_full((self.n_e,), -1)
         places[self.used] = torch.arange(len(self.used), device=indices.device)
         found = places[indices]
@@ -211,7 +212,7 @@ class LooCPlugin(Described):
 
     def unmap_to_all(self, indices: Tensor) -> Tensor:
         """Map indices in [0, re_embed) to [0, K), any shape; the extra one to the first in use."""
-        return self.used[torch.where(indices < len(self.used), indices, 0)]
+        return self.used[torch.where(indices < len(self.used), indices, 0).long()]
 
     def _positions(self, indices: Tensor) -> tuple[int, ...]:
         """Shape of the positions: that of the indices without the units."""
@@ -230,8 +231,7 @@ class LooCPlugin(Described):
     def _decode(self, indices: Tensor) -> Tensor:
         """Decode indices (b, …, m) in [0, re_embed) to latents in the shape of z."""
         if self.remap is not None:
-            check_indices(indices, self.re_embed, any_rank=True)
-            indices = self.unmap_to_all(indices)
+            indices = self.unmap_to_all(check_indices(indices, self.re_embed, any_rank=True))
         return self.quantizer.decode(indices)
 
 

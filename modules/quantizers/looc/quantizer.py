@@ -293,11 +293,14 @@ class LooCQuantizer(Described, LatentNorm):
             return self._match(units.flatten(0, -2)).view(units.shape[:-1])
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Compute the latents (B, …, C) of indices (B, …, m); others raise ValueError."""
+        """Compute the latents (B, …, C) of indices (B, …, m), of any integer type.
+
+        Others raise ValueError.
+        """
         scale, dim, axes = self.interpolation_scale, self.embedding_dim, max(0, indices.dim() - 2)
         channels, factor = self.latent_channels, enlargement(scale, axes)
         units = None if channels is None else num_units(channels, scale, dim, axes)
-        check_indices(indices, self.num_embedding, units, any_rank=True)
+        indices = check_indices(indices, self.num_embedding, units, any_rank=True)
         if not indices.is_meta:
             self._settle(indices.device)
         if indices.shape[-1] * dim % factor:
