@@ -193,7 +193,7 @@ STARTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("setting", STARTS.values(), ids=STARTS)
 @pytest.mark.parametrize("kept", ["codebook", "zeros"])
 def test_a_codebook_without_statistics_is_not_made_anew(setting: dict[str, Any], kept: str) -> None:
-    """As tools save it that average parameters, alone or in a new module."""
+    """Parameters are saved alone by tools that average them; the module may be a new one."""
     quantizer = trained(setting)
     state: dict[str, Any] = {"codebook": quantizer.codebook.detach().clone()}
     if kept == "zeros":
