@@ -601,7 +601,7 @@ def test_the_recipes_run_as_printed(
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(blocks[number], names)
+    exec(blocks[number].replace("from looc import", "from modules import"), names)
     quantizer = names["quantizer"] if place is None else names["model"].quantize
     assert isinstance(quantizer, LooCPlugin)
     if "tokens" in names:
