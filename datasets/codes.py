@@ -27,6 +27,7 @@ from utils.logger import progress
 
 Codes: TypeAlias = npt.NDArray[Any]
 SHARD = 2**13  # images of a file
+MEASURED = 2**16  # images, at most, from which statistics are taken
 TOGETHER = 2**8  # images whose statistics are taken at a time
 
 
@@ -70,8 +71,9 @@ class StoredCodes:
         return torch.from_numpy(stacked.astype(self.space.dtype))
 
     def batches(self) -> Iterator[Tensor]:
-        """Yield all of them in order."""
-        for positions in torch.split(torch.arange(len(self)), TOGETHER):
+        """Yield all of them, or MEASURED that are evenly spread, in order."""
+        count = min(len(self), MEASURED)
+        for positions in torch.split(torch.arange(count) * len(self) // count, TOGETHER):
             yield self[positions]
 
     def compute(self) -> None:

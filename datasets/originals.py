@@ -16,7 +16,6 @@ from datasets.image_sets import square_of
 from datasets.pictures import Pictures, find_pictures
 from datasets.splits import opener
 from modules import Autoencoder
-from modules.priors.spaces import CodeSpace
 from utils.distributed import first_goes_ahead
 from utils.errors import UserError
 from utils.generation.checkpoints import StoredPrior
@@ -35,9 +34,6 @@ def open_editing(
     if config.edit is None:
         return None
     space = prior.space
-    if not isinstance(space, CodeSpace):
-        needs = f"--{config.edit} needs a prior over codes"
-        raise UserError(f"{needs}, and {prior.path} is {prior.config.prior}")
     data = prior.group("data_config", DataConfig)
     size, channels = prior.first_stage.image_size, first_stage.config.in_channels
     with first_goes_ahead():

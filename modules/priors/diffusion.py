@@ -24,7 +24,7 @@ from .spec import Noise, Prior, PriorSpec
 
 if TYPE_CHECKING:
     from .config import PriorConfig
-    from .sampling import Sampling
+    from .sampling import Known, Sampling
 
 NUM_LEVELS = 1000
 SCHEDULE: dict[str, Any] = {  # of the published models
@@ -40,6 +40,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any], float]] = {
     "ddpm": ("DDIMScheduler", DDIM, 1.0),
     "dpm-solver++": ("DPMSolverMultistepScheduler", SCHEDULE, 0.0),
 }
+REPEATS = 10  # of a step of inpainting
 
 
 class LatentDiffusion(Prior):
@@ -161,11 +162,23 @@ def check(config: PriorConfig) -> Iterator[str]:
 
 
 @torch.no_grad()
-def sample(model: LatentDiffusion, labels: Tensor, noise: Noise, how: Sampling) -> Tensor:
-    """Draw latents (B, C, H, W) of the classes `labels` (B,), −1 for no class."""
+def sample(
+    model: LatentDiffusion,
+    labels: Tensor,
+    noise: Noise,
+    how: Sampling,
+    known: Known | None = None,
+) -> Tensor:
+    """Draw latents (B, C, H, W) of the classes `labels` (B,), −1 for no class.
+
+    Given latents begin at a lower noise level (SDEdit, Meng et al., ICLR 2022). Where they are
+    kept, they replace what is drawn at each level, with its noise, and each step is done REPEATS
+    times, so that the rest agrees with them (RePaint, Lugmayr et al., CVPR 2022).
+    """
     name, settings, eta = SAMPLERS[how.sampler]
     sampler = getattr(require("diffusers.schedulers", "--prior diffusion"), name)(**settings)
     sampler.set_timesteps(how.sampling_steps, device=labels.device)
+    alphas = sampler.alphas_cumprod.to(labels.device)
 
     def normals() -> Tensor:
         # From uniform numbers in [0, 1), by the inverse of the distribution function.
@@ -173,15 +186,31 @@ def sample(model: LatentDiffusion, labels: Tensor, noise: Noise, how: Sampling) 
         found: Tensor = torch.special.ndtri(uniform).float().to(labels.device)
         return found
 
-    x = normals()
+    x, levels, keep = normals(), sampler.timesteps, None
+    if known is not None:
+        given = (known.items - model.mean) / model.std
+        levels = levels[-max(1, round(known.share * len(levels))) :]
+        if len(levels) < len(sampler.timesteps):
+            x = model.levels.add_noise(given, x, levels[:1])
+        if known.mask.any():
+            keep = known.mask.expand(len(x), *x.shape[2:])[:, None]
     guided = how.guidance != 1 and model.num_classes
-    for level in sampler.timesteps:
-        found = model.predict(x, level.expand(len(x)), labels)
-        if guided:
-            none = model.predict(x, level.expand(len(x)), torch.full_like(labels, -1))
-            found = none + how.guidance * (found - none)
-        random = {"eta": eta, "variance_noise": normals()} if eta else {}
-        x = sampler.step(found, level, x, **random).prev_sample
+    for level in levels:
+        for number in range(1 if keep is None else REPEATS):
+            if number:  # back to this level
+                before = level - NUM_LEVELS // how.sampling_steps
+                share = alphas[level] / (alphas[before] if before >= 0 else 1)
+                x = share.sqrt() * x + (1 - share).sqrt() * normals()
+            if keep is not None:
+                x = torch.where(keep, model.levels.add_noise(given, normals(), level[None]), x)
+            found = model.predict(x, level.expand(len(x)), labels)
+            if guided:
+                none = model.predict(x, level.expand(len(x)), torch.full_like(labels, -1))
+                found = none + how.guidance * (found - none)
+            random = {"eta": eta, "variance_noise": normals()} if eta else {}
+            x = sampler.step(found, level, x, **random).prev_sample
+    if keep is not None:
+        x = torch.where(keep, given, x)
     latents: Tensor = x * model.std + model.mean
     return latents
 

@@ -41,10 +41,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Known:
-    """Codes that are given, (B, H, W, m), at the positions of a mask (H, W) or (B, H, W), bool."""
+    """Codes or latents that are given, and the positions that keep them.
 
-    codes: Tensor
+    Attributes:
+        items: codes (B, H, W, m) or latents (B, C, H, W).
+        mask: the positions that are kept, (H, W) or (B, H, W), bool.
+        share: of the noise levels that latent diffusion goes through, the last ones.
+    """
+
+    items: Tensor
     mask: Tensor
+    share: float = 1.0
 
 
 @torch.no_grad()
@@ -70,7 +77,7 @@ def sample(
         codes = torch.zeros(shape, dtype=torch.int64, device=device)
     else:
         mask = known.mask.expand(len(labels), space.height, space.width).flatten(1)
-        codes = known.codes.reshape(shape).clone()
+        codes = known.items.reshape(shape).clone()
     if model.causal:
         codes = draw_in_order(model, labels, noise, how, codes, mask, cached=cached)
     else:

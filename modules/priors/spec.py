@@ -33,7 +33,7 @@ class Prior(nn.Module):
         return ()
 
     def measure(self, batches: Iterable[Tensor]) -> None:
-        """Take the statistics of all training codes or latents, before the first step."""
+        """Take the statistics of training codes or latents, before the first step."""
 
 
 @dataclass(frozen=True)

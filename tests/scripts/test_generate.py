@@ -251,7 +251,8 @@ def test_diffusion_refuses_what_it_does_not_read(script: Script, stage: Path) ->
     for words in (("--top_k", "3"), ("--temperature", "0.5"), ("--rounds", "3")):
         line = refused(*SAMPLE, *words)
         assert f"{' '.join(words)} has no effect with a diffusion prior" in line
-    assert "--vary needs a prior over codes" in refused(*SAMPLE, "--vary", "0.5")
+    repeated = ("--inpaint", "left", "--sampler", "dpm-solver++")
+    assert "--inpaint left contradicts --sampler dpm-solver++" in refused(*SAMPLE, *repeated)
     assert "--sampling_steps 30 does not divide the 1000" in refused(
         *SAMPLE, "--sampling_steps", "30"
     )

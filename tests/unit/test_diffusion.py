@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from commands import train
+from datasets.codes import StoredCodes
 from datasets.config import DataConfig
 from modules import ModelConfig, make_model
 from modules.priors.config import PriorConfig
-from modules.priors.sampling import Sampling
+from modules.priors.sampling import Known, Sampling
 from modules.priors.spaces import LatentSpace
 from utils.flags.arguments import build, build_model_config, with_preset, with_recipe
 from utils.flags.presets import PRIOR_PRESETS
@@ -34,7 +38,9 @@ def make(side: int = 8, num_classes: int = 0, channels: int = 8) -> Any:
     return model.eval()
 
 
-def sample(model: Any, labels: Tensor, seed: int = 0, **how: Any) -> Tensor:
+def sample(
+    model: Any, labels: Tensor, seed: int = 0, known: Known | None = None, **how: Any
+) -> Tensor:
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(labels))]
 
     def noise(*sizes: int) -> Tensor:
@@ -42,7 +48,22 @@ def sample(model: Any, labels: Tensor, seed: int = 0, **how: Any) -> Tensor:
         return torch.stack(draws)
 
     spec = PriorConfig(prior="diffusion").spec
-    return spec.sample(model, labels, noise, Sampling(**{"sampling_steps": 5, **how}))
+    return spec.sample(model, labels, noise, Sampling(**{"sampling_steps": 5, **how}), known)
+
+
+@cache
+def trained() -> tuple[Any, Tensor]:
+    """A prior that has seen one image only, and this image, (1, 3, 4, 4)."""
+    model, image = make(4, channels=32), torch.randn(1, 3, 4, 4)
+    model.measure([image])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for number in range(300):
+        noise, levels, _ = model.draws(32, torch.Generator().manual_seed(number))
+        loss = model(image.expand(32, -1, -1, -1), torch.full((32,), -1), noise, levels).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model, image
 
 
 def test_latents_are_scaled_by_their_statistics() -> None:
@@ -114,17 +135,48 @@ def test_an_empty_batch_reaches_all_weights() -> None:
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
 def test_a_prior_that_has_seen_one_image_reproduces_it(sampler: str) -> None:
-    model, image = make(4, channels=32), torch.randn(1, 3, 4, 4)
-    model.measure([image])
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for number in range(300):
-        noise, levels, _ = model.draws(32, torch.Generator().manual_seed(number))
-        loss = model(image.expand(32, -1, -1, -1), torch.full((32,), -1), noise, levels).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    model, image = trained()
     found = sample(model, torch.full((2,), -1), sampler=sampler, sampling_steps=20)
     assert (found - image).abs().mean() < 0.2
+
+
+def test_given_latents_are_kept_where_the_mask_says() -> None:
+    """The rest is drawn to fit, whatever the batch."""
+    (model, image), labels = trained(), torch.full((3,), -1)
+    mask = torch.arange(16).view(4, 4) % 4 < 2
+    known = Known(torch.cat([image, image + 1, image]), mask)
+    found = sample(model, labels, known=known)
+    assert torch.allclose(found[..., mask], known.items[..., mask], atol=1e-5)
+    assert (found[0] - image).abs().mean() < 0.2
+    one = sample(model, labels[:1], known=Known(image, mask))
+    assert torch.allclose(one, found[:1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
+def test_a_small_share_of_the_noise_levels_changes_little(sampler: str) -> None:
+    model, labels = make(), torch.full((2,), -1)
+    given, nothing = 4 * torch.randn(2, 3, 8, 8) + 1, torch.zeros(8, 8, dtype=torch.bool)
+
+    def change(share: float) -> float:
+        known = Known(given, nothing, share)
+        found = sample(model, labels, known=known, sampler=sampler, sampling_steps=20)
+        return float((found - given).abs().mean())
+
+    assert change(0.05) < change(0.3) < change(1.0)
+    known = Known(given, nothing)
+    assert torch.equal(sample(model, labels, known=known), sample(model, labels))
+
+
+def test_statistics_are_those_of_a_bounded_number_of_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("datasets.codes.MEASURED", 4)
+    monkeypatch.setattr("datasets.codes.TOGETHER", 3)
+    images: Any = range(10)
+    space, options = LatentSpace(1, 1, 1), {"flipped": False, "batch_size": 1, "num_workers": 0}
+    codes = StoredCodes(torch.nn.Identity(), images, space, Path(), **options)  # type: ignore[arg-type]
+    codes.shards = [np.arange(10, dtype=np.float16).reshape(10, 1, 1, 1)]
+    assert [batch.flatten().tolist() for batch in codes.batches()] == [[0, 2, 5], [7]]
 
 
 PUBLISHED = {  # preset → weights of the UNet of latent-diffusion by channels of its latents

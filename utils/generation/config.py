@@ -78,7 +78,8 @@ class SampleConfig:
     )
     vary: float | None = option(
         None,
-        "share of each picture's positions to draw anew, chosen at random (with --interpolate 0.5)",
+        "share of each picture's positions to draw anew, chosen at random, or of the noise levels "
+        "of a diffusion prior to go through (with --interpolate 0.5)",
         above=0,
         maximum=1,
     )
@@ -116,6 +117,9 @@ class SampleConfig:
             value = getattr(self, name)
             if self.inpaint is not None and value is not None:
                 raise ValueError(f"--inpaint {self.inpaint} contradicts --{name} {value}")
+        if self.inpaint is not None and self.sampler == "dpm-solver++":
+            given = f"--inpaint {self.inpaint} contradicts --sampler {self.sampler}"
+            raise ValueError(f"{given}, whose steps cannot be repeated; ddim and ddpm can")
         if self.images and self.edit is None:
             raise ValueError("--images needs --inpaint, --vary or --interpolate")
         if self.interpolate is not None and self.num_samples is not None:

@@ -1,4 +1,4 @@
-"""Pictures edited by a prior over codes: inpainting, variations and interpolation."""
+"""Pictures edited by a prior: inpainting, variations and interpolation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modules import Autoencoder
 from modules.priors.sampling import Known
-from modules.priors.spaces import CodeSpace
+from modules.priors.spaces import LatentSpace, Space
 from modules.priors.spec import Noise
 from utils.generation.samples import noise_of
 from utils.images import to_signed
@@ -30,14 +30,15 @@ class Editing:
 
     Args:
         originals: the n pictures, (n, C, h, w), uint8.
-        space: the prior's codes.
-        known: the positions that are kept, (H, W), bool; None: chosen at random for each sample.
-        share: of the positions that are drawn anew at random.
+        space: the prior's codes or latents.
+        known: the positions that are kept, (H, W), bool; None: none of latents, and of codes those
+            that are chosen at random for each sample.
+        share: of the positions of codes, or noise levels of latents, that are drawn anew.
         steps: images between two pictures.
     """
 
     originals: Tensor
-    space: CodeSpace
+    space: Space
     known: Tensor | None = None
     share: float = 0.0
     steps: int = 0
@@ -62,28 +63,32 @@ class Editing:
 
     @torch.no_grad()
     def start(self, first_stage: Autoencoder, numbers: list[int], noise: Noise) -> Known:
-        """The codes that the samples of these numbers keep."""
+        """The codes or latents that the samples of these numbers start from."""
         device = next(first_stage.parameters()).device
         # One at a time: the codes of a picture may not depend on the others in the batch.
-        codes = torch.cat([self.codes(first_stage, number, device) for number in numbers])
+        items = torch.cat([self.items(first_stage, number, device) for number in numbers])
+        size = self.space.height, self.space.width
         if self.known is not None:
-            return Known(codes, self.known.to(device))
+            return Known(items, self.known.to(device))
+        if isinstance(self.space, LatentSpace):
+            return Known(items, torch.zeros(size, dtype=torch.bool, device=device), self.share)
         length = self.space.num_positions
         drawn = max(1, round(self.share * length))
         known = noise(length).argsort(dim=1).argsort(dim=1) >= drawn
-        return Known(codes, known.view(-1, self.space.height, self.space.width).to(device))
+        return Known(items, known.view(-1, *size).to(device))
 
-    def codes(self, first_stage: Autoencoder, number: int, device: torch.device) -> Tensor:
-        """Codes (1, H, W, m) of a sample's picture, or of latents between those of two."""
+    def items(self, first_stage: Autoencoder, number: int, device: torch.device) -> Tensor:
+        """Codes or latents of a sample's picture, or between those of two; a batch of one."""
 
         def latents(index: int) -> Tensor:
             return first_stage.latents(to_signed(self.originals[index, None].to(device)))
 
-        if not self.steps:
-            return first_stage.quantizer.encode(latents(number % len(self.originals)))
-        pair, step = divmod(number, self.steps)
-        between = latents(pair).lerp(latents(pair + 1), (step + 1) / (self.steps + 1))
-        return first_stage.quantizer.encode(between)
+        if self.steps:
+            pair, step = divmod(number, self.steps)
+            found = latents(pair).lerp(latents(pair + 1), (step + 1) / (self.steps + 1))
+        else:
+            found = latents(number % len(self.originals))
+        return found if isinstance(self.space, LatentSpace) else first_stage.quantizer.encode(found)
 
     def arrange(self, samples: Tensor) -> tuple[Tensor, int]:
         """Arrange the first samples in rows, behind their picture, and how many make a row.
@@ -115,7 +120,7 @@ class Editing:
         return torch.where(known > 0, original, GREY)
 
 
-def known_positions(part: str | Tensor, space: CodeSpace) -> Tensor:
+def known_positions(part: str | Tensor, space: Space) -> Tensor:
     """Positions (H, W), bool, that a side of the picture or a mask (h, w) leaves as they are.
 
     A position is drawn anew as soon as the part touches it.
