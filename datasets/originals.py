@@ -89,5 +89,5 @@ def mask_of(name: str, given: Sequence[str], size: int) -> Tensor:
             )
     white = square(mask, size).float().mean(0) > 127.5
     if not white.any():
-        raise UserError(f"--inpaint {name} has nothing white, which would be drawn anew")
+        raise UserError(f"--inpaint {name} has nothing white in its square, which is drawn anew")
     return white

@@ -63,11 +63,12 @@ class Pictures:
         """Decode a picture → (C, h, w), uint8, as a viewer shows it."""
         path = self.files[self.names[position]]
         with open_image(path, str(path)) as image:
-            if self.channels == 1 and image.mode.split(";")[0] not in GREY_MODES:
-                raise UserError(f"image {path} has colours, and the model takes grey levels only")
-            pixels = np.asarray(viewed(image, "L" if self.channels == 1 else "RGB", self.bits))
-        channels_first = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(channels_first.copy())
+            grey = self.channels == 1 and image.mode.split(";")[0] in GREY_MODES
+            pixels = np.asarray(viewed(image, "L" if grey else "RGB", self.bits))
+        channels_first = pixels[None] if grey else pixels.transpose(2, 0, 1)
+        if (channels_first[: self.channels] != channels_first).any():
+            raise UserError(f"image {path} has colours, and the model takes grey levels only")
+        return torch.from_numpy(channels_first[: self.channels].copy())
 
     def source(self, position: int) -> str:
         """Return the path of a picture's file."""

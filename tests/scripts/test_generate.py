@@ -501,7 +501,7 @@ def test_one_line_for_pictures_that_cannot_be_edited(
     assert script(*TRAIN, *words).code == 0
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "colours.png")
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(pixels[..., 0]).convert("RGBA").save(tmp_path / "grey.png")  # no colours
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "black.png")
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "wide.png")
     (tmp_path / "damaged.png").write_bytes(b"x")

@@ -116,6 +116,7 @@ def test_refusals_are_one_line(script: Script, mnist: Path, tmp_path: Path) -> N
     assert "its values are float64, not integers" in refused(codes.astype(float))
     for shape in ((147, 2), (3, 7, 14, 1), (3, 7, 2, 7), (294,)):
         assert f"its shape is {shape}, not (N, H, H, 2)" in refused(codes.reshape(shape))
+    assert "it holds no codes, its shape is (0, 7, 7, 2)" in refused(codes[:0])
     for wrong in (-1, 16):
         codes[2, 3, 4, 1] = wrong
         assert "its codes are not in [0, 16)" in refused(codes)

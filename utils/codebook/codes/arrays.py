@@ -115,6 +115,8 @@ class CodeArray(CodeFile):
         if array.ndim != 4 or array.shape[3] != config.num_slots or sides[0] != sides[1]:
             wanted = f"(N, H, H, {config.num_slots}), as the model's"
             raise ValueError(f"its shape is {array.shape}, not {wanted}")
+        if not array.size:
+            raise ValueError(f"it holds no codes, its shape is {array.shape}")
         if array.min() < 0 or array.max() >= config.num_embedding:
             raise ValueError(f"its codes are not in [0, {config.num_embedding})")
         self.coder, self.info = None, self._described()
