@@ -173,9 +173,16 @@ def test_two_processes_do_as_one(script: Script, stage: Path, tmp_path: Path) ->
     assert script(*SAMPLE, "--num_samples", "7", "--batch_size", "2").code == 0
     folder = stage / "samples" / "prior" / "best"
     alone = pictures(folder)
-    together = run_ranks((*SAMPLE, "--num_samples", "7", "--overwrite"), tmp_path)
+    # A killed run has left one sample, and the beginning of another.
+    for name in alone.keys() - {"00000003.png"}:
+        (folder / name).unlink()
+    (folder / ".00000001.png.99.tmp").write_bytes(b"\x89PNG")
+    kept = (folder / "00000003.png").stat().st_mtime_ns
+    together = run_ranks((*SAMPLE, "--num_samples", "7"), tmp_path)
     assert [outcome.code for outcome in together] == [0, 0]
     assert same(pictures(folder), alone)
+    assert (folder / "00000003.png").stat().st_mtime_ns == kept
+    assert not list(folder.glob(".*"))
 
 
 def test_codes_are_computed_once(script: Script, stage: Path) -> None:
