@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .anchors import ANCHORS, STARTS
 from .losses import GRADIENTS
 from .norms import LATENT_NORMS, WITH_AVERAGES
-from .search import DISTANCES
+from .search import DISTANCES, is_traced
 from .units import SPLITS, num_units
 from .usage import CODEBOOK_UPDATES
 
@@ -108,7 +108,7 @@ def check_indices(
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise ValueError(f"indices of {indices.dtype} are not integers")
     indices = indices.long()
-    if indices.numel() and not indices.is_meta and not torch.compiler.is_compiling():
+    if not is_traced(indices) and indices.numel():
         least, most = (int(value) for value in torch.aminmax(indices))
         if least < 0 or most >= num_embedding:
             raise ValueError(

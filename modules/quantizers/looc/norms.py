@@ -96,7 +96,7 @@ LATENT_NORMS: dict[str, Callable[[LatentNorm, Tensor, bool], Tensor]] = {
     # Each unit to mean square one, which is length √d.
     "unit": lambda _, units, __: F.normalize(units, dim=-1) * math.sqrt(units.shape[-1]),
     # All channels of a position together to mean zero and variance one.
-    "layer": lambda _, units, __: F.layer_norm(units, units.shape[-2:]),
+    "layer": lambda _, units, __: F.layer_norm(units, [int(side) for side in units.shape[-2:]]),
     "batch": batch_norm,
     "running": running_norm,
 }

@@ -318,11 +318,12 @@ class LooCQuantizer(Described, LatentNorm):
         # This copy is several times faster than one after the permutation, which is then a view.
         rows = rows.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         units = self._normalise(SPLITS[self.split].cut(rows, self.embedding_dim), training)
-        return units.view(len(z), *extrapolated.shape[2:], *units.shape[-2:])
+        return units.view(z.shape[0], *extrapolated.shape[2:], *units.shape[-2:])
 
     def _join(self, units: Tensor) -> Tensor:
         """Join units (B, …, m, d) into latents (B, …, C)."""
-        joined = SPLITS[self.split].join(units).movedim(-1, 1)  # (B, C·β², …)
+        joined = SPLITS[self.split].join(units)  # (B, …, C·β²)
+        joined = joined.movedim(joined.dim() - 1, 1)  # the ONNX exporter takes no −1 here
         return interpolate_back(joined, self.interpolation_scale).movedim(1, self.channel_dim)
 
     def _match(self, features: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def extrapolate(z: Tensor, scale: int) -> Tensor:
         return z
     axes = z.dim() - 2
     z = F.interpolate(z, scale_factor=scale, mode=MODES[axes], align_corners=False)
-    if len(z) and axes == 2:  # pixel_unshuffle does not change the channels of an empty batch
+    if z.shape[0] and axes == 2:  # pixel_unshuffle does not change the channels of an empty batch
         return F.pixel_unshuffle(z, scale)
     for axis in range(axes):
         z = torch.unflatten(z, 2 + 2 * axis, (-1, scale))  # (B, C, H, β, W, β)
@@ -33,7 +33,7 @@ def interpolate_back(z: Tensor, scale: int) -> Tensor:
     """Undo `extrapolate` by average pooling: (B, C·β², H, W) → (B, C, H, W)."""
     if scale < 2:
         return z
-    if len(z) and z.dim() == 4:  # the mean over β² channels, faster
+    if z.shape[0] and z.dim() == 4:  # the mean over β² channels, faster
         return F.avg_pool2d(F.pixel_shuffle(z, scale), scale)
     return torch.unflatten(z, 1, (-1, enlargement(scale, z.dim() - 2))).mean(2)
 

@@ -1,0 +1,119 @@
+"""Export with free batch, height and width: torch.export and both ONNX exporters, run elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from modules import LooCPlugin, LooCQuantizer
+
+Run = Callable[[Tensor], list[Tensor]]
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"interpolation_scale": 2, "split": "interval", "distance": "l2", "rate_weight": 0.1},
+    {"latent_norm": "layer", "split": "interval"},
+    {"latent_norm": "running", "interpolation_scale": 2},
+)
+
+
+class Whole(nn.Module):
+    """Small autoencoder around the quantiser."""
+
+    def __init__(self, **setting: Any) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 8, 4, 4)
+        self.quantizer: nn.Module = LooCQuantizer(16, 4, latent_channels=8, **setting)
+        self.decoder = nn.ConvTranspose2d(8, 3, 4, 4)
+
+    def forward(self, images: Tensor) -> Any:
+        latents, _, indices = self.quantizer(self.encoder(images))
+        return self.decoder(latents), indices
+
+
+class Encoder(Whole):
+    def forward(self, images: Tensor) -> Any:
+        return self.quantizer.encode(self.encoder(images))
+
+
+class Decoder(Whole):
+    def forward(self, indices: Tensor) -> Any:
+        return self.decoder(self.quantizer.decode(indices))
+
+
+class WithPlugin(Whole):
+    def __init__(self, **setting: Any) -> None:
+        super().__init__()
+        self.quantizer = LooCPlugin(16, 8, sane_index_shape=True, **setting)
+
+    def forward(self, images: Tensor) -> Any:
+        latents, _, (_, _, indices) = self.quantizer(self.encoder(images))
+        return self.decoder(latents), indices
+
+
+def example(model: Whole, batch: int, height: int, width: int) -> Tensor:
+    """Images, or the indices of such images."""
+    images = torch.randn(batch, 3, height, width)
+    return Encoder.forward(model, images) if isinstance(model, Decoder) else images
+
+
+def free_axes(model: Whole) -> tuple[int, int, int]:
+    return (0, 1, 2) if isinstance(model, Decoder) else (0, 2, 3)
+
+
+def by_export(model: Whole, images: Tensor, _: Path) -> Run:
+    shapes = (dict.fromkeys(free_axes(model), Dim.DYNAMIC),)
+    module = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False).module()
+    return lambda inputs: as_list(module(inputs))
+
+
+def by_onnx(model: Whole, images: Tensor, folder: Path, *, dynamo: bool) -> Run:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path, axes = folder / "model.onnx", free_axes(model)
+    if dynamo:
+        shapes = (dict.fromkeys(axes, Dim.DYNAMIC),)
+        torch.onnx.export(model, (images,), path, dynamic_shapes=shapes, verbose=False)
+    else:
+        names = {"input": {axis: f"axis{axis}" for axis in axes}}
+        torch.onnx.export(
+            model, (images,), path, dynamo=False, input_names=["input"], dynamic_axes=names
+        )
+    session = onnxruntime.InferenceSession(path)
+    (name,) = (each.name for each in session.get_inputs())
+    return lambda inputs: [torch.from_numpy(x) for x in session.run(None, {name: inputs.numpy()})]
+
+
+def as_list(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+EXPORTERS: dict[str, Callable[[Whole, Tensor, Path], Run]] = {
+    "torch": by_export,
+    "onnx": lambda *given: by_onnx(*given, dynamo=True),
+    "torchscript": lambda *given: by_onnx(*given, dynamo=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(setting) or "paper")
+@pytest.mark.parametrize("form", [Whole, Encoder, Decoder, WithPlugin])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_exports_run_at_other_sizes(
+    exporter: str, form: type[Whole], setting: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = form(**setting)
+    if form is not Decoder:
+        model(torch.randn(4, 3, 16, 16))  # a training call
+    model.eval()
+    with torch.no_grad():
+        run = EXPORTERS[exporter](model, example(model, 2, 24, 32), tmp_path)
+        for size in ((2, 24, 32), (1, 16, 16), (5, 40, 20)):
+            inputs = example(model, *size)
+            torch.testing.assert_close(run(inputs), as_list(model(inputs)), rtol=1e-4, atol=1e-5)
