@@ -325,3 +325,123 @@ def test_tensors_that_are_set_one_by_one(setting: dict[str, Any]) -> None:
         with pytest.warns(UserWarning, match="no codebook was loaded; it is a new one"):
             use(module := loaded({}))
         assert module.codebook.any()
+
+
+# ------------------------------------------------------------------------- loaders of Hugging Face
+
+VQ = {"block_out_channels": (32,), "norm_num_groups": 8, "latent_channels": 8}
+VQ |= {"num_vq_embeddings": 16}
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+both_ways = pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+
+
+def vq_model(low_cpu_mem_usage: bool = False) -> Any:
+    if low_cpu_mem_usage:
+        need("accelerate")
+    need("diffusers")
+    torch.manual_seed(0)
+    return need("modules.vq_model").LooCVQModel
+
+
+@both_ways
+def test_a_vq_model_of_diffusers_comes_back(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    kind = vq_model(low_cpu_mem_usage)
+    looc = {"embedding_dim": 2, "codebook_start": "features", "latent_norm": "running"}
+    model = kind(looc=looc, **VQ)
+    model(IMAGES).sample.sum().backward()
+    model.eval().save_pretrained(tmp_path)
+    load = partial(kind.from_pretrained, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    for again in (load(), load().to(torch.float64).to(torch.float32)):
+        assert again.quantize.config == model.quantize.config
+        assert torch.equal(again(IMAGES).sample, model(IMAGES).sample)
+        for name, value in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), name
+    with pytest.raises(RuntimeError, match=r"split 'interval' contradicts .* is 'fixed'"):
+        load(looc={**looc, "split": "interval"})(IMAGES)
+
+
+@both_ways
+def test_a_plain_vq_model_gets_a_new_codebook(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    kind = vq_model(low_cpu_mem_usage)
+    plain = need("diffusers").VQModel(**VQ)
+    plain.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = kind.from_pretrained(
+            tmp_path, looc={"embedding_dim": 2}, low_cpu_mem_usage=low_cpu_mem_usage
+        ).to("cpu")
+        model.train()(IMAGES).sample.sum().backward()
+    assert torch.equal(model.decoder.conv_in.weight, plain.decoder.conv_in.weight)
+    codebook = model.quantize.quantizer.codebook
+    assert codebook.shape == (16, 2)
+    assert codebook.any()
+    assert codebook.isfinite().all()
+    assert model.quantize.quantizer.usage.sum() == pytest.approx(0.01, rel=1e-3)
+
+
+@both_ways
+def test_averages_of_diffusers_keep_the_codebook(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    """EMAModel.save_pretrained writes averaged parameters, and buffers of a new model."""
+    kind = vq_model(low_cpu_mem_usage)
+    model = kind(looc={"codebook_start": "features"}, **VQ)
+    for _ in range(3):
+        model(IMAGES).sample.sum().backward()
+    average = need("diffusers.training_utils").EMAModel(
+        model.parameters(), model_cls=kind, model_config=model.config
+    )
+    average.step(model.parameters())
+    average.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"without its statistics \(usage\)"):  # noqa: PT031
+        again = kind.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).train()
+        again(IMAGES)
+    assert torch.equal(again.quantize.quantizer.codebook, model.quantize.quantizer.codebook)
+
+
+def test_transformers_leaves_nothing_undefined(tmp_path: Path) -> None:
+    transformers, safetensors = need("transformers"), need("safetensors.torch")
+
+    class Config(transformers.PreTrainedConfig):  # type: ignore[name-defined, misc]
+        model_type = "looc"
+
+    class Model(transformers.PreTrainedModel):  # type: ignore[name-defined, misc]
+        config_class = Config
+
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.quantizer = make(**FOLLOWING)
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, LooCQuantizer):
+                module.reset_parameters()
+
+    model = Model(Config())
+    model.quantizer(latents().requires_grad_())
+    model.save_pretrained(tmp_path)
+    again = Model.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    file = tmp_path / "model.safetensors"
+    state = {"quantizer.codebook": model.quantizer.codebook.detach().clone()}
+    safetensors.save_file(state, file, metadata={"format": "pt"})
+    again = Model.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"without its statistics \(usage"):
+        assert again.quantizer.encode(latents()).shape == (2, 3, 5, 2)
+    assert torch.equal(again.quantizer.codebook, model.quantizer.codebook)
+    assert again.quantizer.started
+    assert again.quantizer.usage.sum() == pytest.approx(1)
+
+
+def test_the_hub_mixin_saves_a_quantiser(tmp_path: Path) -> None:
+    hub = need("huggingface_hub")
+
+    class HubQuantizer(LooCQuantizer, hub.PyTorchModelHubMixin):  # type: ignore[name-defined, misc]
+        pass
+
+    quantizer: Any = HubQuantizer(16, 4, distance="l2", latent_channels=8)
+    quantizer(latents().requires_grad_())
+    quantizer.eval().save_pretrained(tmp_path)
+    again: Any = HubQuantizer.from_pretrained(tmp_path)
+    assert again.config == quantizer.config
+    assert torch.equal(again(latents()).latents, quantizer(latents()).latents)
+    assert torch.equal(again.usage, quantizer.usage)

@@ -190,23 +190,24 @@ class LooCQuantizer(Described, LatentNorm):
             units = num_units(latent_channels, interpolation_scale, embedding_dim)
 
         by_ema, from_data = codebook_update == "ema", STARTS[codebook_start] is not None
-        self.codebook = nn.Parameter(
-            torch.empty(num_embedding, embedding_dim), requires_grad=not by_ema
-        )
-        self.register_buffer("usage", torch.empty(num_embedding))
+        # Not by reset_parameters: loaders of diffusers make torch.nn.init do nothing meanwhile.
+        bound = 1 / num_embedding
+        start = torch.empty(num_embedding, embedding_dim).uniform_(-bound, bound)
+        self.codebook = nn.Parameter(start, requires_grad=not by_ema)
+        self.register_buffer("usage", torch.zeros(num_embedding))
         # Averages of buffers, as in torch.optim.swa_utils, fail with other types than floats.
-        self.register_buffer("reinitialised", torch.empty(()))
-        self.register_buffer("pool", torch.empty(num_embedding, embedding_dim))
-        self.register_buffer("pool_size", torch.empty(()))
-        self.register_buffer("ema_count", torch.empty(num_embedding) if by_ema else None)
-        self.register_buffer("started", torch.empty(()) if from_data else None)
+        self.register_buffer("reinitialised", torch.zeros(()))
+        self.register_buffer("pool", torch.zeros(num_embedding, embedding_dim))
+        self.register_buffer("pool_size", torch.zeros(()))
+        self.register_buffer("ema_count", torch.zeros(num_embedding) if by_ema else None)
+        self.register_buffer("started", torch.zeros(()) if from_data else None)
         if latent_norm in WITH_AVERAGES:
             if latent_channels is None:
                 raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels")
             self._keep_averages((units, embedding_dim))
         self.register_buffer("settings", self._described().to(self.usage.device))
-        self.reset_parameters()
-        self._unseen = self.codebook.is_meta
+        self._forget_cached_state()
+        self._unseen = self.codebook.is_meta  # until a state is loaded: tensors may be set alone
 
     @property
     def config(self) -> dict[str, Any]:
@@ -227,6 +228,7 @@ class LooCQuantizer(Described, LatentNorm):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
+        self._unseen = self.codebook.is_meta
         self._forget_cached_state()
 
     def _settle(self, device: torch.device | None = None) -> None:
@@ -236,7 +238,6 @@ class LooCQuantizer(Described, LatentNorm):
 
     def _forget_cached_state(self, *_: Any) -> None:
         """Reset everything that is derived from the state, which another may have replaced."""
-        self._unseen = False  # whether loaders may have set tensors one by one
         self._safe_steps = 0  # steps in which no codevector can need an anchor
         self._start_done = False
         self._pending: PendingUpdate | None = None

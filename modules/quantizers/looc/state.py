@@ -174,4 +174,5 @@ def settle(quantizer: LooCQuantizer, device: torch.device) -> None:
         quantizer.load_state_dict(loaded)
     else:
         quantizer.reset_parameters()
+        quantizer._unseen = False
         warnings.warn("no codebook was loaded; it is a new one", stacklevel=2)
