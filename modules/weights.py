@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 import zipfile
@@ -13,6 +14,8 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from .optional import require
+
+CONFIG, TENSORS = "config.json", "model.safetensors"  # files of an exported checkpoint
 
 
 class Inert:
@@ -26,10 +29,13 @@ class Inert:
 def read_weights(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Mapping[Any, Any]:
     """Read the dictionary in a file of torch.save or safetensors, without executing anything.
 
-    Objects whose name begins with an entry of `inert` become Inert. Raises ValueError, beginning
-    with the subject, if the file cannot be read, is damaged, or contains any other object that
-    PyTorch does not consider safe.
+    The folder of an exported checkpoint is read as the checkpoint is. Objects whose name begins
+    with an entry of `inert` become Inert. Raises ValueError, beginning with the subject, if the
+    file cannot be read, is damaged, or contains any other object that PyTorch does not consider
+    safe.
     """
+    if is_exported(path):
+        return read_exported(subject, path)
     if not path.is_file():
         raise ValueError(f"{subject} {'is no file' if path.exists() else 'does not exist'}")
     try:
@@ -54,6 +60,23 @@ def read_weights(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Mappi
     if not isinstance(content, Mapping):
         raise ValueError(f"{subject} holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def is_exported(path: Path) -> bool:
+    """Return whether a folder has the two files of an exported checkpoint."""
+    return all((path / name).is_file() for name in (CONFIG, TENSORS))
+
+
+def read_exported(subject: str, folder: Path) -> Mapping[Any, Any]:
+    """Read the folder that `python -m utils.export` has written."""
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = type(error).__name__
+        raise ValueError(f"{subject} has a {CONFIG} that is damaged ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{subject} has a {CONFIG} without settings")
+    return {**content, "model": read_weights(subject, folder / TENSORS)}
 
 
 def read(path: Path, inert: tuple[str, ...]) -> Any:

@@ -15,13 +15,17 @@ import torch
 import modules
 from modules import VQVAE, ModelConfig
 from tests.conftest import Outcome, refusal
+from tests.processes import run_forked
 from utils.checkpoints.checkpoint import (
     find_checkpoint,
     load_model,
     read_checkpoint,
+    read_named,
     results_name,
     save_checkpoint,
 )
+from utils.checkpoints.digest import model_digest
+from utils.checkpoints.pretrained import read_pretrained
 from utils.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -171,6 +175,30 @@ def test_the_package_opens_the_same_files(tmp_path: Path) -> None:
     torch.save({"format": "looc-1", "prior_config": {}, "first_stage": {"path": "a.pt"}}, path)
     with pytest.raises(ValueError, match=r"m\.pt is a prior; give its first stage: a\.pt$"):
         modules.load_model(path)
+
+
+def test_an_exported_folder_opens_as_its_checkpoint(tmp_path: Path) -> None:
+    """python -m utils.export writes two files; load_model, --model_name, --pretrained take them."""
+    pytest.importorskip("safetensors")
+    model, images, folder = VQVAE(SMALL), torch.rand(1, 3, 8, 8), tmp_path / "shared"
+    model(images)
+    path = tmp_path / "models" / "m.pt"
+    save_checkpoint(path, model, {"step": 3, "optimizer": torch.zeros(2)})
+    words = ["-m", "utils.export", str(path), str(folder)]
+    assert run_forked(words, tmp_path).code == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    found = read_named(str(tmp_path), str(folder), {"num_embedding": SMALL.num_embedding})
+    assert model_digest(found.model()) == model_digest(model)
+    assert found.content["step"] == 3
+    assert "optimizer" not in found.content
+    assert torch.equal(modules.load_model(folder)(images)[0], model.eval()(images)[0])
+    assert read_pretrained(folder).flags["num_embedding"] == SMALL.num_embedding
+    again = run_forked(words, tmp_path)
+    assert again.code == 2
+    assert again.err == f"utils.export: error: {folder} exists: give a folder that does not\n"
+    (folder / "config.json").write_text("{")
+    message = refusal(lambda: read_checkpoint(folder))
+    assert message.endswith("has a config.json that is damaged (JSONDecodeError)")
 
 
 @pytest.mark.parametrize("value", [None, -1, 2**63, 1.5, True, torch.zeros(2)])

@@ -17,6 +17,7 @@ from torch import Tensor
 from modules import Autoencoder, ModelConfig
 from modules.checkpoint import FORMAT, check_tensors
 from modules.quantizers.registry import QUANTIZER_FLAGS
+from modules.weights import is_exported
 from utils.checkpoints import translate
 from utils.checkpoints.checkpoint import open_checkpoint
 from utils.checkpoints.unpickle import read_weights
@@ -59,7 +60,8 @@ def read_pretrained(path: str | Path, given: Mapping[str, Any] | None = None) ->
     when opened, contradicts a flag, or has an architecture that no --model has.
     """
     path, given = Path(path), given or {}
-    content = None if path.is_dir() else read_weights(f"--pretrained {path}", path, INERT)
+    foreign = path.is_dir() and not is_exported(path)
+    content = None if foreign else read_weights(f"--pretrained {path}", path, INERT)
     if content and (content.get("format") == FORMAT or "_vq_vae.embedding.weight" in content):
         return from_ours(path, content, given)
     try:

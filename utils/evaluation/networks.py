@@ -39,7 +39,7 @@ def load_networks(config: EvaluationConfig, device: torch.device) -> dict[str, N
     if config.inception:
         networks["inception"] = inception_network(config.inception_weights, folder)
     for network in networks.values():
-        network.module.to(device)
+        network.module.to(device).to(memory_format=torch.channels_last)  # faster on CPUs
     return networks
 
 
