@@ -333,7 +333,7 @@ class LooCQuantizer(Described, LatentNorm):
         if self.rate_weight:
             bits = usage.code_bits(self.usage)
             # Only differences matter, and small numbers are more exact.
-            penalty = self.rate_weight * (bits - bits.amin())
+            penalty = self.rate_weight * (bits - bits.amin(0))
         return search(features, codebook, self.distance, self.search, self.search_memory, penalty)
 
     def _warn_if_frozen(self, z: Tensor) -> None:
