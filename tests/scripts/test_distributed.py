@@ -216,10 +216,12 @@ SWITCHES: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda switches: "-".join(switches))
 def test_switches_write_the_same_codebook(switches: dict[str, Any], tmp_path: Path) -> None:
     work = partial(quantise, **switches)
-    first, *others = together(3, work, tmp_path, "closest", 4)
+    # A centre of two features, by k-means, is equally near to both: no anchor is the closest.
+    anchor = "none" if switches.get("codebook_start") == "kmeans" else "closest"
+    first, *others = together(3, work, tmp_path, anchor, 4)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other))
-    one = together(1, work, tmp_path / "one", "closest", 4)[0]
+    one = together(1, work, tmp_path / "one", anchor, 4)[0]
     torch.testing.assert_close(first, one)
 
 

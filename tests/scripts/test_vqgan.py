@@ -140,7 +140,7 @@ def test_older_checkpoints_have_the_groups_of_then(
         assert torch.equal(load_model(tmp_path / "m.pt")(images)[0], model(images)[0])
     assert read_checkpoint(tmp_path / "m.pt").model_config.norm_groups == 8
     # Where they are those of today, as of 128 channels, the command of then resumes.
-    monkeypatch.setattr("utils.checkpoints.checkpoint.default_groups", lambda _: 8)
+    monkeypatch.setattr("modules.checkpoint.default_groups", lambda _: 8)
     assert read_checkpoint(tmp_path / "m.pt").model_config.norm_groups is None
 
 

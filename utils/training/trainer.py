@@ -515,12 +515,15 @@ def average_of(model: nn.Module, rate: Callable[[], float]) -> AveragedModel:
     """A moving average of a model's weights and floating-point buffers, from their first values.
 
     Buffers are averaged too, because statistics of the latents belong to the weights that made
-    them. Other buffers are copied.
+    them. Counts, of no axes, and buffers of other types are copied.
     """
 
     def follow(averages: Any, values: Any, _count: Tensor | int) -> None:
         if averages[0].is_floating_point():
             torch._foreach_lerp_(averages, values, rate())
+            for mean, value in zip(averages, values):
+                if not mean.dim():
+                    mean.copy_(value)
         else:
             torch._foreach_copy_(averages, values)
 
