@@ -93,7 +93,7 @@ def fill_pool(quantizer: LooCQuantizer, features: Tensor) -> None:
         slots = torch.randperm(capacity)[: min((capacity + 1) // 2, all_ranks.total)]
     drawn = torch.randperm(all_ranks.total)[: len(slots)]
     slots = from_first_rank(slots.to(features.device))
-    quantizer.pool[slots] = all_ranks.take(drawn)
+    quantizer.pool[slots] = all_ranks.take(drawn).to(quantizer.pool.dtype)
     quantizer.pool_size.fill_(max(filled, min(capacity, filled + all_ranks.total)))
 
 

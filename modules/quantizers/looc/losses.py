@@ -56,7 +56,7 @@ class StraightThrough(torch.autograd.Function):
         codebook_cost: float,
         gradient: str,
     ) -> tuple[Tensor, Tensor]:
-        quantized = codebook.index_select(0, indices)  # (N, d)
+        quantized = widened(codebook.index_select(0, indices))  # (N, d)
         residual = quantized - features
         # The codebook is updated before the backward pass, so the codevectors are kept.
         ctx.pass_back = GRADIENTS[gradient]
@@ -64,8 +64,6 @@ class StraightThrough(torch.autograd.Function):
         ctx.commitment_cost, ctx.codebook_cost = commitment_cost, codebook_cost
         ctx.num_embedding = len(codebook)
         flat = residual.view(-1)
-        if flat.element_size() < 4:  # the sum would overflow float16
-            flat = flat.float()
         cost = codebook_cost + commitment_cost
         return quantized, cost * torch.dot(flat, flat) / max(1, flat.numel())
 

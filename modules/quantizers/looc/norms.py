@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .ranks import SumOverRanks, sum_over_ranks
 from .recomputation import in_backward
+from .search import widened
 
 MOMENTUM = 0.1  # of the running averages, as in torch.nn.BatchNorm2d
 EPSILON = 1e-5  # added to variances
@@ -48,7 +49,7 @@ class LatentNorm(nn.Module):
 
 def batch_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor:
     """Normalise each channel over the batch; in evaluation, by the running averages."""
-    mean, variance = quantizer.latent_mean, quantizer.latent_variance  # (m, d)
+    mean, variance = widened(quantizer.latent_mean), widened(quantizer.latent_variance)  # (m, d)
     if training:
         mean, variance = batch_statistics(quantizer, units)
     return (units - mean) * (variance + EPSILON).rsqrt()
@@ -63,7 +64,8 @@ def running_norm(quantizer: LatentNorm, units: Tensor, training: bool) -> Tensor
     if training and not in_backward():
         with torch.no_grad():
             batch_statistics(quantizer, units)
-    return (units - quantizer.latent_mean) * (quantizer.latent_variance + EPSILON).rsqrt()
+    mean, variance = widened(quantizer.latent_mean), widened(quantizer.latent_variance)
+    return (units - mean) * (variance + EPSILON).rsqrt()
 
 
 def batch_statistics(quantizer: LatentNorm, units: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +88,7 @@ def batch_statistics(quantizer: LatentNorm, units: Tensor) -> tuple[Tensor, Tens
             rate = (1 / quantizer.latent_steps.to(mean.dtype)).clamp(MOMENTUM, 1)
             spread = variance + (1 - rate) * (mean - quantizer.latent_mean).square()
         for average, value in ((quantizer.latent_mean, mean), (quantizer.latent_variance, spread)):
-            average.lerp_(torch.where(seen, value, average), rate)
+            average.copy_(widened(average).lerp(torch.where(seen, value, average), rate))
     return mean, variance
 
 

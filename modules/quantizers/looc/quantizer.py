@@ -22,7 +22,7 @@ from .losses import StraightThrough, contrastive_loss
 from .norms import WITH_AVERAGES, LatentNorm
 from .ranks import best_over_ranks, check_equal_on_ranks, sum_over_ranks
 from .recomputation import MOST_CALLS, PastCall, in_backward, past_state, remember
-from .search import search
+from .search import search, widened
 from .state import Described, complete_state, settle, start_value
 from .units import SPLITS, enlargement, extrapolate, interpolate_back, num_units
 
@@ -127,6 +127,9 @@ class LooCQuantizer(Described, LatentNorm):
     be split into units. Under torch.distributed all processes have to make the same training calls
     (with any number of images each, also none) and write the same codebook: usage and anchors are
     those of all features. The contrastive loss compares the features of its own process.
+
+    In a module of bfloat16 or float16, or under autocast, all is computed in float32; the latents
+    have the type of z. Statistics are stored in float32 there too.
     """
 
     compared = (
@@ -307,13 +310,15 @@ class LooCQuantizer(Described, LatentNorm):
         if indices.shape[-1] * dim % factor:
             shape = f"indices of shape {tuple(indices.shape)}"
             raise ValueError(f"{shape} are not (B, …, m) with m·{dim} a multiple of {factor}")
-        return self._join(F.embedding(indices, self.codebook))
+        latents = self._join(widened(F.embedding(indices, self.codebook)))
+        return latents.to(self.codebook.dtype)
 
     def _cut(self, z: Tensor, training: bool = False) -> Tensor:
-        """Cut z (B, …, C) into normalised units (B, …, m, d) of the codebook's type."""
+        """Cut z (B, …, C) into normalised units (B, …, m, d) of float32 or a wider type."""
         check_latents(self, z)
         self._settle(z.device)
-        channels_second = z.to(self.codebook.dtype).movedim(self.channel_dim, 1)
+        wide = torch.promote_types(self.codebook.dtype, torch.float32)
+        channels_second = z.to(wide).movedim(self.channel_dim, 1)
         extrapolated = extrapolate(channels_second, self.interpolation_scale)  # (B, C·β², …)
         rows = extrapolated[..., None].flatten(2)[..., None]  # (B, C·β², H·W, 1)
         # This copy is several times faster than one after the permutation, which is then a view.
@@ -382,7 +387,7 @@ class LooCQuantizer(Described, LatentNorm):
             if self.anchor == "random":
                 fill_pool(self, features)
             if len(pending.candidates):
-                proposed = propose(self, features, self.codebook[pending.candidates])
+                proposed = propose(self, features, widened(self.codebook[pending.candidates]))
                 pending.anchors = better_of(pending.anchors, proposed)
         self._pending = pending
         if not self.defer_update:
@@ -398,10 +403,10 @@ class LooCQuantizer(Described, LatentNorm):
             candidates = usage.reinit_candidates(self.usage)
             if not len(candidates):
                 self._safe_steps = usage.num_safe_steps(self.usage)
-        codevectors = self.codebook[candidates]
+        codevectors = widened(self.codebook[candidates])
         return PendingUpdate(
             counts=torch.zeros_like(self.usage, dtype=torch.int64),
-            sums=torch.zeros_like(self.codebook),
+            sums=torch.zeros_like(widened(self.codebook)),
             candidates=candidates,
             anchors=Anchors(codevectors.new_full((len(candidates),), -torch.inf), codevectors),
         )
@@ -424,7 +429,8 @@ class LooCQuantizer(Described, LatentNorm):
         if self._may_reinitialise():
             self.reinitialised.fill_(True)
         if len(pending.candidates):
-            codevectors = self.codebook[pending.candidates]
+            codevectors = widened(self.codebook[pending.candidates])
             target = best_over_ranks(*pending.anchors)
             rate = usage.reinit_rate(self.usage)[pending.candidates, None].to(codevectors.dtype)
-            self.codebook[pending.candidates] = codevectors.lerp(target, rate)
+            moved = codevectors.lerp(target, rate)
+            self.codebook[pending.candidates] = moved.to(self.codebook.dtype)

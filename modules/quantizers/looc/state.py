@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .search import widened
+
 if TYPE_CHECKING:
     from .quantizer import LooCQuantizer
 
 LENGTH = 1024  # characters of the settings, more than they have
+NARROW = (torch.float16, torch.bfloat16)
 WRITTEN = 1.01  # no initial codevector is longer than this multiple of 1/K, by coordinate
 Module = TypeVar("Module", bound="Described")
 
@@ -87,7 +90,12 @@ class Described(nn.Module):
     def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         on_meta = any(value.is_meta for value in self.parameters())
         self._settle()
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in before.items():  # in half precision averages would stand still
+            converted = self._buffers[name]
+            if value is not None and converted is not None and converted.dtype in NARROW:
+                self._buffers[name] = widened(value).to(converted.device)
         if on_meta and not any(value.is_meta for value in self.parameters()):
             self.reset_parameters()  # to_empty has given them memory without values
         return self

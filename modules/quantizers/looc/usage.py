@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .search import widened
+
 USAGE_DECAY = 0.99  # γ
 SMOOTHING = 0.01  # share of matches that `code_bits` adds, spread evenly over all codevectors
 # eps² of float32: a smaller pull is lost in rounding, even towards an anchor 10⁷ times longer.
@@ -50,8 +52,9 @@ def num_shards(indices: Tensor, length: int) -> int:
 def average_usage(usage: Tensor, counts: Tensor) -> None:
     """p_k ← γ·p_k + (1 − γ)·n_k/N, in place; unchanged if nothing was matched. (K,), (K,)"""
     total = counts.sum()
-    share = torch.where(total > 0, counts / total, usage)
-    usage.lerp_(share.to(usage.dtype), 1 - USAGE_DECAY)
+    wide = widened(usage)
+    share = torch.where(total > 0, counts / total, wide)
+    usage.copy_(wide.lerp(share.to(wide.dtype), 1 - USAGE_DECAY))
 
 
 def average_features(
@@ -64,8 +67,9 @@ def average_features(
     """
     share = counts * (1 - decay)
     ema_count.mul_(decay).add_(share)
-    rate = torch.where(counts > 0, share / ema_count, 0)[:, None].to(codebook.dtype)
-    codebook.lerp_(sums / counts.clamp_min(1)[:, None], rate)
+    rate = torch.where(counts > 0, share / ema_count, 0)[:, None].to(sums.dtype)
+    mean = sums / counts.clamp_min(1)[:, None]
+    codebook.copy_(widened(codebook).lerp(mean, rate))
 
 
 def reinit_rate(usage: Tensor) -> Tensor:
@@ -91,6 +95,6 @@ def code_bits(usage: Tensor) -> Tensor:
     The running average starts from 0; the share that it lacks to 1, plus SMOOTHING, is spread
     evenly over all codevectors. Bits are thus equal at first, and finite for an unused codevector.
     """
-    usage = usage.to(torch.promote_types(usage.dtype, torch.float32))
+    usage = widened(usage)
     even = (1 - usage.sum()).clamp_min(0) + SMOOTHING
     return -((usage + even / len(usage)) / (1 + SMOOTHING)).log2()
