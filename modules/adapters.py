@@ -30,9 +30,17 @@ class Adapter(LooCPlugin):
     """Base of the adapters: LooCPlugin that refuses what has no meaning."""
 
     unused: ClassVar[Mapping[str, Any]] = {}  # arguments without a meaning, and their defaults
+    renamed: ClassVar[Mapping[str, str]] = {}  # LooCPlugin's arguments that have another name here
+    own: ClassVar[tuple[str, ...]] = ()  # arguments that LooCPlugin does not have
 
     def __init__(self, n_e: int, e_dim: int, beta: float = 0.25, **settings: Any) -> None:
         super().__init__(n_e, e_dim, beta, **without_meaning(settings, self.unused))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments from which `from_config` makes a new quantiser of this class."""
+        shared = {self.renamed.get(name, name): value for name, value in super().config.items()}
+        return {**shared, **{name: getattr(self, name) for name in self.own}}
 
     def two_terms(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Divide a loss into the codebook's and the commitment term.
@@ -68,6 +76,9 @@ class LucidrainsQuantizer(Adapter):
         **{"affine_param_batch_decay": 0.99, "affine_param_codebook_decay": 0.9},
         **{"sync_update_v": 0.0, "return_zeros_for_masked_padding": True},
         "route_gradients_to_input": True,
+    }
+    renamed: ClassVar[Mapping[str, str]] = {
+        **{"n_e": "codebook_size", "e_dim": "dim", "beta": "commitment_weight"}
     }
     unused_in_calls: ClassVar[Mapping[str, Any]] = {
         **{"indices": None, "mask": None, "lens": None, "topk": None, "ema_update": None},
@@ -135,6 +146,7 @@ class SgmQuantizer(Adapter):
     """
 
     unused: ClassVar[Mapping[str, Any]] = {"embedding_weight_norm": False}
+    own = ("log_perplexity", "loss_key")
 
     def __init__(
         self,
@@ -151,8 +163,8 @@ class SgmQuantizer(Adapter):
     ) -> None:
         settings |= {"remap": remap, "unknown_index": unknown_index}
         settings |= {"embedding_weight_norm": embedding_weight_norm}
-        super().__init__(n_e, e_dim, beta, sane_index_shape=sane_index_shape, **settings)
         self.log_perplexity, self.loss_key = log_perplexity, loss_key
+        super().__init__(n_e, e_dim, beta, sane_index_shape=sane_index_shape, **settings)
 
     def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
         """Quantise z → latents in its shape, dictionary."""
@@ -175,6 +187,9 @@ class TiTokQuantizer(Adapter):
     """
 
     unused: ClassVar[Mapping[str, Any]] = {"clustering_vq": False, "contras_loss": False}
+    renamed: ClassVar[Mapping[str, str]] = {
+        **{"n_e": "codebook_size", "e_dim": "token_size", "beta": "commitment_cost"}
+    }
 
     def __init__(
         self,
@@ -212,6 +227,7 @@ class LlamaGenQuantizer(Adapter):
     """
 
     unused: ClassVar[Mapping[str, Any]] = {"entropy_loss_ratio": 0.0, "contras_loss": False}
+    own = ("entropy_loss_ratio", "l2_norm", "show_usage")
 
     def __init__(
         self,
@@ -224,8 +240,9 @@ class LlamaGenQuantizer(Adapter):
         **settings: Any,
     ) -> None:
         settings = {**by_direction(l2_norm), **settings, "entropy_loss_ratio": entropy_loss_ratio}
-        super().__init__(n_e, e_dim, beta, **settings)
+        self.entropy_loss_ratio, self.l2_norm = entropy_loss_ratio, l2_norm
         self.show_usage = show_usage
+        super().__init__(n_e, e_dim, beta, **settings)
 
     def forward(  # type: ignore[override]
         self, z: Tensor

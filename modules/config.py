@@ -162,6 +162,10 @@ class ModelConfig:
                 require(spec.library, f"--{name} {getattr(self, name)}")
 
 
+for network in MODELS.values():  # resolved, so that PyTorchModelHubMixin can make the configuration
+    network.make.__init__.__annotations__["config"] = ModelConfig
+
+
 def implied_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the quantiser's own defaults of the flags that are not given."""
     spec = QUANTIZERS[flags.get("quantizer", ModelConfig.quantizer)]

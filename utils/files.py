@@ -45,6 +45,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        readable = temporary.stat().st_mode & 0o666  # of the umask
+        for file in temporary.rglob("*.safetensors"):  # its writer takes a private temporary file
+            file.chmod(readable)
         if path.exists():
             path.rename(retired)
             temporary.rename(path)

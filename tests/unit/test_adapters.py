@@ -6,6 +6,7 @@ tests/clients runs them beside the classes of these projects that no package ins
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -256,3 +257,28 @@ def test_a_permuter_of_units() -> None:
     permuted = ours(tokens)
     assert torch.equal(permuted.view(2, 16, 3)[..., 1], permuter(tokens.view(2, 16, 3)[..., 1]))
     assert torch.equal(ours(permuted, reverse=True), tokens)
+
+
+@every_adapter
+def test_config_makes_the_adapter_again(form: type[Adapter]) -> None:
+    settings = {"embedding_dim": 2, "split": "interval", "remap": [9, 4], "unknown_index": "extra"}
+    by_direction = {"l2_norm": True} if form is LlamaGenQuantizer else {"distance": "cos"}
+    adapter = make(form, **settings, **by_direction)
+    again: Any = form.from_config(json.loads(json.dumps(adapter.config)))
+    assert again.config == adapter.config
+    assert again.quantizer.config == adapter.quantizer.config
+    again.load_state_dict(adapter.state_dict())
+    z = torch.randn(2, 8, 3, 5)
+    for ours, theirs in zip(RESULTS[form](again.eval()(z)), RESULTS[form](adapter.eval()(z))):
+        assert torch.equal(ours, theirs)
+
+
+@every_adapter
+def test_a_contradicting_state_is_refused(form: type[Adapter]) -> None:
+    other = make(form, split="interval", remap=[9, 4], unknown_index=1)
+    told = r"unknown_index 'random' contradicts the state, whose unknown_index is 1"
+    with pytest.raises(RuntimeError, match=told):
+        make(form, remap=[9, 4]).load_state_dict(other.state_dict())
+    told = r"quantizer split 'fixed' contradicts the state, whose split is 'interval'"
+    with pytest.raises(RuntimeError, match=told):
+        make(form, remap=[9, 4], unknown_index=1).load_state_dict(other.state_dict())

@@ -102,6 +102,17 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_files_of_a_folder_have_the_modes_of_the_umask(tmp_path: Path) -> None:
+    """safetensors writes with mode 0600."""
+    save = pytest.importorskip("safetensors.torch").save_file
+    with whole_folder(tmp_path / "model") as new:
+        (new / "part").mkdir()
+        save({"weight": torch.zeros(2)}, new / "part" / "a.safetensors")
+        write_json(new / "config.json", {})
+    modes = {file.stat().st_mode for file in tmp_path.rglob("*.*")}
+    assert len(modes) == 1
+
+
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output_folder .*file/x cannot be created"):

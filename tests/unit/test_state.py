@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from modules import LooCPlugin, LooCQuantizer
+from modules import VQVAE, LooCPlugin, LooCQuantizer, ModelConfig
 from modules.checkpoint import EARLIER_TYPES
 from modules.quantizers.looc.state import as_settings
 from tests.unit.test_plugin import need
@@ -445,3 +445,24 @@ def test_the_hub_mixin_saves_a_quantiser(tmp_path: Path) -> None:
     assert again.config == quantizer.config
     assert torch.equal(again(latents()).latents, quantizer(latents()).latents)
     assert torch.equal(again.usage, quantizer.usage)
+
+
+def test_the_hub_mixin_saves_a_whole_model(tmp_path: Path) -> None:
+    hub = need("huggingface_hub")
+
+    class HubVQVAE(VQVAE, hub.PyTorchModelHubMixin):  # type: ignore[name-defined, misc]
+        pass
+
+    torch.manual_seed(0)
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_residual_hidden": 8,
+        "num_embedding": 32,
+        "in_channels": 3,
+    }
+    model: Any = HubVQVAE(ModelConfig(**small, split="interval"))
+    model.eval().save_pretrained(tmp_path)
+    again: Any = HubVQVAE.from_pretrained(tmp_path)
+    images = torch.rand(2, 3, 16, 16)
+    assert again.config == model.config
+    assert torch.equal(again(images)[0], model(images)[0])
