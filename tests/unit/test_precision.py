@@ -1,4 +1,4 @@
-"""Half precision around the quantiser: all between z and the latents is computed in float32."""
+"""Half precision around the quantiser, which computes in float32; TF32 around its search."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from modules import LooCPlugin, LooCQuantizer
 from modules.quantizers.looc.anchors import ANCHORS
 from modules.quantizers.looc.norms import LATENT_NORMS
+from modules.quantizers.looc.search import search
 
 every_norm = pytest.mark.parametrize("norm", LATENT_NORMS)
 every_scale = pytest.mark.parametrize("scale", [0, 2])
@@ -90,3 +91,37 @@ def test_a_state_that_a_loader_has_narrowed_is_trained_on(norm: str, anchor: str
     result = quantizer(latents().bfloat16().requires_grad_())
     assert result.latents.dtype == torch.bfloat16
     assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+@pytest.mark.parametrize("distance", ["cos", "l2"])
+def test_products_that_a_program_allows_to_round_are_exact_in_the_search(
+    allowed: str, distance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 and bfloat16, simulated: whether a processor has them is its own."""
+    exact = torch.addmm
+
+    def addmm(offset: Tensor, features: Tensor, keys: Tensor) -> Tensor:
+        if precision() not in ("ieee", "highest"):
+            features, keys = features.bfloat16().float(), keys.bfloat16().float()
+        return exact(offset, features, keys)
+
+    features, codebook = torch.randn(2048, 8), torch.randn(512, 8)
+    expected = search(features, codebook, distance, "torch")
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch, "addmm", addmm)
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        given = precision()
+        assert torch.equal(search(features, codebook, distance, "torch"), expected)
+        assert precision() == given
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def precision() -> str:
+    """Precision of products of float32 matrices on the CPU."""
+    if hasattr(torch.backends, "fp32_precision"):
+        return str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+    return torch.get_float32_matmul_precision()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .library_globals import exact_products, faiss_by_products
 
 log = logging.getLogger("looc.search")
 failed_searches: set[tuple[str, str]] = set()  # backends that raised an error, and its text
@@ -227,26 +227,6 @@ def search_faiss(features: Tensor, keys: Tensor, offset: Tensor, _: int | None) 
     return found.clamp_min_(0)  # faiss returns −1 for a NaN feature
 
 
-@contextmanager
-def faiss_by_products(faiss: Any) -> Iterator[None]:
-    """Let faiss use its fast kernels for few features too, up to 100 times as fast.
-
-    The threshold is a global of faiss, N·d = 128,000 by default.
-    """
-    with faiss_lock():
-        before = faiss.cvar.distance_compute_blas_threshold
-        faiss.cvar.distance_compute_blas_threshold = 1
-        try:
-            yield
-        finally:
-            faiss.cvar.distance_compute_blas_threshold = before
-
-
-@lru_cache
-def faiss_lock() -> threading.Lock:
-    return threading.Lock()
-
-
 @lru_cache
 def faiss_threads(count: int) -> ThreadPoolExecutor:
     """Make threads with one core of faiss each: idle threads of its OpenMP would slow torch."""
@@ -256,8 +236,7 @@ def faiss_threads(count: int) -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):  # a forked process does not inherit the threads
-    for cached in (faiss_threads, faiss_lock):
-        os.register_at_fork(after_in_child=cached.cache_clear)
+    os.register_at_fork(after_in_child=faiss_threads.cache_clear)
 
 
 def search_compiled(features: Tensor, keys: Tensor, offset: Tensor, memory: int | None) -> Tensor:
@@ -291,7 +270,8 @@ def verify_indices(
         return False
     lengths = keys.norm(dim=1)
     for block, found in zip(*(blocks(x, len(keys), memory) for x in (features, indices))):
-        scores = torch.addmm(offset, block, keys.T)  # (n, K)
+        with exact_products(block.device):
+            scores = torch.addmm(offset, block, keys.T)  # (n, K)
         if not scores.isfinite().all():
             return None
         best, place = scores.max(1)
@@ -320,7 +300,8 @@ def unrolled_argmax(columns: Tensor, keys: Tensor, offset: Tensor) -> Tensor:
 def search_blocks(features: Tensor, keys: Tensor, offset: Tensor, memory: int | None) -> Tensor:
     """Search with matrix products, a block of features at a time."""
     parts = blocks(features, len(keys), memory)
-    return torch.cat([row_argmax(torch.addmm(offset, part, keys.T)) for part in parts])
+    with exact_products(features.device):
+        return torch.cat([row_argmax(torch.addmm(offset, part, keys.T)) for part in parts])
 
 
 def row_argmax(scores: Tensor, groups: int = 16) -> Tensor:
