@@ -48,8 +48,9 @@ def evaluate(config: EvaluationConfig, command: Command) -> None:
     """Measure all images, write everything and report."""
     keep_freed_memory()
     device = resolve_device(config.device)
-    if not {"ssim", "psnr"}.isdisjoint(config.metrics):
+    if not {"ssim", "psnr", "colour"}.isdisjoint(config.metrics):
         import_module("skimage.metrics")  # workers inherit it, and their errors name no package
+        import_module("skimage.color")
     files = find_images(config)
     output = config.output_folder
     with locked(output, "--output"):

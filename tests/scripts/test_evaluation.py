@@ -703,6 +703,8 @@ def test_extremes_are_sorted(lower_is_better: bool) -> None:
     found = [[values[position] for position in positions] for positions in (worst, best)]
     assert found == ([high, low] if lower_is_better else [low, high])
     assert extremes.extremes([1.0, 2.0], lower_is_better=True) == ([1, 0], [0, 1])
+    shifts = [-3.0, 0.1, 2.0, -0.2]
+    assert extremes.extremes(shifts, lower_is_better=True) == ([0, 2, 3, 1], [1, 3, 2, 0])
 
 
 @pytest.mark.parametrize("size", [(28, 28), (300, 20), (1, 200), (256, 256)])

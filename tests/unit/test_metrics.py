@@ -71,6 +71,44 @@ def test_grey_values_are_scikit_images() -> None:
         assert metrics.ssim(x, y)[i] == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("colour", "lab"),  # of sRGB's primaries, D65: CIE 15, to two decimals
+    [((255, 0, 0), (53.24, 80.09, 67.20)), ((0, 0, 255), (32.30, 79.19, -107.86))],
+)
+def test_colour_is_that_of_cielab(colour: tuple[int, ...], lab: tuple[float, ...]) -> None:
+    white = np.full((2, 3, 4, 5), 255, np.uint8)  # L* 100, a* and b* 0
+    y = white.copy()
+    y[1] = np.array(colour, np.uint8)[:, None, None]
+    distance = math.dist(lab, (100, 0, 0))
+    assert compare("delta_e", white, y) == pytest.approx([0, distance], abs=0.02)
+    assert compare("a_shift", white, y) == pytest.approx([0, lab[1]], abs=0.02)
+    assert compare("b_shift", white, y) == pytest.approx([0, lab[2]], abs=0.02)
+    y[1, :, :, 1:] = 255  # one column in five
+    assert compare("delta_e", white, y)[1] == pytest.approx(distance / 5, abs=0.02)
+    assert compare("a_shift", white, y)[1] == pytest.approx(lab[1] / 5, abs=0.02)
+
+
+def test_colour_is_scikit_images() -> None:
+    from skimage.color import deltaE_cie76, rgb2lab
+
+    x, y = noise(3, seed=6), noise(3, seed=7)
+    for i, (a, b) in enumerate(zip(x.transpose(0, 2, 3, 1), y.transpose(0, 2, 3, 1))):  # (H, W, 3)
+        a, b = rgb2lab(a), rgb2lab(b)
+        expected = deltaE_cie76(a, b).mean(), *(b - a).mean(axis=(0, 1))[1:]
+        found = [compare(name, x, y)[i] for name in ("delta_e", "a_shift", "b_shift")]
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_grey_images_have_no_colour() -> None:
+    x, y = noise(1, seed=8), noise(1, seed=9)
+    assert compare("a_shift", x, y) == pytest.approx([0] * 3, abs=1e-3)
+    assert compare("b_shift", x, y) == pytest.approx([0] * 3, abs=1e-3)
+    in_colour = compare("delta_e", x.repeat(3, axis=1), y.repeat(3, axis=1))
+    assert compare("delta_e", x, y) == pytest.approx(in_colour)
+    black = np.zeros((1, 1, 4, 4), np.uint8)
+    assert compare("delta_e", black, black + 255) == pytest.approx([100], abs=1e-3)
+
+
 def test_colour_values_are_scikit_images() -> None:
     x, y = noise(3, seed=4), noise(3, seed=5)
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -90,7 +128,9 @@ def test_each_image_is_measured_alone_and_either_way_round(name: str) -> None:
     assert len(set(together.tolist())) == 3
     for i in range(3):
         assert compare(name, x[i : i + 1], y[i : i + 1])[0] == together[i]
-        assert compare(name, y[i : i + 1], x[i : i + 1])[0] == pytest.approx(together[i])
+        sign = -1 if METRICS[name].better == "nearer 0" else 1  # of a shift
+        other_way = compare(name, y[i : i + 1], x[i : i + 1])[0]
+        assert other_way == pytest.approx(sign * together[i])
 
 
 @pytest.mark.parametrize("name", COMPARISONS)

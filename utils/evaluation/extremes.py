@@ -46,9 +46,12 @@ def to_show(name: str, original: Pixels, reconstruction: Pixels) -> Shown:
 
 
 def extremes(values: Sequence[float], *, lower_is_better: bool) -> tuple[list[int], list[int]]:
-    """Positions of the 10 worst values, worst first, and of the 10 best, best first."""
-    sign = 1 if lower_is_better else -1
-    order = sorted(range(len(values)), key=lambda position: sign * values[position])
+    """Positions of the 10 worst values, worst first, and of the 10 best, best first.
+
+    Where lower is better the values are distances, or shifts of either sign: 0 is the best.
+    """
+    badness = [abs(value) if lower_is_better else -value for value in values]
+    order = sorted(range(len(values)), key=badness.__getitem__)
     return order[::-1][:COUNT], order[:COUNT]
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from utils.evaluation.colour import a_shift, b_shift, delta_e
 from utils.evaluation.schema import Figure, Score
 from utils.images import in_colour, to_signed
 
@@ -206,15 +207,19 @@ class Metric(Figure):
 
     @property
     def lower_is_better(self) -> bool:
-        return self.better == "lower"
+        return self.better in ("lower", "nearer 0")
 
 
 INCEPTION: dict[str, Any] = {"network": "inception", "smallest_set": 4}
+SHIFT: dict[str, Any] = {"better": "nearer 0", "choice": "colour"}
 DENSITY: dict[str, Any] = {"network": "inception", "better": "higher", "smallest_set": 6}
 METRICS: dict[str, Metric] = {
     "l1": Metric("L1", better="lower", compare=l1),
     "ssim": Metric("SSIM", better="higher", compare=ssim, smallest_side=SSIM_WINDOW),
     "psnr": Metric("PSNR", 2, "dB", better="higher", compare=psnr),
+    "delta_e": Metric("ΔE", 2, better="lower", compare=delta_e, choice="colour"),
+    "a_shift": Metric("shift of a*", 2, compare=a_shift, **SHIFT),
+    "b_shift": Metric("shift of b*", 2, compare=b_shift, **SHIFT),
     "lpips": Metric("LPIPS", better="lower", network="lpips"),
     "fid": Metric("FID", 2, better="lower", network="inception", smallest_set=2),
     "kid": Metric("KID", 5, better="lower", **INCEPTION),

@@ -23,7 +23,7 @@ class Figure:
     label: str
     decimals: int = 4
     unit: str = ""
-    better: Literal["", "lower", "higher"] = ""
+    better: Literal["", "lower", "higher", "nearer 0"] = ""
     note: str = ""  # its definition
 
     @property
