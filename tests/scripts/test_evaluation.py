@@ -1031,7 +1031,10 @@ def test_sets_may_differ_in_size_and_skip_what_is_damaged(sets: Path, evaluate: 
     [
         (
             ["--metrics", "fid", "psnr", "lpips"],
-            ["--unpaired contradicts --metrics psnr lpips", "l1, ssim, psnr, lpips compare pairs"],
+            [
+                "--unpaired contradicts --metrics psnr lpips",
+                "l1, ssim, psnr, colour, lpips compare pairs",
+            ],
         ),
         (["--num_test", "8"], ["--num_test 8", "7 images in --gt_path"]),
         (["--num_test", "5"], ["--metrics density_coverage needs 6", "are 5 in --gt_path"]),
