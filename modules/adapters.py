@@ -133,6 +133,8 @@ class LucidrainsQuantizer(Adapter):
         """Get the latents, in the shape of x, of indices as a call returns them."""
         return self.embed_code(indices)
 
+    get_codes_from_indices = get_output_from_indices  # there is no projection between them
+
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Get the latents (b, n, c) of indices (b, n·m), as muse-maskgit decodes."""
         return self.get_codebook_entry(indices)

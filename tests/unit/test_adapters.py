@@ -173,6 +173,9 @@ def test_as_one_unit_it_is_lucidrains(
         real._codebook.embed.copy_(ours.eval().embedding.weight[None])
     decoded = ours.get_output_from_indices(indices)
     torch.testing.assert_close(decoded, real.get_output_from_indices(indices))
+    torch.testing.assert_close(
+        ours.get_codes_from_indices(indices), real.get_codes_from_indices(indices)
+    )
     torch.testing.assert_close(ours.codebook, real.codebook)
 
 

@@ -85,6 +85,29 @@ def as_list(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(setting) or "paper")
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantizer_is_exported_alone_and_saved(
+    setting: dict[str, Any], channel_dim: int, tmp_path: Path
+) -> None:
+    quantizer = LooCQuantizer(16, 4, latent_channels=8, channel_dim=channel_dim, **setting).eval()
+    z = torch.randn(2, 8, 6, 6).movedim(1, channel_dim)
+    torch.export.save(torch.export.export(quantizer, (z,)), tmp_path / "quantizer.pt2")
+    again = torch.export.load(tmp_path / "quantizer.pt2").module()
+    torch.testing.assert_close(again(z), quantizer(z))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_has_the_axes_of_channels_that_come_last() -> None:
+    """As numbers that are not negative: the older exporter to ONNX writes them as they are."""
+    quantizer = LooCQuantizer(16, 4, channel_dim=-1).eval()
+    graph = torch.jit.trace(quantizer, torch.randn(2, 6, 6, 8)).inlined_graph
+    moves = [node for node in graph.nodes() if node.kind() == "aten::movedim"]
+    assert len(moves) == 3
+    assert all(value.toIValue() >= 0 for node in moves for value in [*node.inputs()][1:])
+
+
 EXPORTERS: dict[str, Callable[[Whole, Tensor, Path], Run]] = {
     "torch": by_export,
     "onnx": lambda *given: by_onnx(*given, dynamo=True),

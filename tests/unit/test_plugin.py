@@ -245,11 +245,28 @@ def test_remap(unknown: str | int, units: int, tmp_path: Path) -> None:
         ({"remap": torch.tensor([3, 3])}, "remap has 2 indices, only 1 of them distinct"),
         ({"remap": torch.tensor([3]), "unknown_index": 1}, "unknown_index 1 is neither 'random'"),
         ({"remap": torch.tensor([3]), "unknown_index": "some"}, "unknown_index 'some' is neither"),
+        ({"remap": ["a"]}, "remap cannot be read: "),
+        ({"remap": 3}, r"remap of shape \(\) and torch.int64 is not a list"),
+        ({"n_e": 16.0}, "n_e 16.0 is not an integer"),
+        ({"e_dim": None}, "e_dim None is not an integer"),
+        ({"beta": "a"}, "beta 'a' is not a number"),
+        ({"legacy": "yes"}, "legacy 'yes' is not True or False"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LooCPlugin(**{"n_e": 16, "e_dim": 8, **arguments})
+
+
+def test_arguments_with_another_name_are_refused() -> None:
+    """The recipe of LooCQuantizer has them."""
+    with pytest.raises(TypeError, match="latent_channels 4 is given as e_dim 8 here: leave it out"):
+        make(latent_channels=4)
+
+
+def test_remap_is_any_sequence() -> None:
+    for remap in ([3, 1], (3, 1), np.array([3, 1]), torch.tensor([3, 1])):
+        assert make(remap=remap).config["remap"] == [3, 1]
 
 
 def test_wrong_inputs_are_named() -> None:
@@ -267,6 +284,11 @@ def test_wrong_inputs_are_named() -> None:
     for grid in ((1, 3, 5, 8), (2, 3, 5, 4)):
         with pytest.raises(ValueError, match=r"\(60,\) and shape .* e_dim is 8, with 2 indices"):
             plugin.get_codebook_entry(index.expand(60), grid)
+    for decode in (plugin.get_codebook_entry, plugin.embed_code):
+        with pytest.raises(TypeError, match="indices have to be a tensor, not list"):
+            decode([1, 2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"indices of shape \(\) are not 2 per position"):
+        plugin.get_codebook_entry(index[0])
     with pytest.raises(ValueError, match=r"indices of shape \(2, 30\) are not \(B, …, 2\)"):
         plugin.embed_code(index.expand(2, 30))
 

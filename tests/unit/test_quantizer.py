@@ -945,6 +945,18 @@ def test_faiss_searches_in_a_forked_process() -> None:
         ({"rate_weight": -1.0}, "rate_weight -1.0 is not in"),
         ({"rate_weight": math.inf}, "rate_weight inf is not in"),
         ({"rate_weight": 0.5}, "rate_weight 0.5 needs distance 'l2', not 'cos'"),
+        ({"num_embedding": "8"}, "num_embedding '8' is not an integer"),
+        ({"embedding_dim": None}, "embedding_dim None is not an integer"),
+        ({"interpolation_scale": 1.5}, "interpolation_scale 1.5 is not an integer"),
+        ({"interpolation_scale": True}, "interpolation_scale True is not an integer"),
+        ({"latent_channels": 8.0}, "latent_channels 8.0 is not an integer"),
+        ({"channel_dim": "last"}, "channel_dim 'last' is not an integer"),
+        ({"channel_dim": 0}, "channel_dim 0 is the axis of the batch"),
+        ({"ema_decay": "0.9"}, "ema_decay '0.9' is not a number"),
+        ({"commitment_cost": None}, "commitment_cost None is not a number"),
+        ({"commitment_cost": math.inf}, "commitment_cost inf is not finite"),
+        ({"distance": ["l2"]}, r"distance \['l2'\] is none of"),
+        ({"first_batch": "no"}, "first_batch 'no' is not True or False"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -961,5 +973,11 @@ def test_wrong_inputs_are_named() -> None:
     normed = LooCQuantizer(8, 4, latent_norm="batch", latent_channels=4)
     with pytest.raises(ValueError, match="8 channels at channel_dim 1, not latent_channels 4"):
         normed.eval()(torch.randn(1, 8, 4, 4))
+    with pytest.raises(ValueError, match=r"latents of torch\.uint8 are not floating-point"):
+        quantizer(torch.zeros(1, 4, 4, 4, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="latents have to be a tensor, not list"):
+        quantizer.encode([[1.0]])
+    with pytest.raises(TypeError, match="indices have to be a tensor, not list"):
+        quantizer.decode([[1]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a multiple of 9"):
         quantizer.decode(torch.zeros(1, 4, 4, 2, dtype=torch.int64))

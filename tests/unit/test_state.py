@@ -250,6 +250,14 @@ def test_averages_of_buffers(setting: dict[str, Any], rule: Any) -> None:
 # --------------------------------------------------------------------------------- device "meta"
 
 
+def test_shapes_are_computed_on_meta() -> None:
+    with torch.device("meta"):
+        quantizer = LooCQuantizer(16, 4, interpolation_scale=2).eval()
+        latents, _, indices = quantizer(torch.empty(2, 8, 4, 6))
+        assert latents.shape == quantizer.decode(indices).shape == (2, 8, 4, 6)
+        assert quantizer.encode(latents).shape == indices.shape == (2, 4, 6, 8)
+
+
 @every_kind
 @pytest.mark.usefixtures("_silent")
 def test_memory_without_values_is_never_left(setting: dict[str, Any]) -> None:

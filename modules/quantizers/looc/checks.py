@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from .usage import CODEBOOK_UPDATES
 if TYPE_CHECKING:
     from .quantizer import LooCQuantizer
 
+KINDS = {Integral: "an integer", Real: "a number", bool: "True or False"}
 CHOICES: dict[str, Collection[str]] = {
     "distance": DISTANCES,
     "anchor": ANCHORS,
@@ -33,12 +35,16 @@ CHOICES: dict[str, Collection[str]] = {
 def check_arguments(q: LooCQuantizer) -> None:
     """Raise ValueError for the first argument of the quantiser that is out of range."""
     for name, choices in CHOICES.items():
-        if getattr(q, name) not in choices:
+        if getattr(q, name) not in tuple(choices):
             raise ValueError(f"{name} {getattr(q, name)!r} is none of {', '.join(choices)}")
+    check_kinds(q, Integral, "num_embedding", "embedding_dim", "interpolation_scale", "channel_dim")
+    check_kinds(q, Real, "commitment_cost", "ema_decay", "rate_weight")
+    check_kinds(q, bool, "first_batch", "contras_loss")
     check_minima(q, num_embedding=1, embedding_dim=1, interpolation_scale=0, commitment_cost=0)
     if q.channel_dim == 0:
         raise ValueError("channel_dim 0 is the axis of the batch")
     if q.latent_channels is not None:
+        check_kinds(q, Integral, "latent_channels")
         check_minima(q, latent_channels=1)
     only_signs = q.latent_norm == "unit" and q.embedding_dim == 1
     rate_without_l2 = q.rate_weight and q.distance != "l2"
@@ -69,15 +75,33 @@ def check_codebook(q: LooCQuantizer, stored: Tensor | None) -> None:
         )
 
 
+def check_kinds(owner: object, kind: type, *names: str) -> None:
+    """Raise ValueError for the first attribute that is not of one of KINDS."""
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{name} {value!r} is not {KINDS[kind]}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError for an argument that is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} have to be a tensor, not {type(value).__name__}")
+
+
 def check_minima(owner: object, **minima: float) -> None:
-    """Raise ValueError for the first attribute that is less than its minimum, or NaN."""
+    """Raise ValueError for the first attribute that is less than its minimum, or not finite."""
     for name, minimum in minima.items():
         if not getattr(owner, name) >= minimum:
             raise ValueError(f"{name} {getattr(owner, name)} is less than {minimum}")
+        if getattr(owner, name) == math.inf:
+            raise ValueError(f"{name} inf is not finite")
 
 
 def check_latents(q: LooCQuantizer, z: Tensor) -> None:
     """Raise ValueError unless z has its channels at channel_dim, and can be cut into units."""
+    if not z.is_floating_point():
+        raise ValueError(f"latents of {z.dtype} are not floating-point numbers")
     shape, at = tuple(z.shape), f"at channel_dim {q.channel_dim}"
     if not -z.dim() < q.channel_dim < z.dim():
         raise ValueError(f"latents of shape {shape} have no channels {at}")

@@ -34,7 +34,14 @@ class LatentNorm(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(shape))
         self.register_buffer("latent_variance", torch.ones(shape))
         by_running = self.latent_norm == "running"
-        self.register_buffer("latent_steps", torch.zeros(()) if by_running else None)
+        self._keep("latent_steps", torch.zeros(()) if by_running else None)
+
+    def _keep(self, name: str, value: Tensor | None) -> None:
+        """Register a buffer, or set None, which torch.export miscounts among the buffers."""
+        if value is None:
+            setattr(self, name, None)
+        else:
+            self.register_buffer(name, value)
 
     def reset_parameters(self) -> None:
         """Set the averages to what they are in a new module."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_indices, check_minima
+from .checks import check_indices, check_kinds, check_minima, check_tensor
 from .quantizer import LooCQuantizer
 from .state import Described
 from .units import num_units
@@ -29,8 +30,8 @@ class LooCPlugin(Described):
         n_e: number of codevectors K.
         e_dim: channels c of the latents.
         beta: commitment weight λ, of mean((sg[z_q] − z)²).
-        remap: the K' codevectors in use, in the order of their new indices: a tensor (K',), a list
-            or an .npy file. Indices outside this module are then in [0, re_embed).
+        remap: the K' codevectors in use, in the order of their new indices: a tensor (K',), a list,
+            an array or an .npy file. Indices outside this module are then in [0, re_embed).
         unknown_index: new index of a codevector not in remap: "random" (drawn in each call from
             the K'), "extra" (the additional index K'), or an index.
         sane_index_shape: return indices as (B, …, m), or (B, …) if m is 1, instead of flat.
@@ -61,7 +62,7 @@ class LooCPlugin(Described):
         n_e: int,
         e_dim: int,
         beta: float = 0.25,
-        remap: str | os.PathLike[str] | Tensor | list[int] | None = None,
+        remap: str | os.PathLike[str] | Tensor | Sequence[int] | None = None,
         unknown_index: int | str = "random",
         sane_index_shape: bool = False,
         legacy: bool = False,
@@ -80,12 +81,19 @@ class LooCPlugin(Described):
         self.unknown_index = unknown_index
         self.sane_index_shape = sane_index_shape
         self.legacy = legacy
+        check_kinds(self, Integral, "n_e", "e_dim")
+        check_kinds(self, Real, "beta")
+        check_kinds(self, bool, "sane_index_shape", "legacy")
         check_minima(self, n_e=1, e_dim=1, beta=0)
         if legacy and beta == 0:
             raise ValueError(f"legacy {legacy} needs beta above 0, not {beta}")
         for name, value in (("contras_loss", True), ("codebook_update", "ema")):
             if legacy and settings.get(name) == value:
                 raise ValueError(f"{name} {value} does not go with legacy {legacy}")
+        ours = {"num_embedding": "n_e", "latent_channels": "e_dim", "commitment_cost": "beta"}
+        for name in settings.keys() & ours.keys():
+            value = f"{ours[name]} {getattr(self, ours[name])}"
+            raise TypeError(f"{name} {settings[name]!r} is given as {value} here: leave it out")
         self.quantizer = LooCQuantizer(
             n_e,
             embedding_dim,
@@ -179,6 +187,7 @@ class LooCPlugin(Described):
         come last, in place of the m indices of a position: (n, c), (b, h·w, c) or (b, …, c); with
         interpolation the indices are then taken for those of two axes, h and w.
         """
+        check_tensor("indices", indices)
         if shape is None:
             positions = self._positions(indices)
             latents = self._decode(indices.reshape(-1, 1, 1, self.units))  # (n, c, 1, 1)
@@ -195,6 +204,7 @@ class LooCPlugin(Described):
 
     def embed_code(self, code: Tensor) -> Tensor:
         """Get the latents, in the shape of z, of indices (b, …, m), or (b, …) if m is 1."""
+        check_tensor("indices", code)
         with_units = self.units > 1 or (code.dim() == 4 and code.shape[-1] == 1)
         return self._decode(code if with_units else code[..., None])
 
@@ -216,7 +226,7 @@ class LooCPlugin(Described):
 
     def _positions(self, indices: Tensor) -> tuple[int, ...]:
         """Shape of the positions: that of the indices without the units."""
-        *positions, last = indices.shape
+        *positions, last = indices.shape or (1,)
         if self.units == 1 and not (len(positions) == 3 and last == 1):
             return tuple(indices.shape)
         if len(positions) > 1 and last == self.units:
@@ -235,24 +245,21 @@ class LooCPlugin(Described):
         return self.quantizer.decode(indices)
 
 
-def read_remap(remap: str | os.PathLike[str] | Tensor | list[int], n_e: int) -> Tensor:
-    """Read distinct indices in [0, K) from a tensor, a list or an .npy file: (K',), int64."""
-    if isinstance(remap, Tensor | list):
-        name, used = (
-            "remap",
-            torch.tensor(remap, device="cpu")
-            if isinstance(remap, list)
-            else remap.detach().clone(),
-        )
-    else:
-        import numpy as np
+def read_remap(remap: str | os.PathLike[str] | Tensor | Sequence[int], n_e: int) -> Tensor:
+    """Read distinct indices in [0, K) from a tensor, a list, an array or an .npy file: (K',)."""
+    name = f"remap {remap}" if isinstance(remap, str | os.PathLike) else "remap"
+    try:
+        if isinstance(remap, Tensor):
+            used = remap.detach().clone()
+        elif isinstance(remap, str | os.PathLike):
+            import numpy as np
 
-        name = f"remap {remap}"
-        try:
             with Path(remap).open("rb") as file:
                 used = torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} cannot be read: {error}") from error
+        else:
+            used = torch.tensor(remap, device="cpu")
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
     if used.dim() != 1 or not len(used) or used.is_floating_point() or used.is_complex():
         raise ValueError(
             f"{name} of shape {tuple(used.shape)} and {used.dtype} is not a list of indices"

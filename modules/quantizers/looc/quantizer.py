@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import usage
 from .anchors import ANCHORS, STARTS, Anchors, better_of, fill_pool
-from .checks import check_arguments, check_codebook, check_indices, check_latents
+from .checks import check_arguments, check_codebook, check_indices, check_latents, check_tensor
 from .losses import StraightThrough, contrastive_loss
 from .norms import WITH_AVERAGES, LatentNorm
 from .ranks import best_over_ranks, check_equal_on_ranks, sum_over_ranks
@@ -37,6 +37,10 @@ class Quantized(NamedTuple):
     indices: Tensor  # (B, H, W, m), or the positions and m; int64 in [0, K)
 
 
+# torch.export.save then takes a model that returns it.
+torch.utils._pytree._register_namedtuple(Quantized, serialized_type_name=f"{__name__}.Quantized")
+
+
 @dataclass
 class PendingUpdate:
     """Statistics of the training calls since the last update of the codebook."""
@@ -54,6 +58,7 @@ def untraced(method: Callable[..., Result]) -> Callable[..., Result]:
     """
 
     def checked(module: nn.Module, z: Tensor) -> Result:
+        check_tensor("latents", z)
         if torch._C._functorch.maybe_current_level() is not None:
             raise RuntimeError(
                 f"{type(module).__name__} cannot be called within torch.func.grad, vmap, jvp or "
@@ -68,6 +73,13 @@ def untraced(method: Callable[..., Result]) -> Callable[..., Result]:
         return (excluded if torch.compiler.is_compiling() else checked)(module, z)
 
     return call
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in the types of the tensors; the device meta knows no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class LooCQuantizer(Described, LatentNorm):
@@ -202,8 +214,8 @@ class LooCQuantizer(Described, LatentNorm):
         self.register_buffer("reinitialised", torch.zeros(()))
         self.register_buffer("pool", torch.zeros(num_embedding, embedding_dim))
         self.register_buffer("pool_size", torch.zeros(()))
-        self.register_buffer("ema_count", torch.zeros(num_embedding) if by_ema else None)
-        self.register_buffer("started", torch.zeros(()) if from_data else None)
+        self._keep("ema_count", torch.zeros(num_embedding) if by_ema else None)
+        self._keep("started", torch.zeros(()) if from_data else None)
         if latent_norm in WITH_AVERAGES:
             if latent_channels is None:
                 raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels")
@@ -235,9 +247,10 @@ class LooCQuantizer(Described, LatentNorm):
         self._forget_cached_state()
 
     def _settle(self, device: torch.device | None = None) -> None:
-        real = [value.device for value in (self.codebook, self.usage) if not value.is_meta]
-        if self._unseen and (device or real):
-            settle(self, device or real[0])
+        devices = (device, self.codebook.device, self.usage.device)
+        real = [each for each in devices if each is not None and each.type != "meta"]
+        if self._unseen and real:
+            settle(self, real[0])
 
     def _forget_cached_state(self, *_: Any) -> None:
         """Reset everything that is derived from the state, which another may have replaced."""
@@ -264,7 +277,7 @@ class LooCQuantizer(Described, LatentNorm):
         """
         recomputed = self.training and in_backward()
         state = past_state(self, z) if recomputed else nullcontext()
-        with torch.autocast(z.device.type, enabled=False), state:
+        with without_autocast(z.device), state:
             units = self._cut(z, self.training)  # (B, …, m, d)
             features = units.flatten(0, -2)  # (N, d)
             constant = features.detach()
@@ -292,7 +305,7 @@ class LooCQuantizer(Described, LatentNorm):
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         """Compute the indices (B, …, m), int64, of z (B, …, C), as in evaluation mode."""
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             units = self._cut(z)
             return self._match(units.flatten(0, -2)).view(units.shape[:-1])
 
@@ -301,12 +314,12 @@ class LooCQuantizer(Described, LatentNorm):
 
         Others raise ValueError.
         """
+        check_tensor("indices", indices)
         scale, dim, axes = self.interpolation_scale, self.embedding_dim, max(0, indices.dim() - 2)
         channels, factor = self.latent_channels, enlargement(scale, axes)
         units = None if channels is None else num_units(channels, scale, dim, axes)
         indices = check_indices(indices, self.num_embedding, units, any_rank=True)
-        if not indices.is_meta:
-            self._settle(indices.device)
+        self._settle(indices.device)
         if indices.shape[-1] * dim % factor:
             shape = f"indices of shape {tuple(indices.shape)}"
             raise ValueError(f"{shape} are not (B, …, m) with m·{dim} a multiple of {factor}")
@@ -318,7 +331,7 @@ class LooCQuantizer(Described, LatentNorm):
         check_latents(self, z)
         self._settle(z.device)
         wide = torch.promote_types(self.codebook.dtype, torch.float32)
-        channels_second = z.to(wide).movedim(self.channel_dim, 1)
+        channels_second = z.to(wide).movedim(self.channel_dim % z.dim(), 1)
         extrapolated = extrapolate(channels_second, self.interpolation_scale)  # (B, C·β², …)
         rows = extrapolated[..., None].flatten(2)[..., None]  # (B, C·β², H·W, 1)
         # This copy is several times faster than one after the permutation, which is then a view.
@@ -330,7 +343,8 @@ class LooCQuantizer(Described, LatentNorm):
         """Join units (B, …, m, d) into latents (B, …, C)."""
         joined = SPLITS[self.split].join(units)  # (B, …, C·β²)
         joined = joined.movedim(joined.dim() - 1, 1)  # the ONNX exporter takes no −1 here
-        return interpolate_back(joined, self.interpolation_scale).movedim(1, self.channel_dim)
+        z = interpolate_back(joined, self.interpolation_scale)
+        return z.movedim(1, self.channel_dim % z.dim())
 
     def _match(self, features: Tensor) -> Tensor:
         """Find the codevector of each feature: (N, d) → (N,)."""
