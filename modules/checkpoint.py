@@ -87,8 +87,8 @@ def read_model(
     if not ours:
         # The reference does not store every buffer; the others start anew.
         fresh = dict(config.spec.make(config).named_buffers(prefix="quantizer"))
+        fresh.pop(SETTINGS, None)
         state_dict = {**fresh, **state_dict}
-        state_dict.pop(SETTINGS, None)
     try:
         with torch.device("meta"):
             model = make_model(config)

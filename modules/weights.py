@@ -37,7 +37,8 @@ def read_weights(subject: str, path: Path, inert: tuple[str, ...] = ()) -> Mappi
     if is_exported(path):
         return read_exported(subject, path)
     if not path.is_file():
-        raise ValueError(f"{subject} {'is no file' if path.exists() else 'does not exist'}")
+        folder = f"is a folder without {CONFIG} and {TENSORS}" if path.is_dir() else "is no file"
+        raise ValueError(f"{subject} {folder if path.exists() else 'does not exist'}")
     try:
         with path.open("rb"):
             pass  # later errors of the system may be due to damaged content

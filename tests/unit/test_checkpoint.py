@@ -201,6 +201,19 @@ def test_an_exported_folder_opens_as_its_checkpoint(tmp_path: Path) -> None:
     assert message.endswith("has a config.json that is damaged (JSONDecodeError)")
 
 
+def test_weights_without_their_configuration_are_not_taken_for_others(tmp_path: Path) -> None:
+    """As model.safetensors of an exported folder alone is, of which only sizes are known."""
+    path, model = tmp_path / "m.pt", VQVAE(replace(SMALL, distance="l2"))
+    torch.save(model.state_dict(), path)
+    message = "distance 'cos' contradicts the state, whose distance is 'l2'"
+    with pytest.raises(ValueError, match=message):
+        modules.load_model(path)
+    torch.save(VQVAE(SMALL).state_dict(), path)
+    assert modules.load_model(path).config.distance == SMALL.distance == "cos"
+    with pytest.raises(ValueError, match=r"is a folder without config.json and model.safetensors"):
+        modules.load_model(tmp_path)
+
+
 @pytest.mark.parametrize("value", [None, -1, 2**63, 1.5, True, torch.zeros(2)])
 def test_a_count_is_checked(value: object, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "m.pt", VQVAE(SMALL), {"step": value})

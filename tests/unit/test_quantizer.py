@@ -975,6 +975,9 @@ def test_wrong_inputs_are_named() -> None:
         normed.eval()(torch.randn(1, 8, 4, 4))
     with pytest.raises(ValueError, match=r"latents of torch\.uint8 are not floating-point"):
         quantizer(torch.zeros(1, 4, 4, 4, dtype=torch.uint8))
+    normed.search = "annoy"
+    with pytest.raises(ValueError, match="search 'annoy' is none of auto, faiss, compiled, torch"):
+        normed(torch.randn(1, 4, 4, 4))
     with pytest.raises(TypeError, match="latents have to be a tensor, not list"):
         quantizer.encode([[1.0]])
     with pytest.raises(TypeError, match="indices have to be a tensor, not list"):

@@ -118,6 +118,8 @@ def search(
         features, keys = features - centre, keys - centre
     if backend == "auto":
         backend = choose_search(features, keys)
+    elif backend not in SEARCHES:
+        raise ValueError(f"search {backend!r} is none of auto, {', '.join(SEARCHES)}")
     rows = keys  # equal ones are equally near
     if penalty is not None:
         rows = torch.cat((keys, penalty.to(keys.dtype).sqrt()[:, None]), 1)
