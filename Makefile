@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv once; nothing is installed twice.
 .DEFAULT_GOAL := help
-.PHONY: help demo generate vqgan weights test test-all lint bench compare ablations photos fuzz soak check-python
+.PHONY: help demo generate vqgan weights test test-all clients lint bench compare ablations photos fuzz soak check-python
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +28,7 @@ help:
 	@echo "make generate  train a first stage and a prior on the bundled images, draw 100 new ones, less than 10 minutes on 2 cores"
 	@echo "make test      run the tests of unit/ and scripts/, about 4 minutes on 2 cores"
 	@echo "make test-all  also run those of robustness/: damage, kills, random input; about 5 minutes on 2 cores"
+	@echo "make clients   run the tests that need accelerate, transformers and ONNX, and install these; about 4 minutes on 2 cores"
 	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
 	@echo "make lint      check with ruff and mypy"
 	@echo "make bench     measure speed and memory against peers, about 25 minutes on 2 cores; writes docs/results/benchmarks.*, docs/results/loader.*"
@@ -50,7 +51,7 @@ $(VENV)/.installed: requirements.txt | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# The extras of pyproject.toml: dev, bench, vqgan.
+# The extras of pyproject.toml: dev, bench, vqgan, clients.
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
@@ -104,6 +105,9 @@ test: $(VENV)/.installed-dev
 
 test-all: test
 	$(PY) -m pytest -n 2 --dist loadfile tests/robustness tests/gpu
+
+clients: $(VENV)/.installed-dev $(VENV)/.installed-clients
+	$(PY) -m pytest -n 2 -m "slow or not slow" tests/unit/test_export.py tests/unit/test_state.py
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
