@@ -100,7 +100,7 @@ def test_a_quantizer_is_exported_alone_and_saved(
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_has_the_axes_of_channels_that_come_last() -> None:
-    """As numbers that are not negative: the older exporter to ONNX writes them as they are."""
+    """Count axes from 0: the older exporter to ONNX writes them as they are."""
     quantizer = LooCQuantizer(16, 4, channel_dim=-1).eval()
     graph = torch.jit.trace(quantizer, torch.randn(2, 6, 6, 8)).inlined_graph
     moves = [node for node in graph.nodes() if node.kind() == "aten::movedim"]

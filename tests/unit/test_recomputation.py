@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import weight_norm as old_weight_norm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from modules import LooCPlugin, LooCQuantizer
 from modules.quantizers.looc.recomputation import MOST_CALLS
@@ -33,8 +34,20 @@ class Host(nn.Module):
         return error
 
 
-def train(reentrant: bool | None, parts: int, setting: dict[str, Any]) -> list[Tensor]:
-    """Gradients and state of each step; reentrant None does without checkpointing."""
+# Selective checkpointing keeps the results of these operations.
+SELECTED = [torch.ops.aten.convolution.default, torch.ops.aten.addmm.default]
+FORMS: dict[str, dict[str, Any]] = {
+    "reentrant": {"use_reentrant": True},
+    "not reentrant": {"use_reentrant": False},
+    "selective": {
+        "use_reentrant": False,
+        "context_fn": partial(create_selective_checkpoint_contexts, SELECTED),
+    },
+}
+
+
+def train(form: str | None, parts: int, setting: dict[str, Any]) -> list[Tensor]:
+    """Gradients and state of each step; without a form there is no checkpointing."""
     torch.manual_seed(0)
     host = Host(**setting)
     optimizer = torch.optim.SGD([p for p in host.parameters() if p.requires_grad], lr=0.1)
@@ -44,10 +57,10 @@ def train(reentrant: bool | None, parts: int, setting: dict[str, Any]) -> list[T
         total = torch.zeros(())
         for _ in range(parts):  # all forward passes before the one backward pass
             images = torch.randn(4, 3, 5, 5).mul_(1 + step).requires_grad_()
-            if reentrant is None:
+            if form is None:
                 total = total + host(images)
             else:
-                total = total + checkpoint(host, images, use_reentrant=reentrant)
+                total = total + checkpoint(host, images, **FORMS[form])
         total.backward()
         seen += [p.grad.clone() for p in host.parameters() if p.grad is not None]
         optimizer.step()
@@ -68,13 +81,13 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 @pytest.mark.filterwarnings("ignore:a quantiser in training mode")  # reentrant: no_grad at first
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(setting) or "paper")
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 def test_gradient_checkpointing_changes_nothing(
-    reentrant: bool, parts: int, setting: dict[str, Any]
+    form: str, parts: int, setting: dict[str, Any]
 ) -> None:
     """Neither the state nor a gradient, and the codebook is updated once for each call."""
     expected = train(None, parts, setting)
-    found = train(reentrant, parts, setting)
+    found = train(form, parts, setting)
     # Where parts add up, the reentrant form adds the two gradients of the contrastive codebook in
     # another order.
     close = {"rtol": 1e-5, "atol": 1e-6} if setting.get("contras_loss") else {"rtol": 0, "atol": 0}

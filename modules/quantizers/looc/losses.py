@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from .search import DISTANCES, block_elements, unit_norm, widened
 from .usage import sums_by_index
@@ -98,7 +99,8 @@ def contrastive_loss(
     per_block = max(1, block_elements(features.device, memory) // len(features))
     for start in range(0, len(keys), per_block):
         rows = slice(start, start + per_block)
-        with torch.enable_grad():
+        # Gradient checkpointing would recompute the whole forward pass for this gradient.
+        with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, Tensor.detach):
             block = keys[rows].detach().requires_grad_()
             similarity = similarity_of(block, features)  # (k, N)
             loss = contrastive_terms(similarity, num_positives).sum() / len(keys)

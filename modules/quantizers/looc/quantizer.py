@@ -21,7 +21,14 @@ from .checks import check_arguments, check_codebook, check_indices, check_latent
 from .losses import StraightThrough, contrastive_loss
 from .norms import WITH_AVERAGES, LatentNorm
 from .ranks import best_over_ranks, check_equal_on_ranks, sum_over_ranks
-from .recomputation import MOST_CALLS, PastCall, in_backward, past_state, remember
+from .recomputation import (
+    MOST_CALLS,
+    PastCall,
+    apart_from_selection,
+    in_backward,
+    past_state,
+    remember,
+)
 from .search import search, widened
 from .state import Described, complete_state, settle, start_value
 from .units import SPLITS, enlargement, extrapolate, interpolate_back, num_units
@@ -64,7 +71,8 @@ def untraced(method: Callable[..., Result]) -> Callable[..., Result]:
                 f"{type(module).__name__} cannot be called within torch.func.grad, vmap, jvp or "
                 "another transform of functions: it searches, and writes its state"
             )
-        return method(module, z)
+        with apart_from_selection():
+            return method(module, z)
 
     excluded: Callable[..., Result] = torch._disable_dynamo(checked)
 

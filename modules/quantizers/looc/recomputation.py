@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 if TYPE_CHECKING:
     from .quantizer import LooCQuantizer
@@ -66,6 +67,16 @@ def saves_by_hooks() -> bool:
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
+
+
+def apart_from_selection() -> AbstractContextManager[Any]:
+    """Hide a call from selective checkpointing, which expects the same operations again.
+
+    A recomputation has others: it reads the past state and updates nothing.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    selective = any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
+    return _disable_current_modes() if selective else nullcontext()
 
 
 def sample_of(z: Tensor) -> Tensor:
