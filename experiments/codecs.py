@@ -1,4 +1,4 @@
-"""JPEG and WebP on the test images: the sizes of their files, and the metrics of the models."""
+"""JPEG, WebP and AVIF on the test images: sizes of their files, and the metrics of the models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-from PIL import Image, features
+from PIL import Image
 from tqdm import tqdm
 
 from datasets import ImageSet
@@ -25,6 +25,7 @@ from utils.images import save_picture, to_picture
 CODECS: dict[str, dict[str, Any]] = {  # options of Pillow's save
     "jpeg": {"format": "JPEG", "optimize": True},
     "webp": {"format": "WEBP", "method": 6},
+    "avif": {"format": "AVIF"},
 }
 QUALITIES = (5, 10, 20, 40, 60, 80, 95)
 
@@ -34,8 +35,7 @@ def measure_codecs(codecs: Sequence[str], settings: Settings) -> list[Row]:
 
     Raises UserError where Pillow lacks a codec.
     """
-    if "webp" in codecs and not features.check("webp"):
-        raise UserError("--codecs webp: this Pillow was built without WebP")
+    check_codecs(codecs)
     children, points = Children(settings.threads), [(c, q) for c in codecs for q in QUALITIES]
     images = open_split(settings, "test")
     try:
@@ -44,6 +44,19 @@ def measure_codecs(codecs: Sequence[str], settings: Settings) -> list[Row]:
             return [codec_row(codec, quality, images, settings, children) for codec, quality in bar]
     except Failure as error:
         raise UserError(f"--codecs: {error}") from error
+
+
+def check_codecs(codecs: Sequence[str]) -> None:
+    """Raise UserError where Pillow lacks a codec."""
+    lacking = [codec for codec in codecs if CODECS[codec]["format"] not in known_formats()]
+    if lacking:
+        raise UserError(f"--codecs {lacking[0]}: this Pillow cannot write it")
+
+
+def known_formats() -> set[str]:
+    """Formats that Pillow can write."""
+    Image.init()
+    return set(Image.SAVE)
 
 
 def codec_row(

@@ -69,6 +69,7 @@ STYLES = {
     "none-norm": Style("not quantised, LooC's norm", BLACK, "", "-."),
     "jpeg": Style("JPEG", BLACK, "x", ":"),
     "webp": Style("WebP", BLACK, "+", ":"),
+    "avif": Style("AVIF", BLACK, "4", ":"),
 }
 OURS = [family for family in STYLES if family.startswith("looc")]
 

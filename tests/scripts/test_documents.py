@@ -225,7 +225,7 @@ def test_pip_installs_what_is_declared(command: Command) -> None:
 
 def test_every_flag_named_exists(script: Script) -> None:
     """Flags within sentences, tables and commands are flags of a script, or of others' programs."""
-    programs = ("compare", "ablations", "photos", "samples", "cifar10")
+    programs = ("compare", "ablations", "photos", "samples", "cifar10", "photographs")
     own = (*SCRIPTS, *(f"experiments/{name}.py" for name in programs))
     texts = [script(name, "--help").out for name in own]
     texts += [

@@ -217,7 +217,7 @@ METRICS: dict[str, Metric] = {
     "l1": Metric("L1", better="lower", compare=l1),
     "ssim": Metric("SSIM", better="higher", compare=ssim, smallest_side=SSIM_WINDOW),
     "psnr": Metric("PSNR", 2, "dB", better="higher", compare=psnr),
-    "delta_e": Metric("ΔE", 2, better="lower", compare=delta_e, choice="colour"),
+    "delta_e": Metric("delta E", 2, better="lower", compare=delta_e, choice="colour"),
     "a_shift": Metric("shift of a*", 2, compare=a_shift, **SHIFT),
     "b_shift": Metric("shift of b*", 2, compare=b_shift, **SHIFT),
     "lpips": Metric("LPIPS", better="lower", network="lpips"),
