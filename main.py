@@ -43,7 +43,7 @@ from utils.training.config import PRECISIONS, TrainConfig
 from utils.training.losses import Setting, build_loss_configs, loss_configs, make_losses
 from utils.training.reconstruction import Reconstruction, check_network, prepare
 from utils.training.resume import experiment_folders, resume, start_files
-from utils.training.trainer import Trainer
+from utils.training.trainer import Trainer, place
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, *loss_configs(), SearchConfig)
 
@@ -213,7 +213,7 @@ def log_plan(
         "images of %s, %s%d×%d: %d for training, %d for validation; steps %d to %d on %s%s",
         *(data.dataset, "patches of " if data.crop == "patch" else "", side, side),
         *(len(training), len(validation)),
-        *(trainer.step, trainer.total_steps, trainer.device),
+        *(trainer.step, trainer.total_steps, place(train, trainer.device)),
         f", {num_ranks()} processes" if num_ranks() > 1 else "",
     )
     if train.num_epochs and train.max_steps:

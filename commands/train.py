@@ -39,7 +39,7 @@ from utils.training.denoising import Denoising
 from utils.training.likelihood import Likelihood
 from utils.training.prior import PriorTask
 from utils.training.resume import experiment_folders, resume, start_files
-from utils.training.trainer import Trainer
+from utils.training.trainer import Trainer, place
 
 GROUPS = (PriorConfig, PriorTrainingConfig, DataConfig)
 
@@ -97,7 +97,7 @@ def main() -> None:
         log.info(
             "%d training images of %s as %s; steps %d to %d on %s",
             *(len(images[0]), data.dataset, space),
-            *(trainer.step, trainer.total_steps, device),
+            *(trainer.step, trainer.total_steps, place(config, device)),
         )
         with memory_for(f"--batch_size {config.batch_size} (--accumulate splits it)"):
             trainer.fit()

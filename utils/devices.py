@@ -6,6 +6,7 @@ import ctypes
 import os
 import random
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +39,12 @@ def resolve_device(name: str) -> torch.device:
     if device.index is not None:  # the default of libraries
         torch.cuda.set_device(device)
     return device
+
+
+def has_amx() -> bool:
+    """Return whether the processor has units that multiply matrices of bf16."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "amx_bf16" in cpu.read_text().split()
 
 
 def memory_of(device: torch.device) -> int:

@@ -36,6 +36,7 @@ def test_files_come_nearest_to_the_rate(bits: float, monkeypatch: pytest.MonkeyP
             to_picture(original).save(file, **CODECS["jpeg"], quality=quality)
         rates[quality] = 8 * sum(file.tell() for file in files) / (2 * 32 * 32)
     least = min(abs(rate - bits) for rate in rates.values())
+    assert found.bits is not None
     assert abs(found.bits - bits) == pytest.approx(least)
     assert found.bits == rates[int(found.name.removeprefix("JPEG, quality "))]
 

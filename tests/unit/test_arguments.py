@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from datasets.config import DataConfig
 from modules import VQVAE, ModelConfig
@@ -22,6 +23,7 @@ from utils.flags.arguments import (
 from utils.flags.presets import preset_flags
 from utils.flags.recipes import RECIPES
 from utils.training.config import TrainConfig
+from utils.training.trainer import place
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig)
 
@@ -191,3 +193,25 @@ def test_a_recipe_leaves_what_the_quantiser_implies() -> None:
     scalar = with_recipe({"recipe": "best", "quantizer": "fsq"})
     assert "codebook_update" not in scalar
     assert (scalar["schedule"], build_model_config(scalar, 1).levels) == ("wsd", "4,4,4,4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "cuda", "precision"),
+    [
+        ("fpu amx_bf16 avx512f amx_tile", "auto", False, "bf16"),
+        ("fpu amx_bf16 avx512f amx_tile", "cpu", True, "bf16"),
+        ("fpu amx_bf16 avx512f amx_tile", "auto", True, "fp32"),
+        ("fpu avx512_bf16 amx_int8", "auto", False, "fp32"),
+    ],
+)
+def test_automatic_precision_is_bf16_with_amx(
+    flags: str, device: str, cuda: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: f"model name\t: x\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    config = TrainConfig(precision="auto", device=device)
+    assert config.precision == precision
+    where = {"bf16": "cpu in bf16", "fp32": "cpu"}[precision]
+    assert place(config, torch.device("cpu")) == where
+    assert TrainConfig().precision == "fp32"

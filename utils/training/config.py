@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from modules.options import option
+from utils.devices import has_amx
 from utils.flags.presets import NETWORK_PRESETS
 from utils.flags.recipes import RECIPES
 
@@ -58,8 +59,9 @@ class LoopConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     precision: str = option(
         "fp32",
-        "precision of the network in training; the codebook is always fp32",
-        choices=tuple(PRECISIONS),
+        "precision of the network in training; the codebook is always fp32 (auto: bf16 on a "
+        "processor with AMX, else fp32)",
+        choices=(*PRECISIONS, "auto"),
     )
     accumulate: int = option(
         1,
@@ -112,6 +114,9 @@ class LoopConfig:
             raise ValueError(f"--betas {self.betas} is no pair of numbers below 1, like 0.5,0.9")
         if self.num_epochs is None and self.max_steps is None:
             object.__setattr__(self, "num_epochs", NUM_EPOCHS)
+        if self.precision == "auto":
+            on_cpu = self.device == "cpu" or not torch.cuda.is_available()
+            object.__setattr__(self, "precision", "bf16" if on_cpu and has_amx() else "fp32")
         if self.grad_clip == 0:
             object.__setattr__(self, "grad_clip", None)
         if self.accumulate > self.batch_size:

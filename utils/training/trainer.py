@@ -488,6 +488,11 @@ class Trainer:
         return self.model if self.average is None else self.average.module
 
 
+def place(config: LoopConfig, device: torch.device) -> str:
+    """Name the device, and the precision where it is not fp32."""
+    return f"{device}" if config.precision == "fp32" else f"{device} in {config.precision}"
+
+
 def flags_of(configs: Sequence[Any]) -> dict[str, Any]:
     """The flags of several dataclasses in one dictionary."""
     return {name: value for config in configs for name, value in asdict(config).items()}
