@@ -202,7 +202,7 @@ def test_an_exported_folder_opens_as_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_weights_without_their_configuration_are_not_taken_for_others(tmp_path: Path) -> None:
-    """As model.safetensors of an exported folder alone is, of which only sizes are known."""
+    """Such is model.safetensors of an exported folder alone: only its sizes are known."""
     path, model = tmp_path / "m.pt", VQVAE(replace(SMALL, distance="l2"))
     torch.save(model.state_dict(), path)
     message = "distance 'cos' contradicts the state, whose distance is 'l2'"
