@@ -72,6 +72,12 @@ class ModelConfig:
         minimum=0,
         maximum=1e6,
     )
+    num_passes: int = option(
+        1,
+        "passes of the codebook, each over what is left by those before it",
+        minimum=1,
+        maximum=64,
+    )
     levels: str | None = option(None, "levels of fsq, like 8,5,5,5 (default: from K and d)")
     num_quantizers: int = option(4, "number of codebooks of residual-vq", minimum=1, maximum=64)
     dead_code_threshold: int = option(

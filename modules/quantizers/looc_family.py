@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 FLAGS = COMMON_FLAGS | {
     *("distance", "anchor", "split", "interpolation_scale", "first_batch", "contras_loss"),
     *("commitment_cost", "codebook_update", "ema_decay", "codebook_start", "gradient"),
-    "rate_weight",
+    *("rate_weight", "num_passes"),
 }
 
 
@@ -36,14 +36,20 @@ LOOC = QuantizerSpec(
     FLAGS,
     checks=(check_units, check_update),
     any_channels=True,
-    slots=units,
+    slots=lambda config: units(config) * config.num_passes,
     parts=True,
 )
-CVQ = QuantizerSpec("CVQ-VAE", make, FLAGS, checks=(check_position, check_update), parts=True)
+CVQ = QuantizerSpec(
+    "CVQ-VAE",
+    make,
+    FLAGS - {"num_passes"},
+    checks=(check_position, check_update),
+    parts=True,
+)
 VQ = QuantizerSpec(
     "plain VQ",
     make,
-    FLAGS - {"anchor"},
+    FLAGS - {"anchor", "num_passes"},
     {"distance": "l2", "anchor": "none"},
     checks=(check_position, check_update),
     parts=True,

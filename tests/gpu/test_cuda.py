@@ -74,6 +74,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "interpolated": {"interpolation_scale": 2, "split": "interval"},
     "contrastive": {"contras_loss": True},
     "rate weighed": {"distance": "l2", "rate_weight": 0.1},
+    "three passes": {"num_passes": 3, "latent_norm": "running", "codebook_update": "ema"},
 }
 
 

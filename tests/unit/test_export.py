@@ -17,6 +17,7 @@ Run = Callable[[Tensor], list[Tensor]]
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"latent_norm": "layer", "split": "interval"},
     {"latent_norm": "running", "interpolation_scale": 2, "distance": "l2", "rate_weight": 0.1},
+    {"num_passes": 2, "latent_norm": "running"},
 )
 
 

@@ -132,7 +132,7 @@ def test_further_keywords_reach_the_quantiser() -> None:
         **{"split": "interval", "first_batch": True, "codebook_update": "ema", "ema_decay": 0.5},
         **{"codebook_start": "kmeans", "latent_norm": "batch", "gradient": "rotation"},
         **{"distance": "l2", "anchor": "random", "interpolation_scale": 2, "embedding_dim": 2},
-        **{"rate_weight": 0.1, "channel_dim": -1},
+        **{"rate_weight": 0.1, "channel_dim": -1, "num_passes": 2},
     }
     made = make(**settings).quantizer
     assert {name: getattr(made, name) for name in settings} == settings

@@ -75,6 +75,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"contras_loss": True, "latent_norm": "batch"},
     {"anchor": "random", "interpolation_scale": 2},
     {"anchor": "probrandom", "distance": "l2", "rate_weight": 0.1, "gradient": "rotation"},
+    {"num_passes": 3, "latent_norm": "running"},
 )
 
 

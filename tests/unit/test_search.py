@@ -161,3 +161,13 @@ def test_narrow_types_are_matched_in_float32(distance: str, dtype: torch.dtype) 
     z = torch.randn(4, 16, 8, 8).to(dtype)
     found = quantizer.to(dtype).encode(z)
     assert torch.equal(found, quantizer.float().encode(z.float()))
+
+
+def test_faiss_takes_features_of_any_strides(caplog: pytest.LogCaptureFixture) -> None:
+    """Units of a single position that were split by "interval" are a transposed view."""
+    pytest.importorskip("faiss")
+    quantizer = LooCQuantizer(16, 4, split="interval").eval()
+    quantizer.search = "faiss"
+    z = torch.randn(1, 8, 1, 1)
+    quantizer.encode(z)
+    assert not caplog.records

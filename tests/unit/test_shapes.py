@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "batch": {"latent_norm": "batch", "codebook_update": "ema", "codebook_start": "features"},
     "running": {"latent_norm": "running", "codebook_start": "kmeans", "latent_channels": 8},
     "layer": {"latent_norm": "layer", "distance": "l2", "rate_weight": 0.1},
+    "passes": {"num_passes": 3, "split": "interval", "codebook_update": "ema"},
 }
 every_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 
@@ -80,7 +81,7 @@ def test_any_rank_equals_two_axes(setting: dict[str, Any]) -> None:
                 side for axis, side in enumerate(shape) if axis != channel_dim % len(shape)
             ]
             assert of_ours[0].shape == shape
-            assert of_ours[2].shape == (*positions, 2)
+            assert of_ours[2].shape == (*positions, 2 * ours.num_passes)
             of_ours[0] = as_images(of_ours[0], channel_dim)
             of_ours[2] = of_ours[2].view(of_images[2].shape)
             for one, other in zip(of_ours, of_images):

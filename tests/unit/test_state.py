@@ -62,6 +62,7 @@ CONTRADICTING: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"latent_norm": "unit"}, {}, "latent_norm 'unit' .* is 'none'"),
     ({"latent_norm": "batch"}, {"latent_norm": "running"}, "latent_norm 'batch' .* is 'running'"),
     ({"distance": "l2"}, {"distance": "l2", "rate_weight": 0.5}, "rate_weight 0.0 .* is 0.5"),
+    ({"num_passes": 3}, {}, "num_passes 3 .* is 1"),
     ({"embedding_dim": 2}, {}, "embedding_dim 2 .* is 4"),
 ]
 

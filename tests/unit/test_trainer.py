@@ -207,7 +207,7 @@ BEST = replace(SMALL, codebook_update="ema", codebook_start="kmeans", latent_nor
     "model",
     [
         replace(BEST, distance="l2", rate_weight=0.1),
-        replace(BEST, anchor="random", gradient="rotation"),
+        replace(BEST, anchor="random", gradient="rotation", num_passes=2),
     ],
 )
 @pytest.mark.parametrize("schedule", SCHEDULES)

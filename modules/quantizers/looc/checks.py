@@ -41,11 +41,14 @@ def check_arguments(q: LooCQuantizer) -> None:
     check_kinds(q, Real, "commitment_cost", "ema_decay", "rate_weight")
     check_kinds(q, bool, "first_batch", "contras_loss")
     check_minima(q, num_embedding=1, embedding_dim=1, interpolation_scale=0, commitment_cost=0)
+    check_minima(q, num_passes=1)
     if q.channel_dim == 0:
         raise ValueError("channel_dim 0 is the axis of the batch")
     if q.latent_channels is not None:
         check_kinds(q, Integral, "latent_channels")
         check_minima(q, latent_channels=1)
+    if q.num_passes > 1 and q.latent_channels is None:
+        raise ValueError(f"num_passes {q.num_passes} needs latent_channels")
     only_signs = q.latent_norm == "unit" and q.embedding_dim == 1
     rate_without_l2 = q.rate_weight and q.distance != "l2"
     contrast_by_ema = q.contras_loss and q.codebook_update != "gradient"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from .passes import combine
 from .search import DISTANCES, block_elements, unit_norm, widened
 from .usage import sums_by_index
 
@@ -42,9 +43,10 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | None] = {
 class StraightThrough(torch.autograd.Function):
     """Replace features by their codevectors; return them (N, d) and the loss (scalar).
 
-    z_q = e[indices]; loss = λ·mean((sg[z_q] − z)²) + κ·mean((z_q − sg[z])²), κ = codebook_cost.
-    With r = z_q − z and n = N·d elements, ∂loss/∂e_k = 2κ/n·Σ r over the features of k, and
-    ∂loss/∂z = −2λr/n, to which the gradient of z_q is added by one of GRADIENTS.
+    z_q = Σ_r s_r·e[indices_r] over R passes, s_1 = 1; loss = λ·mean((sg[z_q] − z)²) +
+    κ·mean((z_q − sg[z])²), κ = codebook_cost.
+    With δ = z_q − z and n = N·d elements, ∂loss/∂e_k = 2κ/n·Σ s_r·δ over the matches of k, and
+    ∂loss/∂z = −2λδ/n, to which the gradient of z_q is added by one of GRADIENTS.
     """
 
     @staticmethod
@@ -53,15 +55,16 @@ class StraightThrough(torch.autograd.Function):
         features: Tensor,
         codebook: Tensor,
         indices: Tensor,
+        scales: Tensor,
         commitment_cost: float,
         codebook_cost: float,
         gradient: str,
     ) -> tuple[Tensor, Tensor]:
-        quantized = widened(codebook.index_select(0, indices))  # (N, d)
+        quantized = combine(codebook, indices, scales)  # (N, d)
         residual = quantized - features
         # The codebook is updated before the backward pass, so the codevectors are kept.
         ctx.pass_back = GRADIENTS[gradient]
-        ctx.save_for_backward(residual, indices, quantized if ctx.pass_back else None)
+        ctx.save_for_backward(residual, indices, scales, quantized if ctx.pass_back else None)
         ctx.commitment_cost, ctx.codebook_cost = commitment_cost, codebook_cost
         ctx.num_embedding = len(codebook)
         flat = residual.view(-1)
@@ -72,16 +75,19 @@ class StraightThrough(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_quantized, grad_loss = grad_outputs
-        residual, indices, quantized = ctx.saved_tensors
+        residual, indices, scales, quantized = ctx.saved_tensors
         if ctx.pass_back is not None:
             grad_quantized = ctx.pass_back(grad_quantized, quantized - residual, quantized)
         scale = grad_loss * (2 / max(1, residual.numel()))
         grad_features = torch.addcmul(grad_quantized, residual, -ctx.commitment_cost * scale)
         grad_codebook = None
         if ctx.codebook_cost:
-            grad_codebook = sums_by_index(residual, indices, ctx.num_embedding)
+            grad_codebook = sums_by_index(residual, indices[0], ctx.num_embedding)
+            for number in range(1, len(indices)):
+                share = sums_by_index(residual, indices[number], ctx.num_embedding)
+                grad_codebook += scales[number] * share
             grad_codebook *= ctx.codebook_cost * scale
-        return grad_features, grad_codebook, None, None, None, None
+        return grad_features, grad_codebook, None, None, None, None, None
 
 
 def contrastive_loss(

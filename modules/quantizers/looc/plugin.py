@@ -38,14 +38,14 @@ class LooCPlugin(Described):
         legacy: put beta on mean((z_q − sg[z])²) instead, the default of VQGAN.
         embedding_dim, interpolation_scale, distance, anchor: as in LooCQuantizer.
         settings: other keywords of LooCQuantizer: split, first_batch, contras_loss,
-            codebook_update, ema_decay, codebook_start, latent_norm, gradient, rate_weight and
-            channel_dim.
+            codebook_update, ema_decay, codebook_start, latent_norm, gradient, rate_weight,
+            channel_dim and num_passes.
 
     Attributes:
         n_e, e_dim (also as vq_embed_dim), beta, remap, sane_index_shape, legacy: the arguments.
         re_embed: number of indices outside this module.
         unknown_index: "random" or an index.
-        units: number m of indices per position of latents (B, c, H, W).
+        units: number m·R of indices per position of latents (B, c, H, W).
         embedding: the codebook as an nn.Embedding.
         quantizer: the LooCQuantizer. `quantizer.codebook` is the only parameter.
         config: the arguments, with remap as a list; `from_config` makes a new plug-in of them.
@@ -105,7 +105,8 @@ class LooCPlugin(Described):
             latent_channels=e_dim,
             **settings,
         )
-        self.units = num_units(e_dim, interpolation_scale, embedding_dim)
+        units = num_units(e_dim, interpolation_scale, embedding_dim)
+        self.units = units * self.quantizer.num_passes
         if remap is not None:
             self.register_buffer("used", read_remap(remap, n_e))
             self.re_embed = len(self.used) + (unknown_index == "extra")
@@ -194,7 +195,7 @@ class LooCPlugin(Described):
             return latents.reshape(*positions, self.e_dim)
         *sides, channels = shape
         settings = (self.quantizer.interpolation_scale, self.quantizer.embedding_dim)
-        units = num_units(self.e_dim, *settings, len(sides) - 1)
+        units = num_units(self.e_dim, *settings, len(sides) - 1) * self.quantizer.num_passes
         if channels != self.e_dim or indices.numel() != math.prod(sides) * units:
             raise ValueError(
                 f"indices of shape {tuple(indices.shape)} and shape {tuple(shape)} do not match: "

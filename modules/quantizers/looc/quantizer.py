@@ -12,7 +12,6 @@ from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import usage
@@ -20,6 +19,7 @@ from .anchors import ANCHORS, STARTS, Anchors, better_of, fill_pool
 from .checks import check_arguments, check_codebook, check_indices, check_latents, check_tensor
 from .losses import StraightThrough, contrastive_loss
 from .norms import WITH_AVERAGES, LatentNorm
+from .passes import combine, match, scales
 from .ranks import best_over_ranks, check_equal_on_ranks, sum_over_ranks
 from .recomputation import (
     MOST_CALLS,
@@ -29,7 +29,7 @@ from .recomputation import (
     past_state,
     remember,
 )
-from .search import search, widened
+from .search import widened
 from .state import Described, complete_state, settle, start_value
 from .units import SPLITS, enlargement, extrapolate, interpolate_back, num_units
 
@@ -123,6 +123,10 @@ class LooCQuantizer(Described, LatentNorm):
         rate_weight: the match minimises ‖z − e_k‖² + rate_weight·(−log₂ p_k); needs distance "l2".
             Codevectors too expensive to be used stay unused; anchors do not revive them.
             Entropy-constrained vector quantisation: Chou et al., IEEE Trans. ASSP 37 (1989).
+        num_passes: R, how often the codebook is matched: first to the units, then R − 1 times to
+            what is left of them, scaled to the same mean square. Each position has m·R indices, of
+            the first pass first, and the latents are the sums of R codevectors. Needs
+            latent_channels. Residual vector quantisation: Juang and Gray, ICASSP 1982.
 
     Attributes:
         search: a key of SEARCHES or "auto"; results are the same up to rounding.
@@ -138,6 +142,7 @@ class LooCQuantizer(Described, LatentNorm):
         ema_count: (K,), moving average of matches per step; with codebook_update "ema".
         started: 1 if the codebook was made from features; unless codebook_start is "uniform".
         latent_mean, latent_variance, latent_steps: see `LatentNorm`.
+        residual_power: (R,), running mean square of what each pass matches; if R > 1.
         settings: `config`. Loading a state raises RuntimeError where settings of `compared` differ:
             all by which latents have their indices. Those of training may differ.
     A codebook that is loaded without usage counts as used evenly, and a warning says so.
@@ -154,7 +159,7 @@ class LooCQuantizer(Described, LatentNorm):
 
     compared = (
         *("num_embedding", "embedding_dim", "distance", "split", "interpolation_scale"),
-        *("latent_norm", "latent_channels", "rate_weight"),
+        *("latent_norm", "latent_channels", "rate_weight", "num_passes"),
     )
     codebook: nn.Parameter
     usage: Tensor
@@ -163,6 +168,7 @@ class LooCQuantizer(Described, LatentNorm):
     pool_size: Tensor
     ema_count: Tensor | None
     started: Tensor | None
+    residual_power: Tensor | None
 
     def __init__(
         self,
@@ -184,6 +190,7 @@ class LooCQuantizer(Described, LatentNorm):
         gradient: str = "straight_through",
         rate_weight: float = 0.0,
         channel_dim: int = 1,
+        num_passes: int = 1,
     ) -> None:
         super().__init__()
         self.num_embedding = num_embedding
@@ -203,6 +210,7 @@ class LooCQuantizer(Described, LatentNorm):
         self.gradient = gradient
         self.rate_weight = rate_weight
         self.channel_dim = channel_dim
+        self.num_passes = num_passes
         self.search = "auto"
         self.search_memory: int | None = None
         self.defer_update = False
@@ -224,6 +232,8 @@ class LooCQuantizer(Described, LatentNorm):
         self.register_buffer("pool_size", torch.zeros(()))
         self._keep("ema_count", torch.zeros(num_embedding) if by_ema else None)
         self._keep("started", torch.zeros(()) if from_data else None)
+        several = num_passes > 1
+        self._keep("residual_power", torch.zeros(num_passes) if several else None)
         if latent_norm in WITH_AVERAGES:
             if latent_channels is None:
                 raise ValueError(f"latent_norm {latent_norm!r} needs latent_channels")
@@ -294,20 +304,21 @@ class LooCQuantizer(Described, LatentNorm):
                 self._warn_if_frozen(z)
                 if not self._start_done:
                     self._start(constant)
+            matched = match(self, constant, training=self.training and not recomputed)
+            if self.training and not recomputed:
                 remember(self, z)
-            indices = self._match(constant)  # (N,)
             costs = (self.commitment_cost, float(self.codebook_update == "gradient"))
             quantized, loss = StraightThrough.apply(
-                features, self.codebook, indices, *costs, self.gradient
+                features, self.codebook, matched.indices, scales(self), *costs, self.gradient
             )  # (N, d), scalar
             if self.training:
                 if self.contras_loss and len(constant):
                     settings = (self.distance, self.search_memory)
                     loss = loss + contrastive_loss(self.codebook, constant, *settings)
                 if not recomputed:
-                    self._collect(constant, indices, loss.detach())
+                    self._collect(matched.features, matched.indices.flatten(), loss.detach())
             latents = self._join(quantized.view(units.shape)).to(z.dtype)
-        return Quantized(latents, loss, indices.view(units.shape[:-1]))
+        return Quantized(latents, loss, self._by_position(matched.indices, units.shape))
 
     @untraced
     @torch.no_grad()
@@ -315,23 +326,30 @@ class LooCQuantizer(Described, LatentNorm):
         """Compute the indices (B, …, m), int64, of z (B, …, C), as in evaluation mode."""
         with without_autocast(z.device):
             units = self._cut(z)
-            return self._match(units.flatten(0, -2)).view(units.shape[:-1])
+            matched = match(self, units.flatten(0, -2), training=False)
+            return self._by_position(matched.indices, units.shape)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Compute the latents (B, …, C) of indices (B, …, m), of any integer type.
 
-        Others raise ValueError.
+        With num_passes R, (B, …, m·R), or (B, …, m·r) of the first r passes. Others raise
+        ValueError.
         """
         check_tensor("indices", indices)
         scale, dim, axes = self.interpolation_scale, self.embedding_dim, max(0, indices.dim() - 2)
         channels, factor = self.latent_channels, enlargement(scale, axes)
         units = None if channels is None else num_units(channels, scale, dim, axes)
-        indices = check_indices(indices, self.num_embedding, units, any_rank=True)
+        passes, slots = self.num_passes, units
+        if units is not None and passes > 1:
+            passes = min(max(1, indices.shape[-1] // units), passes)
+            slots = units * passes
+        indices = check_indices(indices, self.num_embedding, slots, any_rank=True)
         self._settle(indices.device)
         if indices.shape[-1] * dim % factor:
             shape = f"indices of shape {tuple(indices.shape)}"
             raise ValueError(f"{shape} are not (B, …, m) with m·{dim} a multiple of {factor}")
-        latents = self._join(widened(F.embedding(indices, self.codebook)))
+        by_pass = indices.chunk(passes, indices.dim() - 1)  # each (B, …, m)
+        latents = self._join(combine(self.codebook, by_pass, scales(self)))
         return latents.to(self.codebook.dtype)
 
     def _cut(self, z: Tensor, training: bool = False) -> Tensor:
@@ -354,14 +372,9 @@ class LooCQuantizer(Described, LatentNorm):
         z = interpolate_back(joined, self.interpolation_scale)
         return z.movedim(1, self.channel_dim % z.dim())
 
-    def _match(self, features: Tensor) -> Tensor:
-        """Find the codevector of each feature: (N, d) → (N,)."""
-        codebook, penalty = self.codebook.detach(), None
-        if self.rate_weight:
-            bits = usage.code_bits(self.usage)
-            # Only differences matter, and small numbers are more exact.
-            penalty = self.rate_weight * (bits - bits.amin(0))
-        return search(features, codebook, self.distance, self.search, self.search_memory, penalty)
+    def _by_position(self, indices: Tensor, shape: torch.Size) -> Tensor:
+        """Arrange the indices (R, N) of units of this shape, (B, …, m, d): (B, …, R·m)."""
+        return torch.cat([of_pass.view(shape[:-1]) for of_pass in indices], len(shape) - 2)
 
     def _warn_if_frozen(self, z: Tensor) -> None:
         """Warn once where a call updates the codebook although nothing has a gradient.

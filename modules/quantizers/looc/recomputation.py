@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 MOST_CALLS = 8  # training calls between the first forward pass and its backward pass
 SAMPLE = 256  # latents by which a call is recognised
-READ = ("codebook", "usage", "latent_mean", "latent_variance")  # state that the match reads
+# State that the match reads.
+READ = ("codebook", "usage", "latent_mean", "latent_variance", "residual_power")
 
 
 class PastCall(NamedTuple):

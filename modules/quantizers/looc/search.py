@@ -206,6 +206,7 @@ def search_faiss(features: Tensor, keys: Tensor, offset: Tensor, _: int | None) 
     """Search with a flat index of faiss, which has fused kernels for low dimensions."""
     import faiss
 
+    features, keys = features.contiguous(), keys.contiguous()
     # Among keys of length one the most similar is also the nearest, and faiss finds the nearest
     # faster up to 16 dimensions. A codevector of zeros cannot be scaled to length one.
     by_angle = not offset.any()

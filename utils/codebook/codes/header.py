@@ -336,6 +336,8 @@ def fingerprint(model: Autoencoder) -> str:
     words = f"{config.split} {max(config.interpolation_scale, 1)}"
     if isinstance(quantizer, LooCQuantizer):
         weights = {"codebook": quantizer.codebook.detach()}
+        if quantizer.residual_power is not None:
+            weights["residual_power"] = quantizer.residual_power
     else:
         words += f"{config.quantizer} {config.num_embedding} {config.levels}"
         weights = quantizer.state_dict()
