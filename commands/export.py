@@ -16,7 +16,7 @@ from modules import Autoencoder
 from modules.options import option
 from modules.priors.config import PriorConfig
 from modules.priors.diffusion import SAMPLERS, LatentDiffusion, unet_settings
-from utils.checkpoints.checkpoint import find_checkpoint, results_name
+from utils.checkpoints.checkpoint import find_checkpoint
 from utils.errors import UserError
 from utils.files import whole_folder, write_json
 from utils.flags.arguments import build, parse_flags
@@ -56,10 +56,8 @@ def main() -> None:
     prior = stored.model()
     if not isinstance(prior, LatentDiffusion):
         raise UserError(f"{path} is a {stored.config.prior} prior; diffusion ones can be exported")
-    below = stored.first_stage_path(config.first_stage, config.output_folder)
-    first_stage = stored.open_first_stage(below)
-    name = Path(results_name(path, config.output_folder)).with_suffix("")
-    folder = Path(config.output_folder) / "diffusers" / name
+    _, first_stage = stored.open_first_stage(config.first_stage, config.output_folder)
+    folder = stored.folder("diffusers", config.output_folder)
     with whole_folder(folder) as new:
         write_folder(new, prior, stored.config, first_stage, config.label)
     log.info("%s", folder)
@@ -87,7 +85,8 @@ def write_folder(
     unet = kind(**{**unet_settings(config, prior.space, 0), "sample_size": side})
     unet.load_state_dict(weights)
     sampler, settings, _ = SAMPLERS["ddim"]
-    parts = {"vqvae": vqvae, "unet": unet, "scheduler": getattr(diffusers, sampler)(**settings)}
+    scheduler = getattr(diffusers, sampler)(**settings, prediction_type=prior.prediction_type)
+    parts = {"vqvae": vqvae, "unet": unet, "scheduler": scheduler}
     index = {"_class_name": "LDMPipeline", "_diffusers_version": diffusers.__version__}
     for name, part in parts.items():
         part.save_pretrained(folder / name)

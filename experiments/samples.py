@@ -34,7 +34,7 @@ from modules.priors.registry import PRIORS
 from modules.priors.sampling import Sampling, sample
 from modules.priors.spec import Prior
 from modules.priors.transformer import CodeTransformer
-from utils.checkpoints.checkpoint import find_checkpoint, results_name
+from utils.checkpoints.checkpoint import find_checkpoint
 from utils.checkpoints.digest import tensors_digest
 from utils.errors import UserError, one_line, run
 from utils.files import writable_folder
@@ -78,11 +78,9 @@ def main() -> None:
     start_logging()
     path = find_checkpoint("--model_name", config.model_name, config.output_folder)
     stored = read_prior(path)
-    below = stored.first_stage_path(config.first_stage, config.output_folder)
-    first_stage = stored.open_first_stage(below)
+    _, first_stage = stored.open_first_stage(config.first_stage, config.output_folder)
     prior = stored.model()
-    name = Path(results_name(path, config.output_folder)).with_suffix("")
-    folder = config.samples or Path(config.output_folder) / "samples" / name
+    folder = config.samples or stored.folder("samples", config.output_folder)
     settings = settings_of(folder, prior, stored)
     samples = read_samples(folder, config.num_samples, stored)
     training, test = (open_split(config, stored, split) for split in ("train", "test"))

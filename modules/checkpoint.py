@@ -118,6 +118,8 @@ def stored_flags(content: Mapping[str, Any], name: str, group: type[Group]) -> G
                 raise ValueError(f"{item.name}: {problem}")
         if flags.get("model") == "vqgan" and "norm_groups" not in values:
             flags["norm_groups"] = earlier_groups(flags["hidden_size"])
+        if flags.get("prior") == "diffusion" and "prediction_type" not in values:
+            flags["prediction_type"] = "epsilon"  # of priors that were saved before this flag
         return group(**flags)
     except (TypeError, ValueError) as error:
         raise ValueError(f"is damaged: {error}") from error

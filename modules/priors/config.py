@@ -48,6 +48,12 @@ class PriorConfig:
         False,
         "UNet blocks of ADM: the noise level scales and shifts features, residual blocks resample",
     )
+    prediction_type: str = option(
+        "v_prediction",
+        "target of the UNet: the noise, as in the published models, or v, whose errors the sampler "
+        "does not amplify",
+        choices=("epsilon", "v_prediction"),
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -2,7 +2,9 @@
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022: the
 network predicts the noise ε in √ᾱ·z + √(1 − ᾱ)·ε, ᾱ of one of 1,000 noise levels (DDPM, Ho et al.,
-NeurIPS 2020). The quantiser belongs to the decoder. UNet and samplers are those of diffusers.
+NeurIPS 2020), or v = √ᾱ·ε − √(1 − ᾱ)·z (Salimans and Ho, ICLR 2022). Of a predicted ε, z follows by
+a division by √ᾱ, which multiplies an error by up to 84; of a predicted v, errors never grow.
+The quantiser belongs to the decoder. UNet and samplers are those of diffusers.
 
 Symbols: B images, latents z (B, C, H, W).
 """
@@ -44,7 +46,7 @@ REPEATS = 10  # of a step of inpainting
 
 
 class LatentDiffusion(Prior):
-    """Noise prediction by diffusers' UNet2DModel, in latents of mean 0 and variance 1 per channel.
+    """A diffusion model by diffusers' UNet2DModel, of latents of mean 0 and variance 1 per channel.
 
     Sides that the UNet cannot halve often enough are padded with zeros, which are cut off again.
     Raises ValueError if diffusers cannot be imported.
@@ -60,7 +62,9 @@ class LatentDiffusion(Prior):
         self.unit = 2 ** (len(parse_numbers(config.unet_multipliers)) - 1)  # its sides' divisor
         unet = require("diffusers.models.unets.unet_2d", "--prior diffusion").UNet2DModel
         self.unet = unet(**unet_settings(config, space, num_classes))
-        self.levels = require("diffusers.schedulers", "--prior diffusion").DDPMScheduler(**SCHEDULE)
+        schedulers = require("diffusers.schedulers", "--prior diffusion")
+        self.prediction_type = config.prediction_type
+        self.levels = schedulers.DDPMScheduler(**SCHEDULE)
         # Statistics of the training latents.
         self.register_buffer("mean", torch.zeros(space.channels, 1, 1))
         self.register_buffer("std", torch.ones(space.channels, 1, 1))
@@ -87,7 +91,7 @@ class LatentDiffusion(Prior):
         )
 
     def forward(self, latents: Tensor, labels: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise, for each image: (B,).
+        """Mean squared error of the prediction, of ε or v, for each image: (B,).
 
         Args:
             latents: z, (B, C, H, W).
@@ -95,11 +99,14 @@ class LatentDiffusion(Prior):
             noise: ε, of the shape of z.
             levels: (B,), int64 in [0, 1000).
         """
-        noisy = self.levels.add_noise((latents - self.mean) / self.std, noise, levels)
-        return (self.predict(noisy, levels, labels) - noise).square().flatten(1).mean(1)
+        scaled = (latents - self.mean) / self.std
+        noisy, target = self.levels.add_noise(scaled, noise, levels), noise
+        if self.prediction_type == "v_prediction":
+            target = self.levels.get_velocity(scaled, noise, levels)
+        return (self.predict(noisy, levels, labels) - target).square().flatten(1).mean(1)
 
     def predict(self, noisy: Tensor, levels: Tensor, labels: Tensor) -> Tensor:
-        """Predict the noise in latents of mean 0 and variance 1, (B, C, H, W): same shape."""
+        """Predict ε or v of noisy latents of mean 0 and variance 1, (B, C, H, W): same shape."""
         size, _, height, width = noisy.shape
         classes = labels % (self.num_classes + 1) if self.num_classes else None
         if not size:  # attention refuses an empty batch, whose backward pass has to reach all
@@ -176,7 +183,8 @@ def sample(
     times, so that the rest agrees with them (RePaint, Lugmayr et al., CVPR 2022).
     """
     name, settings, eta = SAMPLERS[how.sampler]
-    sampler = getattr(require("diffusers.schedulers", "--prior diffusion"), name)(**settings)
+    make = getattr(require("diffusers.schedulers", "--prior diffusion"), name)
+    sampler = make(**settings, prediction_type=model.prediction_type)
     sampler.set_timesteps(how.sampling_steps, device=labels.device)
     alphas = sampler.alphas_cumprod.to(labels.device)
 
@@ -222,7 +230,7 @@ SPEC = PriorSpec(
     reads=frozenset(
         {
             *("unet_channels", "unet_multipliers", "unet_blocks"),
-            *("unet_attention", "unet_head_channels", "unet_adm"),
+            *("unet_attention", "unet_head_channels", "unet_adm", "prediction_type"),
         }
     ),
     draws=frozenset({"sampler", "sampling_steps", "guidance"}),

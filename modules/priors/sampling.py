@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..options import option
+from .diffusion import NUM_LEVELS, SAMPLERS
 from .spec import Noise
 from .transformer import Cache, CodeTransformer
 
@@ -18,25 +20,32 @@ CANDIDATES = 16  # of an image, where a causal prior has to meet known codes
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings by which codes or latents are drawn from a prior.
+    """Drawing codes or latents from a prior.
 
-    Attributes:
-        temperature: divides the logits; 0 takes the most probable code.
-        top_k: the most probable codes that are kept; 0 for all.
-        top_p: their least total probability; 1 for all.
-        guidance: weight g of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): logits
-            or predicted noises are none + g·(class − none). 1 for none.
-        rounds: of a masked prior.
-        sampler, sampling_steps: of latent diffusion.
+    Raises ValueError, naming the flags and both values, if fields contradict each other.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 1.0
-    rounds: int = 12
-    sampler: str = "ddim"
-    sampling_steps: int = 50
+    temperature: float = option(
+        1.0, "divides the logits; 0 takes the most probable code", minimum=0, maximum=100
+    )
+    top_k: int = option(0, "draw from the most probable codes only (0: all)", minimum=0)
+    top_p: float = option(
+        1.0, "draw from the most probable codes of this total probability", above=0, maximum=1
+    )
+    # Logits or predictions are none + g·(class − none); Ho and Salimans, arXiv 2207.12598.
+    guidance: float = option(
+        1.0, "weight of the class in classifier-free guidance (1: none)", minimum=0, maximum=100
+    )
+    rounds: int = option(12, "rounds of a masked prior", minimum=1, maximum=2**12)
+    sampler: str = option("ddim", "sampler of a diffusion prior", choices=SAMPLERS)
+    sampling_steps: int = option(50, "its steps", minimum=1, maximum=NUM_LEVELS)
+
+    def __post_init__(self) -> None:
+        if self.sampler != "dpm-solver++" and NUM_LEVELS % self.sampling_steps:
+            raise ValueError(
+                f"--sampling_steps {self.sampling_steps} does not divide the {NUM_LEVELS} noise "
+                f"levels, as --sampler {self.sampler} needs"
+            )
 
 
 @dataclass(frozen=True)

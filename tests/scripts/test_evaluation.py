@@ -457,6 +457,25 @@ def test_vectors_are_kept_where_they_are_needed(
     assert written(results)[0]["metrics"] == expected
 
 
+@pytest.mark.usefixtures("fakes")
+def test_the_cache_is_bounded(
+    evaluate: Evaluate, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that was unused for longest goes first; reading is a use."""
+    for count in ("2", "3"):
+        evaluate("--num_test", count, metrics=("fid",))
+    first, second = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for path, age in ((first, 2), (second, 1)):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    evaluate("--num_test", "2", metrics=("fid",))
+    monkeypatch.setattr("utils.evaluation.feature_cache.LARGEST", 2 * first.stat().st_size)
+    code, _, errors = evaluate(metrics=("fid",))
+    assert code == 0
+    assert f"removed {second}, unused for longest" in errors
+    assert len(list(cache.iterdir())) == 2
+    assert first.exists()
+
+
 @pytest.mark.parametrize("damage", ["truncate", "text", "shape", "nan", "objects", "missing"])
 def test_a_damaged_cache_is_one_line(
     damage: str, results: Path, evaluate: Evaluate, seen: list[int], cache: Path

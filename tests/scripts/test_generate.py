@@ -13,7 +13,7 @@ from PIL import Image
 
 from modules.quantizers.registry import QUANTIZERS
 from tests.conftest import Outcome, write_idx
-from tests.processes import run_ranks
+from tests.processes import limited_files, run_ranks
 from tests.unit.test_report import Page
 from utils.checkpoint import load_model
 
@@ -118,7 +118,13 @@ def test_classes(script: Script, stage: Path, mnist: Path) -> None:
     assert f"{labels.name} (or .gz), the labels of" in refused.err
 
 
-@pytest.mark.parametrize("extra", [(), ("--weight_ema", "0.9", "--accumulate", "2")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--weight_ema", "0.9", "--accumulate", "2"),
+        ("--prior", "masked", "--precision", "bf16"),
+    ],
+)
 def test_resumed_is_as_uninterrupted(script: Script, stage: Path, extra: tuple[str, ...]) -> None:
     train = (*TRAIN, *extra)
     assert script(*train, "--max_steps", "5").code == 0
@@ -186,6 +192,11 @@ def test_two_processes_do_as_one(script: Script, stage: Path, tmp_path: Path) ->
 
 
 def test_codes_are_computed_once(script: Script, stage: Path) -> None:
+    with limited_files(2000):
+        refused = script(*TRAIN, "--max_steps", "1")
+    assert refused.code == 2
+    assert "/00000.npy: File too large" in refused.err.strip().splitlines()[-1]
+    assert not list((stage / "codes").rglob("*.*"))
     assert script(*TRAIN, "--max_steps", "1").code == 0
     files = sorted((stage / "codes").glob("*/*.npy"))
     assert [len(np.load(path)) for path in files] in ([4, 36], [36, 4])

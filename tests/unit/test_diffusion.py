@@ -16,6 +16,7 @@ from commands import train
 from datasets.codes import StoredCodes
 from datasets.config import DataConfig
 from modules import ModelConfig, make_model
+from modules.checkpoint import stored_flags
 from modules.priors.config import PriorConfig
 from modules.priors.sampling import Known, Sampling
 from modules.priors.spaces import LatentSpace
@@ -28,10 +29,10 @@ from utils.training.losses import loss_configs
 diffusers = pytest.importorskip("diffusers")
 
 
-def make(side: int = 8, num_classes: int = 0, channels: int = 8) -> Any:
+def make(side: int = 8, num_classes: int = 0, channels: int = 8, **flags: Any) -> Any:
     torch.manual_seed(0)
     config = PriorConfig(
-        prior="diffusion", unet_channels=channels, unet_blocks=1, unet_head_channels=4
+        prior="diffusion", unet_channels=channels, unet_blocks=1, unet_head_channels=4, **flags
     )
     model: Any = config.spec.make(config, LatentSpace(3, side, side), num_classes)
     model.measure([4 * torch.randn(50, 3, side, side) + 1])
@@ -77,22 +78,26 @@ def test_latents_are_scaled_by_their_statistics() -> None:
     assert model.std[2] == 1
 
 
-def test_the_training_target_is_that_of_diffusers() -> None:
-    model, latents = make(), torch.randn(4, 3, 8, 8)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_training_target_is_that_of_diffusers(kind: str) -> None:
+    model, latents = make(prediction_type=kind), torch.randn(4, 3, 8, 8)
     noise, levels, _ = model.draws(4, torch.Generator().manual_seed(1))
     schedule = diffusers.DDPMScheduler(
         beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear"
     )
-    noisy = schedule.add_noise((latents - model.mean) / model.std, noise, levels)
-    expected = (model.unet(noisy, levels).sample - noise).square().mean((1, 2, 3))
+    scaled = (latents - model.mean) / model.std
+    noisy = schedule.add_noise(scaled, noise, levels)
+    target = noise if kind == "epsilon" else schedule.get_velocity(scaled, noise, levels)
+    expected = (model.unet(noisy, levels).sample - target).square().mean((1, 2, 3))
     found = model(latents, torch.full((4,), -1), noise, levels)
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @torch.no_grad()
-def test_one_ddim_step_is_that_of_the_paper() -> None:
-    """From noise x to (x − √(1 − ᾱ) ε) / √ᾱ, equation 9 of Song et al."""
-    model, labels = make(), torch.full((2,), -1)
+def test_one_ddim_step_is_that_of_the_paper(kind: str) -> None:
+    """From noise x to (x − √(1 − ᾱ) ε) / √ᾱ, equation 9 of Song et al., or √ᾱ x − √(1 − ᾱ) v."""
+    model, labels = make(prediction_type=kind), torch.full((2,), -1)
     uniform = torch.stack(
         [
             torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
@@ -102,8 +107,12 @@ def test_one_ddim_step_is_that_of_the_paper() -> None:
     x = torch.special.ndtri(uniform).float()
     betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000).square()
     alpha = (1 - betas).cumprod(0)[-1]
-    epsilon = model.unet(x, torch.tensor(999)).sample
-    expected = (x - (1 - alpha).sqrt() * epsilon) / alpha.sqrt() * model.std + model.mean
+    found = model.unet(x, torch.tensor(999)).sample
+    if kind == "epsilon":
+        expected = (x - (1 - alpha).sqrt() * found) / alpha.sqrt()
+    else:
+        expected = alpha.sqrt() * x - (1 - alpha).sqrt() * found
+    expected = expected * model.std + model.mean
     assert torch.allclose(sample(model, labels, sampling_steps=1), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -125,6 +134,12 @@ def test_guidance_of_one_is_none_and_more_changes_the_sample() -> None:
     assert not torch.allclose(plain, more, atol=1e-3)
 
 
+def test_a_prior_that_was_saved_before_the_flag_predicts_the_noise() -> None:
+    stored = {"prior_config": {"prior": "diffusion", "unet_blocks": 1}}
+    assert stored_flags(stored, "prior_config", PriorConfig).prediction_type == "epsilon"
+    assert stored_flags({"prior_config": {}}, "prior_config", PriorConfig) == PriorConfig()
+
+
 def test_an_empty_batch_reaches_all_weights() -> None:
     model = make(num_classes=2)
     noise, levels, _ = model.draws(0, torch.Generator())
@@ -138,6 +153,24 @@ def test_a_prior_that_has_seen_one_image_reproduces_it(sampler: str) -> None:
     model, image = trained()
     found = sample(model, torch.full((2,), -1), sampler=sampler, sampling_steps=20)
     assert (found - image).abs().mean() < 0.2
+
+
+def test_colours_are_in_range_after_a_short_training() -> None:
+    """A prior that predicts the noise draws plain colours ten times as far apart as it has seen."""
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model.measure([torch.randn(256, 3, 1, 1).expand(-1, -1, 8, 8)])
+    for number in range(50):
+        generator = torch.Generator().manual_seed(number)
+        colours = torch.randn(32, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8)
+        noise, levels, _ = model.draws(32, generator)
+        loss = model(colours, torch.full((32,), -1), noise, levels).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = sample(model, torch.full((32,), -1), sampling_steps=10)
+    assert 0.3 < drawn.mean((2, 3)).std() < 1.3
+    assert drawn.std() < 1.5
 
 
 def test_given_latents_are_kept_where_the_mask_says() -> None:

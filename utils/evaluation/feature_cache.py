@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from utils.evaluation.metrics import FeatureStatistics, versions
 from utils.evaluation.networks import Network
 from utils.evaluation.pairs import Entry
 from utils.files import whole_file
-from utils.logger import log
+from utils.logger import log, progress
+
+LARGEST = 2**32  # bytes of the cache; the file that is being written is kept in any case
 
 
 def cache_file(
@@ -36,11 +39,14 @@ def cache_file(
     weights = networks["inception"].sha256
     settings = {"protocol": config.protocol, "weights": weights, "device": device.type}
     digest = hashlib.sha256(json.dumps({**settings, **versions()}, sort_keys=True).encode())
-    for original in (entry.files["original"] for entry in entries if "original" in entry.files):
-        try:
-            digest.update(hashlib.sha256(original.read_bytes()).digest())
-        except OSError as error:
-            raise UserError(f"image {original} cannot be read: {error.strerror}") from error
+    originals = [entry.files["original"] for entry in entries if "original" in entry.files]
+    with progress(len(originals), "original", desc="hashing", delay=1, leave=False) as bar:
+        for original in originals:
+            try:
+                digest.update(hashlib.sha256(original.read_bytes()).digest())
+            except OSError as error:
+                raise UserError(f"image {original} cannot be read: {error.strerror}") from error
+            bar.update()
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = given if given.is_absolute() else Path("~/.cache").expanduser()
     return folder / "looc" / f"{digest.hexdigest()}.npz"
@@ -66,6 +72,8 @@ def read_statistics(path: Path, count: int, *, keep: bool) -> FeatureStatistics 
     except Exception as error:  # as varied as the damage
         log.info("%s is damaged (%s) and computed again", path, one_line(error)[:100])
         return None
+    with suppress(OSError):
+        path.touch()  # used now
     statistics.count, statistics.mean, statistics.scatter = count, mean, scatter
     if keep and vectors is not None:
         statistics.kept = [vectors]
@@ -73,7 +81,7 @@ def read_statistics(path: Path, count: int, *, keep: bool) -> FeatureStatistics 
 
 
 def write_statistics(path: Path, statistics: FeatureStatistics) -> None:
-    """Write the file; log a warning if that fails."""
+    """Write the file and keep its folder within LARGEST; log a warning if that fails."""
     arrays = {
         "count": np.array(statistics.count),
         "mean": statistics.mean.cpu().numpy(),
@@ -84,5 +92,18 @@ def write_statistics(path: Path, statistics: FeatureStatistics) -> None:
     try:
         with whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
+        remove_unused(path)
     except UserError as error:
         log.warning("%s; --no-cache does without", one_line(error))
+
+
+def remove_unused(newest: Path) -> None:
+    """Remove the files that were not used for longest, until those in the folder fit LARGEST."""
+    with suppress(OSError):  # another run may remove them too
+        files = [(path.stat(), path) for path in newest.parent.glob("*.npz") if path != newest]
+        total = newest.stat().st_size + sum(status.st_size for status, _ in files)
+        for status, path in sorted(files, key=lambda file: file[0].st_mtime):
+            if total > LARGEST:
+                path.unlink(missing_ok=True)
+                total -= status.st_size
+                log.info("removed %s, unused for longest: the cache holds 4 GiB at most", path)

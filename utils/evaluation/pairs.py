@@ -19,7 +19,7 @@ from utils.errors import UserError, printable
 from utils.evaluation.config import EvaluationConfig
 from utils.evaluation.metrics import CHOICES, METRICS, Pixels, Values
 from utils.evaluation.protocols import PROTOCOLS, SIDES, Protocol, Side, from_picture
-from utils.logger import log
+from utils.logger import log, progress
 from utils.workers import from_workers, start_worker
 
 Mode: TypeAlias = Literal["L", "RGB"]
@@ -94,7 +94,7 @@ def open_singles(config: EvaluationConfig, files: Files) -> tuple[list[Entry], d
     skipped: dict[str, str] = {}
     sizes: dict[str, set[str]] = {}
     for side, (flag, found) in zip(SIDES, files.items()):
-        for name in sorted(found.images)[: config.num_test]:
+        for name in headers(flag, sorted(found.images)[: config.num_test]):
             path = found.images[name]
             try:
                 size, mode = read_header(path)
@@ -129,7 +129,7 @@ def open_pairs(config: EvaluationConfig, files: Files) -> tuple[list[Entry], dic
         )
         raise UserError(f"images are paired by name, and {problems}; --unpaired compares sets")
     pairs, skipped, different = [], {}, []
-    for name in names:
+    for name in headers("pairs", names):
         try:
             pairs.append(open_pair(name, originals[name], reconstructions[name]))
         except DifferentSizes as error:
@@ -179,6 +179,14 @@ def images_in(flag: str, folder: Path) -> Found:
         known = " ".join(image_files.SUFFIXES)
         raise UserError(f"{flag} {folder} holds no images ({known}){others}")
     return Found(found, left_out)
+
+
+def headers(what: str, names: Sequence[str]) -> Iterator[str]:
+    """Yield the names, with a progress bar where their files take long."""
+    with progress(len(names), "header", desc=what, delay=1, leave=False) as bar:
+        for name in names:
+            yield name
+            bar.update()
 
 
 def first_few(names: Sequence[str]) -> str:

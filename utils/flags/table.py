@@ -33,9 +33,11 @@ def page() -> str:
 def groups(script: str) -> Iterator[type]:
     """Yield the dataclasses of flags of a script: its GROUPS, or each of its classes …Config."""
     found = runpy.run_path(str(ROOT / script), run_name=script)
-    for value in found.get("GROUPS", found.values()):
-        if isinstance(value, type) and value.__name__.endswith("Config"):
-            yield value
+    yield from found.get("GROUPS") or (
+        value
+        for value in found.values()
+        if isinstance(value, type) and value.__name__.endswith("Config")
+    )
 
 
 def table(group: type, scripts: list[str]) -> str:

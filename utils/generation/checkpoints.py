@@ -20,6 +20,7 @@ from utils.checkpoints.checkpoint import (
     find_checkpoint,
     read_checkpoint,
     read_stored,
+    results_name,
 )
 from utils.checkpoints.digest import model_digest
 from utils.devices import memory_of
@@ -80,14 +81,15 @@ class StoredPrior(Stored):
         model.load_state_dict(self.content["model"])
         return model.eval()
 
-    def first_stage_path(self, given: str | None, output_folder: str) -> Path:
-        """Return where --first_stage, if given, or else training says that the first stage is."""
-        if given is None:
-            return Path(self.first_stage.path)
-        return find_checkpoint("--first_stage", given, output_folder)
+    def open_first_stage(self, given: str | None, output_folder: str) -> tuple[Path, Autoencoder]:
+        """Open --first_stage, if given, or else that of training, and say where it is.
 
-    def open_first_stage(self, path: Path) -> Autoencoder:
-        """Open the first stage. Raises UserError if it is missing or changed."""
+        Raises UserError if it is missing or changed.
+        """
+        if given is None:
+            path = Path(self.first_stage.path)
+        else:
+            path = find_checkpoint("--first_stage", given, output_folder)
         if not path.is_file():
             raise UserError(
                 f"{self.path} needs its first stage, and {path} does not exist: give --first_stage"
@@ -99,7 +101,12 @@ class StoredPrior(Stored):
                 f"{path} is not the first stage of {self.path}: the digest of its weights is "
                 f"{digest[:16]}, not {before[:16]}"
             )
-        return model
+        return path, model
+
+    def folder(self, kind: str, output_folder: str) -> Path:
+        """Return the folder of its results of a kind, like samples."""
+        name = Path(results_name(self.path, output_folder)).with_suffix("")
+        return Path(output_folder) / kind / name
 
 
 def new_prior(config: PriorConfig, space: Space, num_classes: int) -> Prior:
@@ -127,7 +134,7 @@ def check_weights(config: PriorConfig, space: Space, device: torch.device) -> No
 def load_pretrained(prior: Prior, config: PriorConfig, path: Path) -> None:
     """Load the weights of another prior. Raises UserError if they do not fit."""
     stored = read_prior(path)
-    without_shape = ("prior", "heads", "unet_head_channels")  # the tensors do not tell these
+    without_shape = ("prior", "heads", "unet_head_channels", "prediction_type")  # no tensor tells
     shared = {name: getattr(config, name) for name in without_shape}
     check_stored(shared, asdict(stored.config), f"--pretrained {path}")
     try:

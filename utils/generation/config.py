@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modules.options import option
-from modules.priors.diffusion import NUM_LEVELS, SAMPLERS
 from utils.flags.presets import PRIOR_PRESETS
 from utils.training.config import LoopConfig
 
@@ -92,19 +91,6 @@ class SampleConfig:
         minimum=0,
         maximum=10**6,
     )
-    temperature: float = option(
-        1.0, "divides the logits; 0 takes the most probable code", minimum=0, maximum=100
-    )
-    top_k: int = option(0, "draw from the most probable codes only (0: all)", minimum=0)
-    top_p: float = option(
-        1.0, "draw from the most probable codes of this total probability", above=0, maximum=1
-    )
-    guidance: float = option(
-        1.0, "weight of the class in classifier-free guidance (1: none)", minimum=0, maximum=100
-    )
-    rounds: int = option(12, "rounds of a masked prior", minimum=1, maximum=2**12)
-    sampler: str = option("ddim", "sampler of a diffusion prior", choices=SAMPLERS)
-    sampling_steps: int = option(50, "its steps", minimum=1, maximum=NUM_LEVELS)
     seed: int = option(42, "seed of the samples", minimum=0, maximum=2**32 - 1)
     batch_size: int = option(64, "images at a time", minimum=1, maximum=2**20)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -117,20 +103,12 @@ class SampleConfig:
             value = getattr(self, name)
             if self.inpaint is not None and value is not None:
                 raise ValueError(f"--inpaint {self.inpaint} contradicts --{name} {value}")
-        if self.inpaint is not None and self.sampler == "dpm-solver++":
-            given = f"--inpaint {self.inpaint} contradicts --sampler {self.sampler}"
-            raise ValueError(f"{given}, whose steps cannot be repeated; ddim and ddpm can")
         if self.images and self.edit is None:
             raise ValueError("--images needs --inpaint, --vary or --interpolate")
         if self.interpolate is not None and self.num_samples is not None:
             raise ValueError(
                 f"--num_samples {self.num_samples} contradicts --interpolate {self.interpolate}, "
                 "which draws that many images between two pictures"
-            )
-        if self.sampler != "dpm-solver++" and NUM_LEVELS % self.sampling_steps:
-            raise ValueError(
-                f"--sampling_steps {self.sampling_steps} does not divide the {NUM_LEVELS} noise "
-                f"levels, as --sampler {self.sampler} needs"
             )
 
     @property

@@ -24,6 +24,7 @@ from utils.image_files import open_image
 from utils.images import fitted, to_bytes, to_picture
 from utils.logger import log, progress
 
+USUAL_COUNT = 100  # samples, unless the user says another
 GRID = 100  # images of the grid
 WRITERS = 8  # threads, as each one waits for the disk
 GRID_NAME, SETTINGS = "grid.png", "samples.json"
@@ -55,10 +56,10 @@ def draw_images(
     prior: Prior,
     labels: Tensor,
     noise: Noise,
-    **known: Known,
+    known: Known | None = None,
 ) -> Tensor:
     """Draw images (b, C, h, w), uint8, of the classes `labels`."""
-    drawn = spec.sample(prior, labels, noise, how, **known)
+    drawn = spec.sample(prior, labels, noise, how, known)
     return to_bytes(prior.space.decode(first_stage, drawn))
 
 
