@@ -120,7 +120,9 @@ def test_gradients_are_those_of_the_definition() -> None:
     ((latent * weight).sum() + loss).backward()
     codebook = quantizer.codebook.detach().clone().requires_grad_()
     inputs = z.detach().clone().requires_grad_()
-    scale = (quantizer.residual_power / quantizer.residual_power[0]).sqrt()  # type: ignore[index,operator]
+    power = quantizer.residual_power
+    assert power is not None
+    scale = (power / power[0]).sqrt()
     units = inputs.permute(0, 2, 3, 1).unflatten(-1, (2, 2))
     total = sum(
         scale[number] * codebook[indices[..., 2 * number : 2 * number + 2]]

@@ -102,14 +102,17 @@ class FeatureStatistics:
     def update(self, batch: Tensor) -> None:
         """Add feature vectors (B, d)."""
         if self.kept is not None:
-            self.kept.append(batch.float().cpu())
+            # A copy: the memory around the result itself would not be free again.
+            self.kept.append(batch.float().cpu().clone())
         batch = batch.double()
         total = self.count + len(batch)
         batch_mean = batch.mean(0)  # (d,)
         centred = batch - batch_mean  # (B, d)
         shift = batch_mean - self.mean  # (d,)
         weight = self.count * len(batch) / total
-        self.scatter = self.scatter + centred.T @ centred + weight * torch.outer(shift, shift)
+        if not self.count:
+            self.scatter = torch.zeros(2 * shift.shape, dtype=shift.dtype, device=shift.device)
+        self.scatter.addmm_(centred.T, centred).addr_(shift, shift, alpha=weight)
         self.mean = self.mean + shift * (len(batch) / total)
         self.count = total
 
