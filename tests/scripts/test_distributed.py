@@ -210,6 +210,7 @@ SWITCHES: tuple[dict[str, Any], ...] = (
     {"codebook_update": "ema", "codebook_start": "kmeans", "distance": "l2"},
     {"codebook_update": "ema", "latent_norm": "running", "latent_channels": 8},
     {"latent_norm": "batch", "latent_channels": 8, "channel_dim": -1},
+    {"num_passes": 2, "latent_channels": 8, "codebook_update": "ema"},
 )
 
 
