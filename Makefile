@@ -26,7 +26,7 @@ TABLES := headline codebook dimension anchor offline contrastive interpolation i
 help:
 	@echo "make demo      train, test and evaluate on bundled Fashion-MNIST images, 2 to 4 minutes on 2 cores"
 	@echo "make generate  train a first stage and a prior on the bundled images, draw 100 new ones, less than 10 minutes on 2 cores"
-	@echo "make test      run the tests of unit/ and scripts/, about 4 minutes on 2 cores"
+	@echo "make test      run the tests of unit/ and scripts/, about 5 minutes on 2 cores"
 	@echo "make test-all  also run those of robustness/: damage, kills, random input; about 5 minutes on 2 cores"
 	@echo "make clients   run the tests that need accelerate, transformers and ONNX, and install these; a minute or two on 2 cores"
 	@echo "make weights   fetch the networks of LPIPS and FID; the demo prints LPIPS from then on"
