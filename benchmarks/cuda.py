@@ -7,14 +7,15 @@ deterministic algorithms; the tables say where they are used here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import SEED, Times, interleaved, peak_megabytes
 from benchmarks.quantizer import SETTINGS, SHAPE, contenders
-from benchmarks.training import epoch_table, some_images, ways
+from benchmarks.training import UNQUANTISED, compiled, epoch_table, make, some_images, ways
 from utils.devices import resolve_device, seed_everything
 from utils.errors import UserError, run
 from utils.files import writable_folder
@@ -34,13 +35,13 @@ def main() -> None:
     if device.type != "cuda":
         raise UserError(f"--device {device}: python -m benchmarks measures what runs on the CPU")
     docs, tables = writable_folder(arguments.docs, "--docs"), []
-    for measure in (quantizer_table, step_table, epoch_table):
+    for measure in (quantizer_table, step_table, epoch_table, compiled_table):
         tables.append(measure(device))
         write(docs, tables)  # so that an interrupted run leaves a page
 
 
 def quantizer_table(device: torch.device) -> Table:
-    names = ["ours", "ours, deterministic", "dense", "library"]
+    names = ["ours", "ours, deterministic", "ours, not compiled", "dense", "library"]
     peaks = ["ours", "dense", "library"]
     table = Table(
         f"Quantiser, forward and backward, z {SHAPE}: milliseconds, and MB above its input",
@@ -64,11 +65,26 @@ def quantizer_table(device: torch.device) -> Table:
 
 
 def step_table(device: torch.device) -> Table:
-    """The training step by deterministic algorithms, as in main.py."""
+    return table_of_steps("Training step", ways, device)
+
+
+def compiled_table(device: torch.device) -> Table:
+    """The last table, as compiling may fail."""
+
+    def runs(images: Tensor) -> dict[str, Callable[[], object]]:
+        return {"no quantiser": make(UNQUANTISED, images), **compiled(images)}
+
+    return table_of_steps("Compiled training step", runs, device)
+
+
+def table_of_steps(
+    title: str, make_runs: Callable[[Tensor], dict[str, Callable[[], object]]], device: torch.device
+) -> Table:
+    """Times and memory of steps by deterministic algorithms, as in main.py."""
     seed_everything(SEED, device)
-    runs = ways(some_images(BATCH).to(device))
+    runs = make_runs(some_images(BATCH).to(device))
     table = Table(
-        f"Training step, {BATCH} images of 28×28, K = 256, d = 4",
+        f"{title}, {BATCH} images of 28×28, K = 256, d = 4",
         ["", "milliseconds", "ratio to no quantiser", "images/s", "MB above weights"],
     )
     times = interleaved(runs, ROUNDS)

@@ -81,6 +81,8 @@ def contenders(
         runs = {"bare search": search, "ours": ours("faiss"), "ours, no faiss": no_faiss}
     else:
         runs = {"ours": no_faiss, "ours, deterministic": deterministic(no_faiss)}
+        if dim <= 4:  # else the search is that of "ours"
+            runs["ours, not compiled"] = ours("torch")
     if 4 * len(features) * num_embedding <= DENSE_LIMIT:
         codebook = features[:num_embedding].clone().requires_grad_()
         usage = torch.full((num_embedding,), 1 / num_embedding, device=device)

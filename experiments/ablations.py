@@ -18,17 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.start import run  # isort: skip  # before those that take seconds
 
 from datasets.config import DataConfig
+from experiments.children import Children
 from experiments.options import (
     ALIVE,
     LRS,
     SETUPS,
     Contender,
     Settings,
+    SharedConfig,
     chosen,
     settings_of,
     shared_training,
 )
 from experiments.page import Experiment
+from experiments.suite import run_experiments
 from modules.options import option
 from utils.errors import UserError
 from utils.flags.arguments import build, parse_flags
@@ -163,7 +166,7 @@ class AblationsConfig:
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, AblationsConfig, Settings, DataConfig)
+    flags = parse_flags(__doc__, AblationsConfig, Settings, SharedConfig, DataConfig)
     start_logging()
     config = build(AblationsConfig, flags)
     name, images, recipe = config.table, config.images, config.recipe
@@ -181,15 +184,19 @@ def main() -> None:
     label = settings.output.name
     other = None if recipe == "paper" else recipe
     options = words({"table": name, "images": images, "recipe": other})
-    experiment = Experiment(
-        "-".join(filter(None, ["ablation", label, name, str(settings.steps), other])),
-        f"{question.title}: {settings.setup.title}",
-        f"{question.about} K = `--num_embedding`, d = `--embedding_dim`.",
-        command=" ".join(["python experiments/ablations.py", *options]),
-        settings=settings,
-        contenders=variants,
-    )
-    sys.exit(1 if experiment.run(selected) else 0)
+    experiments = [
+        Experiment(
+            "-".join(filter(None, ["ablation", label, name, str(one.max_steps), other])),
+            f"{question.title}: {settings.setup.title}",
+            f"{question.about} K = `--num_embedding`, d = `--embedding_dim`.",
+            command=" ".join(["python experiments/ablations.py", *options]),
+            settings=one,
+            contenders=variants,
+        )
+        for one in settings.lengths()
+    ]
+    children = Children(settings.threads, settings.budget)
+    sys.exit(run_experiments(experiments, selected, children))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ from utils.flags.command import words
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0  # seconds that a child has to end once it is asked to
+LAST = 1e6  # seconds to wait where there is no end
+# Linux ends a child, which saves its state, with the thread that waits for it, even after SIGKILL.
+FOLLOW = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+)
 Flags: TypeAlias = Mapping[str, Any]
 
 
@@ -29,20 +34,34 @@ class Failure(Exception):
 
 @dataclass
 class Children:
-    """The running scripts. Once they are stopped, no other starts."""
+    """The running scripts. Once they are stopped, no other starts.
+
+    With a budget of hours there is time left until shortly before its end.
+    """
 
     threads: int
+    budget: float | None = None
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
     stopped: bool = False
     lock: Lock = field(default_factory=Lock)
+    start: float = field(default_factory=time.monotonic)
 
-    def run(self, log_file: Path, script: str, flags: Flags) -> float:
-        """Run a script of this repository to its end; return its seconds.
+    @property
+    def seconds_left(self) -> float:
+        if self.budget is None:
+            return LAST
+        seconds = 3600 * self.budget
+        ending = min(PATIENCE, seconds / 10)
+        return max(0.0, self.start + seconds - ending - time.monotonic())
+
+    def run(self, log_file: Path, script: str, flags: Flags) -> None:
+        """Run a script of this repository to its end.
 
         Raises Failure with the last line it wrote.
         """
-        start = time.perf_counter()
         command = [sys.executable, str(ROOT / script), *words(flags)]
+        if sys.platform == "linux":
+            command = [sys.executable, "-c", FOLLOW, *command]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "TQDM_MININTERVAL": "30"}
         with log_file.open("ab") as file, self.lock:
             if self.stopped:
@@ -59,7 +78,6 @@ class Children:
             raise Failure("interrupted")
         if code != 0:
             raise Failure(f"{script} ended with {code}: {last_line(log_file)} ({log_file})")
-        return time.perf_counter() - start
 
     def stop(self) -> None:
         """Ask all to end, so that main.py saves its state first; kill those that do not."""

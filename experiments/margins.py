@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,3 +95,27 @@ def margins_table(rows: Sequence[Row], ours: Sequence[str], peers: Sequence[str]
             cells = [f"{low[1]:+.2f}", f"{low[0]:.2f}", f"{high[1]:+.2f}", f"{high[0]:.2f}"]
             table.rows.append([family, span, *cells])
     return table
+
+
+def close_ones(rows: Sequence[Row], within: float) -> set[str]:
+    """Names of the rows whose PSNR is within so many dB of the best other family at their rate.
+
+    The point of that family with the nearest rate is close too. A row without a rate, as of a
+    network that is not quantised, is close to none.
+    """
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        if (row.mean("entropy") or 0) > 0:
+            families.setdefault(row.family, []).append(row)
+    curves = {name: curve(points) for name, points in families.items()}
+    found = set()
+    for row in itertools.chain(*families.values()):
+        rate, psnr = row.mean("entropy") or 0.0, row.mean("psnr") or 0.0
+        others = {n: y for n in curves if n != row.family and (y := curves[n].at(rate)) is not None}
+        best = max(others, key=lambda name: others[name], default=None)
+        if best is not None and abs(psnr - others[best]) <= within:
+            nearest = min(
+                families[best], key=lambda other: abs(math.log((other.mean("entropy") or 0) / rate))
+            )
+            found |= {row.name, nearest.name}
+    return found

@@ -16,12 +16,14 @@ from datasets.splits import opener
 from experiments.children import Flags
 from modules import ModelConfig
 from modules.options import option, unknown_name
+from modules.quantizers.looc.norms import LATENT_NORMS
+from modules.registry import MODELS
 from utils.errors import UserError
 from utils.files import writable_folder
 from utils.flags.arguments import build, with_recipe
 from utils.flags.recipes import RECIPES
 from utils.logger import log
-from utils.training.config import FREE_TO_CHANGE, TrainConfig
+from utils.training.config import FREE_TO_CHANGE, PRECISIONS, TrainConfig
 from utils.training.reconstruction import check_network
 from utils.weights.registry import METRIC_WEIGHTS, WEIGHTS, find, weights_folder
 
@@ -53,9 +55,21 @@ class Setup:
     title: str  # of the images
     flags: Flags
     lrs: tuple[float, ...]  # default of --lrs; none: those of the recipes
-    steps: int = 1000
+    steps: tuple[int, ...] = (1000,)  # default of --steps
+    latent_norms: tuple[str, ...] = ()  # default of --latent_norms; none: those of the contenders
     data_folder: str | None = None
     missing: str = ""  # what to do if the data folder does not exist
+
+
+@dataclass(frozen=True)
+class SharedConfig:
+    """Flags of main.py that all contenders share, instead of the suite's."""
+
+    model: str = option(ModelConfig.model, "network", choices=MODELS)
+    batch_size: int = option(None, "images per step (default: the suite's)", minimum=1)
+    precision: str = option(
+        TrainConfig.precision, "precision of the network in training", choices=tuple(PRECISIONS)
+    )
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,30 @@ class Settings:
     """
 
     setup: Setup
-    steps: int = option(None, "training steps (default: the suite's)", minimum=1)
+    steps: tuple[int, ...] = option(
+        None, "training steps; each of several has its own runs and page (default: the suite's)",
+        minimum=1,
+    )  # fmt: skip
     seeds: tuple[int, ...] = option((42,), "seeds of the runs", minimum=0)
+    within: float | None = option(
+        *(None, "further seeds only where PSNR is within so many dB of the best other family"),
+        minimum=0,
+    )
+    latent_norms: tuple[str, ...] = option(
+        *(None, "normalisations to choose from by validation PSNR (default: the suite's)"),
+        choices=LATENT_NORMS,
+    )
     lrs: tuple[float, ...] = option(
         *(None, "learning rates to choose from by validation PSNR (default: the suite's)"),
         above=0,
         maximum=10,
+    )
+    budget: float | None = option(
+        *(
+            None,
+            "hours after which to stop; the same command goes on (0: only say what is left)",
+        ),
+        minimum=0,
     )
     jobs: int = option(1, "runs at a time", minimum=1)
     threads: int = option(None, "threads per job (default: cores / jobs)", minimum=1)
@@ -84,14 +116,23 @@ class Settings:
     )
     keep: bool = option(False, "keep rows and seeds of the existing page whose flags are the same")
     data_folder: str | None = None
-    data: Flags = field(default_factory=dict)  # flags of the data set that were given
+    data: Flags = field(default_factory=dict)  # flags of data set and network that were given
     images: str = ""  # their numbers and fingerprint
 
     @property
     def flags(self) -> Flags:
         """The flags of main.py shared by all contenders: those that decide the result."""
         decisive = {k: value for k, value in self.data.items() if k not in FREE_TO_CHANGE}
-        return {**self.setup.flags, **decisive, "max_steps": self.steps}
+        return {**self.setup.flags, **decisive, "max_steps": self.max_steps}
+
+    @property
+    def max_steps(self) -> int:
+        """The steps of the first length."""
+        return self.steps[0]
+
+    def lengths(self) -> list[Settings]:
+        """The settings of each length alone, the shortest one first."""
+        return [replace(self, steps=(steps,)) for steps in sorted(set(self.steps))]
 
     @property
     def free_flags(self) -> Flags:
@@ -111,7 +152,7 @@ SETUPS = {
     "smoke": Setup(
         "Fashion-MNIST's sample, 1,000 test images of 28×28, a tiny network",
         {"dataset": "fashion-mnist-sample", **TINY, "batch_size": 32},
-        steps=60,
+        steps=(60,),
         lrs=(3e-3,),
     ),
     "sample": Setup(
@@ -146,11 +187,13 @@ def settings_of(flags: Mapping[str, Any], program: str, setup: Setup, suite: str
     Images are downloaded where that is possible. Raises UserError if images or folders are missing.
     """
     jobs, output = flags.get("jobs", 1), flags.get("output", Path("output", program))
-    data = {item.name: flags[item.name] for item in fields(DataConfig) if item.name in flags}
+    shared = (*fields(DataConfig), *fields(SharedConfig))
+    data = {item.name: flags[item.name] for item in shared if item.name in flags}
     defaults = {
         "setup": setup,
         "steps": setup.steps,
         "lrs": setup.lrs,
+        "latent_norms": setup.latent_norms,
         "threads": max(1, (os.cpu_count() or 1) // jobs),
         "output": output,
         "docs": output / "docs",
@@ -163,6 +206,7 @@ def settings_of(flags: Mapping[str, Any], program: str, setup: Setup, suite: str
         setup=described(setup, given),
         seeds=tuple(dict.fromkeys(given.seeds)),
         lrs=tuple(dict.fromkeys(given.lrs)),
+        latent_norms=tuple(dict.fromkeys(given.latent_norms)),
         output=given.output / labelled(suite, given),
         images=images_of(given),
     )
@@ -174,9 +218,11 @@ def settings_of(flags: Mapping[str, Any], program: str, setup: Setup, suite: str
 
 
 def labelled(suite: str, settings: Settings) -> str:
-    """Return the suite's name, with that of the user's folder of images if there is one."""
+    """Return the suite's name, with those of the user's folder of images and shared flags."""
     own = settings.flags["dataset"] == "folder" and "data_folder" in settings.data
-    return f"{suite}-{Path(str(settings.data_folder)).resolve().name}" if own else suite
+    folder = [Path(str(settings.data_folder)).resolve().name] if own else []
+    shared = [f"{settings.data[f.name]}" for f in fields(SharedConfig) if f.name in settings.data]
+    return "-".join([suite, *folder, *shared])
 
 
 def described(setup: Setup, settings: Settings) -> Setup:

@@ -10,12 +10,14 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from experiments.children import Children
+from experiments.margins import close_ones
 from experiments.options import Contender, Settings, check_contenders
-from experiments.runs import contests, read_json, run_all
+from experiments.runs import Contest, contests, read_json, run_all
 from experiments.tables import Row, collect, figures_table, merged
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS
@@ -44,21 +46,35 @@ class Experiment:
     def run(
         self,
         selected: Sequence[Contender],
+        children: Children,
         extras: Callable[[list[Row]], Extras] = lambda _: ({}, ()),
     ) -> list[str]:
         """Train and measure those selected, write the page and return the failures."""
-        earlier = self.earlier()
-        check_contenders(selected, self.settings)
-        failures = run_all(contests(selected, self.settings), self.settings)
-        rows = self.with_kept(
-            collect(contests(self.contenders, self.settings), self.settings), earlier
-        )
+        settings, earlier = self.settings, self.earlier()
+        check_contenders(selected, settings)
+        failures = run_all(self.planned(selected, first=True), settings, children)
+        if settings.within is not None and not children.stopped:
+            failures += run_all(self.planned(selected), settings, children)
+        rows = self.with_kept(collect(contests(self.contenders, settings), settings), earlier)
         codecs = {row["name"]: Row(**row) for row in earlier.get("codecs", ())}
         codecs |= {row.name: row for row in self.codecs}
         pictures, tables = extras([*rows, *codecs.values()])
         page = Page(self, rows, failures, pictures, tables, [*codecs.values()])
         sys.stdout.write("".join(f"{path}\n" for path in page.write()))
         return failures
+
+    def planned(self, selected: Sequence[Contender], *, first: bool = False) -> list[Contest]:
+        """The contests to hold: with --within, of the first seed alone where none is close.
+
+        If first, all are of the first seed: it tells which are close.
+        """
+        settings = self.settings
+        if settings.within is None:
+            return contests(selected, settings)
+        single = replace(settings, seeds=settings.seeds[:1])
+        rows = [] if first else collect(contests(self.contenders, single), single)
+        close = close_ones(rows, settings.within)
+        return [Contest(c, settings if c.name in close else single) for c in selected]
 
     def earlier(self) -> dict[str, Any]:
         """The JSON of the existing page with --keep, else nothing.
@@ -75,9 +91,10 @@ class Experiment:
         images = earlier.get("images", settings.images)
         if images != settings.images:
             raise UserError(f"--keep: {path} is of other images: {images}, not {settings.images}")
-        if earlier["lrs"] != list(settings.lrs):
-            new, old = (", ".join(map(str, x)) or "none" for x in (settings.lrs, earlier["lrs"]))
-            raise UserError(f"--keep: --lrs {new} is not that of {path}, {old}")
+        for name, now in (("lrs", settings.lrs), ("latent_norms", settings.latent_norms)):
+            if earlier.get(name, []) != list(now):
+                new, old = (", ".join(map(str, x)) or "none" for x in (now, earlier.get(name, ())))
+                raise UserError(f"--keep: --{name} {new} is not that of {path}, {old}")
         pairs = earlier["lpips_pairs"]
         if "lpips" in earlier["metrics"] and pairs != settings.num_test:
             raise UserError(
@@ -93,7 +110,7 @@ class Experiment:
         for contender in self.contenders:
             row, old = new.get(contender.name), kept.get(contender.name)
             if old is not None and self.same_flags(old, contender, row):
-                row = merged(old, contender, row)
+                row = merged(old, row)
             elif old is not None:
                 log.warning("%s: the row of the page was trained with other flags", contender.name)
             if row is not None:
@@ -104,7 +121,9 @@ class Experiment:
         """Return whether an earlier row was trained as its contender is now."""
         if row is not None and row.lr != old["lr"]:
             return False
-        flags = self.all_flags(contender.flags, old["lr"])
+        norm = {k: v for k, v in old["flags"].items() if k == "latent_norm"}
+        own = {**norm, **contender.flags} if self.settings.latent_norms else contender.flags
+        flags = self.all_flags(own, old["lr"])
         return bool(old["all_flags"] == json.loads(json.dumps(flags)))
 
     def all_flags(self, flags: Mapping[str, Any], lr: float) -> dict[str, Any]:
@@ -165,8 +184,10 @@ class Page:
         """The command with all options that decide the figures."""
         settings = self.experiment.settings
         options = {
-            "steps": settings.steps,
+            "steps": settings.max_steps,
             "seeds": self.seeds,
+            "within": settings.within,
+            "latent_norms": settings.latent_norms or None,
             "lrs": settings.lrs or None,
             "num_test": settings.num_test,
             "only": [row.name for row in self.rows] if self.lacking else None,
@@ -193,17 +214,29 @@ class Page:
         settings, seeds = self.experiment.settings, ", ".join(map(str, self.seeds))
         several = len(self.seeds) > 1
         notes = [
-            f"{settings.steps:,} steps; seed{'s' if several else ''} {seeds}"
+            f"{settings.max_steps:,} steps; seed{'s' if several else ''} {seeds}"
             + (": mean ± sample standard deviation." if several else ".")
         ]
-        if any(set(row.seeds) != set(self.seeds) for row in self.rows):
-            notes.append("Not every row has all of these seeds; the column says which.")
-        if len(settings.lrs) > 1:
-            rates = ", ".join(f"{lr:g}" for lr in settings.lrs)
+        if settings.within is not None:
             notes.append(
-                f"A row whose flags name no learning rate has the one of {rates} with the best "
-                "mean validation PSNR, among those that most seeds were trained with."
+                f"Further seeds where PSNR is within {settings.within:g} dB of the best other "
+                "family; the column says which."
             )
+        elif any(set(row.seeds) != set(self.seeds) for row in self.rows):
+            notes.append("Not every row has all of these seeds; the column says which.")
+        chosen: dict[str, Sequence[Any]] = {
+            "normalisation": settings.latent_norms,
+            "learning rate": settings.lrs,
+        }
+        for name, values in chosen.items():
+            if len(values) > 1:
+                candidates = ", ".join(
+                    f"{value:g}" if name[0] == "l" else value for value in values
+                )
+                notes.append(
+                    f"The {name} is the one of {candidates} with the best validation PSNR of the "
+                    "first seed, unless the contender has its own."
+                )
         without = [row.name for row in self.rows if "lpips" not in row.figures]
         if without:
             of = "" if len(without) == len(self.rows) else f" of {', '.join(without)}"
@@ -219,9 +252,10 @@ class Page:
         settings, all_flags = self.experiment.settings, self.experiment.all_flags
         return {
             "command": self.command,
-            "steps": settings.steps,
+            "steps": settings.max_steps,
             "seeds": self.seeds,
             "lrs": settings.lrs,
+            "latent_norms": settings.latent_norms,
             "metrics": self.metrics,
             "images": settings.images,
             "lpips_pairs": settings.num_test,

@@ -11,9 +11,8 @@ import json
 import shutil
 import statistics
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -53,9 +52,15 @@ class Run:
         return float(self.identity.get("lr", TrainConfig.lr))
 
     @property
+    def norm(self) -> str | None:
+        """The normalisation, if it is not the contender's own."""
+        return None if "latent_norm" in self.contender.flags else self.flags.get("latent_norm")
+
+    @property
     def name(self) -> str:
         steps, seed = self.flags["max_steps"], self.flags["seed"]
-        return f"{self.contender.name}-steps{steps}-lr{self.lr:g}-seed{seed}"
+        words = [self.contender.name, f"steps{steps}", self.norm, f"lr{self.lr:g}", f"seed{seed}"]
+        return "-".join(filter(None, words))
 
     @property
     def folder(self) -> Path:
@@ -77,9 +82,7 @@ def trained(run: Run) -> dict[str, Any] | None:
 
 
 def train(run: Run, settings: Settings, children: Children) -> None:
-    """Train unless that is done; record validation PSNR, seconds and seconds per step."""
-    if trained(run) is not None:
-        return
+    """Train, or go on with it; record validation PSNR, seconds per step and core-hours of steps."""
     before = read_json(run.folder / "run.json").get("flags")
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "result.json").unlink(missing_ok=True)
@@ -93,11 +96,12 @@ def train(run: Run, settings: Settings, children: Children) -> None:
         "exp_name": run.name,
         "overwrite": before != run.identity,
     }
-    seconds = children.run(log_file, "main.py", flags)
+    children.run(log_file, "main.py", flags)
+    speed = seconds_per_step(run)
     training = {
         "validation_psnr": validation_psnr(run),
-        "seconds": seconds,
-        "seconds_per_step": seconds_per_step(run),
+        "seconds_per_step": speed,
+        "core_hours": speed * run.flags["max_steps"] * settings.threads / 3600,
     }
     write_json(run.folder / "run.json", {"flags": run.identity, "training": training})
     for name in ("last.pt", "previous.pt"):
@@ -119,9 +123,7 @@ def seconds_per_step(run: Run) -> float:
 
 
 def measure(run: Run, settings: Settings, children: Children) -> None:
-    """Reconstruct and measure the test images; keep the figures and remove the pictures."""
-    if finished(run, settings) is not None:
-        return
+    """Reconstruct, code and measure the test images; keep the figures and remove the pictures."""
     data = DataConfig(run.flags["dataset"], settings.data_folder)
     results, log_file = run.folder / "best" / data.name, run.folder / "log.txt"
     pictures = results / "original", results / "rec"
@@ -131,26 +133,23 @@ def measure(run: Run, settings: Settings, children: Children) -> None:
         "data_folder": settings.data_folder,
         "num_workers": settings.threads,
         "batch_size": 64,
+        "save_codes": run.flags.get("quantizer") != "none",
     }
     shutil.rmtree(results, ignore_errors=True)
     try:
-        seconds = {"test": children.run(log_file, "test.py", flags)}
-        start = time.perf_counter()
+        children.run(log_file, "test.py", flags)
         metrics = evaluate(pictures, settings, partial(children.run, log_file, "evaluation.py"))
-        seconds["evaluation"] = time.perf_counter() - start
     finally:
         for folder in pictures:
             shutil.rmtree(folder, ignore_errors=True)
     analysis = read_json(results / "analysis.json")
-    training = read_json(run.folder / "run.json")["training"]
     result = {
         "flags": run.identity,
         "num_test": settings.num_test,
         "metrics": metrics,
         "rate": analysis["rate"],
         "codebook": analysis["codebook"],
-        "training": training,
-        "seconds": {"training": training["seconds"], **seconds},
+        "training": read_json(run.folder / "run.json")["training"],
         "machine": {**machine(), "jobs": settings.jobs, "threads": settings.threads},
     }
     write_json(run.folder / "result.json", result)
@@ -199,82 +198,105 @@ def read_json(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- all runs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Contest:
-    """The runs of one contender: one for each learning rate and seed."""
+    """The runs of one contender, some of which depend on how others end."""
 
     contender: Contender
-    runs: list[Run]
+    settings: Settings
 
-    def scores(self) -> dict[float, list[float]]:
-        """Validation PSNR of the trained runs, by learning rate."""
-        scores: dict[float, list[float]] = {}
-        for run in self.runs:
-            training = trained(run)
-            if training is not None:
-                scores.setdefault(run.lr, []).append(training["validation_psnr"])
-        return scores
+    @property
+    def choices(self) -> dict[str, Sequence[Any]]:
+        """Flags that validation chooses, with candidates; without those of the contender."""
+        asked = {"latent_norm": self.settings.latent_norms, "lr": self.settings.lrs}
+        own = self.contender.flags
+        return {name: values for name, values in asked.items() if values and name not in own}
+
+    def run(self, seed: int, chosen: Flags) -> Run:
+        flags = {**self.settings.flags, **self.contender.flags, **chosen, "seed": seed}
+        return Run(self.contender, flags, self.settings.output, self.settings.images)
+
+    def stages(self) -> Iterator[list[Run]]:
+        """Runs to train one after another; what is chosen is known once a stage is trained.
+
+        The first seed chooses the normalisation at the first learning rate, and with it the
+        learning rate, by validation PSNR. All seeds are trained with both.
+        """
+        first = self.settings.seeds[0]
+        chosen = {name: values[0] for name, values in self.choices.items()}
+        for name, values in self.choices.items():
+            runs = {value: self.run(first, {**chosen, name: value}) for value in values}
+            yield [*runs.values()]
+            done = {
+                v: state["validation_psnr"] for v, run in runs.items() if (state := trained(run))
+            }
+            chosen[name] = max(done, key=lambda v: done[v], default=values[0])
+        yield [self.run(seed, chosen) for seed in self.settings.seeds]
 
     def winners(self) -> list[Run]:
-        """The trained runs of the best learning rate.
+        """The trained runs with what was chosen so far, one for each seed."""
+        *_, last = self.stages()
+        return [run for run in last if trained(run)]
 
-        That is the one with most trained seeds; among equals, the one with the highest mean
-        validation PSNR.
-        """
-        scores = self.scores()
-        if not scores:
-            return []
-        best = max(scores, key=lambda lr: (len(scores[lr]), statistics.mean(scores[lr])))
-        return [run for run in self.runs if run.lr == best and trained(run) is not None]
+    def runs(self) -> list[Run]:
+        """All runs, as far as is known; the number of them does not change."""
+        return [*{run.name: run for stage in self.stages() for run in stage}.values()]
 
 
-# train or measure, and the run and contest that it is for
-Task: TypeAlias = tuple[Callable[[Run, Settings, Children], None], Run, Contest]
+# train or measure, its run, and the position of the run's contest
+Task: TypeAlias = tuple[Callable[[Run, Settings, Children], None], Run, int]
 
 
 def contests(contenders: Iterable[Contender], settings: Settings) -> list[Contest]:
-    """The runs of each contender. One that names its learning rate has no other."""
-    found = []
-    for contender in contenders:
-        flags = {**settings.flags, **contender.flags}
-        lrs = () if "lr" in contender.flags else settings.lrs
-        rates: list[Flags] = [{"lr": lr} for lr in lrs] or [{}]
-        whole = [{**flags, "seed": seed, **rate} for rate in rates for seed in settings.seeds]
-        runs = [Run(contender, flags, settings.output, settings.images) for flags in whole]
-        found.append(Contest(contender, runs))
-    return found
+    return [Contest(contender, settings) for contender in contenders]
 
 
-def run_all(found: Sequence[Contest], settings: Settings) -> list[str]:
+def run_all(found: Sequence[Contest], settings: Settings, children: Children) -> list[str]:
     """Train all runs and measure the winners, settings.jobs at a time; return the failures.
 
-    A contender is measured as soon as its last training has ended.
+    A contender is measured as soon as its last training has ended. When the time of the children is
+    over they are stopped; the same call goes on from there.
     """
-    children = Children(settings.threads)
-    failures: list[str] = []
-    waiting: deque[Task] = deque((train, run, contest) for contest in found for run in contest.runs)
+    failures: dict[str, str] = {}
+    stages = [contest.stages() for contest in found]
+
+    def tasks(position: int) -> list[Task]:
+        """The next trainings of a contest; after the last, its measurements."""
+        for stage in stages[position]:
+            left = [run for run in stage if not trained(run) and run.name not in failures]
+            if left:
+                return [(train, run, position) for run in left]
+        unmeasured = (run for run in found[position].winners() if not finished(run, settings))
+        return [(measure, run, position) for run in unmeasured]
+
+    waiting: deque[Task] = deque(task for position in range(len(found)) for task in tasks(position))
     running: dict[Future[None], Task] = {}
     with (
-        progress(len(waiting) + len(found) * len(settings.seeds), "task") as bar,
+        progress(len(waiting), "task") as bar,
         ThreadPoolExecutor(settings.jobs) as pool,
         stopping(children),
     ):
         while waiting or running:
-            while waiting and len(running) < settings.jobs:
-                work, run, contest = waiting.popleft()
-                running[pool.submit(work, run, settings, children)] = work, run, contest
+            while waiting and len(running) < settings.jobs and children.seconds_left > 0:
+                work, run, position = waiting.popleft()
+                running[pool.submit(work, run, settings, children)] = work, run, position
             names = (f"{run.name} ({work.__name__})" for work, run, _ in running.values())
             bar.set_postfix_str(", ".join(names), refresh=sys.stderr.isatty())
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                work, run, contest = running.pop(future)
+            ended = wait(running, children.seconds_left, FIRST_COMPLETED).done
+            if not ended:  # the time is over
+                children.stop()
+                break
+            for future in ended:
+                work, run, position = running.pop(future)
                 bar.update()
                 if error := future.exception():
                     known = isinstance(error, (Failure, UserError))
                     kind = "" if known else f"{type(error).__name__}: "
-                    failures.append(f"{run.name}: {kind}{one_line(error)}")
-                    log.warning("failed: %s", failures[-1])
-                others = [item for item in (*waiting, *running.values()) if item[2] is contest]
+                    failures[run.name] = f"{run.name}: {kind}{one_line(error)}"
+                    log.warning("failed: %s", failures[run.name])
+                others = [task for task in (*waiting, *running.values()) if task[2] == position]
                 if work is train and not others:
-                    winners = reversed(contest.winners())
-                    waiting.extendleft((measure, run, contest) for run in winners)
-    return failures
+                    more = tasks(position)
+                    waiting.extendleft(reversed(more))
+                    bar.total = (bar.total or 0) + len(more)
+    return [*failures.values()]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.options import Contender, Settings
-from experiments.runs import Contest, finished
+from experiments.options import Settings
+from experiments.runs import Contest, finished, trained
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.schema import CODEBOOK, RATES, Figure
 from utils.flags.command import words
@@ -34,11 +34,13 @@ class Column:
 
 COLUMNS = {
     "entropy": Column(RATES[ENTROPY], "rate", ENTROPY),
+    "coded": Column(RATES["coded_bits_per_pixel"], "rate", "coded_bits_per_pixel"),
     "nominal": Column(RATES["nominal_bits_per_pixel"], "rate", "nominal_bits_per_pixel"),
     **{name: Column(METRICS[name], "metrics", name) for name in ("psnr", "ssim", "l1", "lpips")},
     "usage": Column(CODEBOOK["usage_percent"], "codebook", "usage_percent"),
     "perplexity": Column(CODEBOOK["perplexity"], "codebook", "perplexity"),
     "step": Column(Figure("time per step", 1, "ms"), "training", "seconds_per_step", scale=1000),
+    "core_hours": Column(Figure("core-hours", 2), "training", "core_hours"),
 }
 
 
@@ -52,7 +54,7 @@ class Row:
     lr: float
     seeds: Sequence[int]
     figures: Mapping[str, Sequence[float]]
-    validation: Mapping[str, float]  # mean validation PSNR by candidate learning rate
+    validation: Mapping[str, float]  # PSNR of the first seed by normalisation and learning rate
     machines: Sequence[str]  # on which it was trained and measured
 
     def mean(self, figure: str) -> float | None:
@@ -78,13 +80,18 @@ def row_of(contest: Contest, settings: Settings) -> Row | None:
             continue  # measured on other pairs
         if None not in values:
             figures[name] = [float(value) for value in values if value is not None]
-    contender, scores = contest.contender, contest.scores()
+    contender, winner = contest.contender, results[0][0]
+    norm = {"latent_norm": winner.flags["latent_norm"]} if "latent_norm" in contest.choices else {}
     return Row(
-        *(contender.name, contender.family, contender.flags),
-        lr=winners[0].lr,
+        *(contender.name, contender.family, {**contender.flags, **norm}),
+        lr=winner.lr,
         seeds=[run.flags["seed"] for run, _ in results],
         figures=figures,
-        validation={f"{lr:g}": statistics.mean(values) for lr, values in scores.items()},
+        validation={
+            " ".join(filter(None, [run.norm, f"{run.lr:g}"])): state["validation_psnr"]
+            for run in contest.runs()
+            if run.flags["seed"] == settings.seeds[0] and (state := trained(run))
+        },
         machines=sorted({machine_of(result["machine"]) for _, result in results}),
     )
 
@@ -94,7 +101,7 @@ def machine_of(about: Mapping[str, Any]) -> str:
     return machine_line(about, f"{about['jobs']} at a time with {about['threads']} threads each")
 
 
-def merged(old: Mapping[str, Any], contender: Contender, row: Row | None) -> Row:
+def merged(old: Mapping[str, Any], row: Row | None) -> Row:
     """Join a row of an earlier page with a new one, whose seeds replace those it has too."""
     figures: dict[int, dict[str, float]] = {}
     sources = [(old["seeds"], old["figures"]), *([(row.seeds, row.figures)] if row else [])]
@@ -104,26 +111,13 @@ def merged(old: Mapping[str, Any], contender: Contender, row: Row | None) -> Row
     seeds = sorted(figures)
     names = [name for name in COLUMNS if all(name in figures[seed] for seed in seeds)]
     return Row(
-        *(contender.name, contender.family, contender.flags),
+        *(old["name"], old["family"], old["flags"]),
         lr=old["lr"],
         seeds=seeds,
         figures={name: [figures[seed][name] for seed in seeds] for name in names},
-        validation=merged_validation(old, row),
+        validation={**(row.validation if row else {}), **old["validation"]},
         machines=sorted({*old["machines"], *(row.machines if row else ())}),
     )
-
-
-def merged_validation(old: Mapping[str, Any], row: Row | None) -> dict[str, float]:
-    """Mean validation PSNR by learning rate, over the seeds of the earlier row and the new one."""
-    found: dict[str, float] = dict(old["validation"])
-    if row is None:
-        return found
-    if set(old["seeds"]) <= set(row.seeds):
-        return {**found, **row.validation}
-    kept, new = len(old["seeds"]), len(set(row.seeds) - set(old["seeds"]))
-    for lr, value in row.validation.items():
-        found[lr] = (kept * found.get(lr, value) + new * value) / (kept + new)
-    return found
 
 
 def figures_table(rows: Sequence[Row]) -> Table:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.compare import SUITES
+from experiments.contenders import SUITES
 from tests.conftest import ROOT, run_process
 
 
