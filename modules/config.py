@@ -92,10 +92,13 @@ class ModelConfig:
     hidden_size: int = option(
         128, "encoder and decoder channels (VQGAN: at full resolution)", minimum=2, maximum=2**14
     )
-    num_residual_hidden: int = option(32, "channels inside VQ-VAE's residual blocks", **CHANNELS)
+    num_residual_hidden: int = option(
+        32, "channels inside the residual blocks of vqvae and dct", **CHANNELS
+    )
     num_residual_layers: int = option(
         2, "residual blocks (VQGAN: per resolution; decoder one more)", minimum=0, maximum=1024
     )
+    block_size: int = option(4, "side of dct's blocks in pixels", minimum=2, maximum=64)
     channel_multipliers: str = option(
         "1,1,2,2,4", "VQGAN's channels at full, half, … resolution, as multiples of --hidden_size"
     )

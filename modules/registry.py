@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import vqgan, vqvae
+from . import dct, vqgan, vqvae
 from .autoencoder import Autoencoder, NetworkSpec
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 MODELS: dict[str, NetworkSpec] = {
     "vqvae": vqvae.SPEC,
     "vqgan": vqgan.SPEC,
+    "dct": dct.SPEC,
 }
 NETWORK_FLAGS = frozenset[str]().union(*(spec.reads for spec in MODELS.values()))
 

@@ -114,4 +114,5 @@ SPEC = NetworkSpec(
     lambda config: 2 ** config.channel_multipliers.count(","),
     checks=(check,),
     library=LIBRARY,
+    losses=frozenset({"l1", "perceptual", "adversarial"}),
 )

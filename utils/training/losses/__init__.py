@@ -28,11 +28,8 @@ LOSSES: dict[str, type[Loss]] = {
 
 def losses_of(model: ModelConfig) -> dict[str, type[Loss]]:
     """The losses that this model has, by name."""
-    return {
-        name: loss
-        for name, loss in LOSSES.items()
-        if loss.models is None or model.model in loss.models
-    }
+    names = {*model.network.losses, "quantizer"}
+    return {name: loss for name, loss in LOSSES.items() if name in names}
 
 
 def loss_configs() -> tuple[type, ...]:

@@ -61,7 +61,6 @@ class Adversarial(Loss):
     """
 
     config = AdversarialConfig
-    models = ("vqgan",)
 
     def __init__(
         self,

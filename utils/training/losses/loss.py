@@ -51,13 +51,11 @@ class Loss(ABC):
 
     Class attributes:
         config: dataclass of its flags.
-        models: the --model that have this loss; None: all.
         measured: whether validation measures its `distance` of each image. best.pt is then chosen
             by the weighted sum of these, and else by PSNR.
     """
 
     config: ClassVar[type | None] = None
-    models: ClassVar[tuple[str, ...] | None] = None
     measured: ClassVar[bool] = False
     weight: float = 1.0
 

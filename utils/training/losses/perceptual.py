@@ -41,7 +41,6 @@ class Perceptual(Loss):
     """
 
     config = PerceptualConfig
-    models = ("vqgan",)
     measured = True
 
     def __init__(

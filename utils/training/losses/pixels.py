@@ -12,8 +12,6 @@ from utils.training.losses.loss import Loss, Seen, Setting
 class MeanSquaredError(Loss):
     """mse / variance of the training pixels in [0, 1], as published for the VQ-VAE."""
 
-    models = ("vqvae",)
-
     def __init__(self, data_variance: float) -> None:
         self.data_variance = max(data_variance, 1e-6)  # images of one colour have none
 
@@ -31,7 +29,6 @@ class MeanSquaredError(Loss):
 class L1(Loss):
     """Mean absolute error, as published for the VQGAN."""
 
-    models = ("vqgan",)
     measured = True
 
     def __call__(self, seen: Seen) -> Tensor:
