@@ -27,7 +27,7 @@ class NetworkSpec:
     downsampling: Callable[[ModelConfig], int]  # f, side of an image / side of its latents
     checks: Sequence[Callable[[ModelConfig], Problems]] = ()
     library: str | None = None  # the optional package that it needs
-    losses: frozenset[str] = frozenset({"reconstruction"})  # besides the quantiser's
+    losses: frozenset[str] = frozenset({"reconstruction"})  # of those that not all networks have
 
 
 class Autoencoder(nn.Module, ABC):

@@ -24,6 +24,7 @@ from utils.flags.arguments import build_model_config, resolve
 Script = Callable[..., Outcome]
 NETWORKS: dict[str, dict[str, Any]] = {
     "vqvae": {"hidden_size": 24, "num_residual_hidden": 4},
+    "dct": {"model": "dct", "hidden_size": 8, "num_residual_hidden": 4, "latent_channels": 12},
     "vqgan": {
         **{"model": "vqgan", "hidden_size": 8, "channel_multipliers": "1,2"},
         **{"num_residual_layers": 1, "attention_levels": 0, "latent_channels": 12},

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modules import ModelConfig
+from modules.registry import MODELS
 from utils.errors import UserError
 from utils.flags.arguments import build, flag_fields
 from utils.training.losses.adversarial import Adversarial
@@ -28,8 +29,9 @@ LOSSES: dict[str, type[Loss]] = {
 
 def losses_of(model: ModelConfig) -> dict[str, type[Loss]]:
     """The losses that this model has, by name."""
-    names = {*model.network.losses, "quantizer"}
-    return {name: loss for name, loss in LOSSES.items() if name in names}
+    others = frozenset[str]().union(*(spec.losses for spec in MODELS.values()))
+    left_out = others - model.network.losses
+    return {name: loss for name, loss in LOSSES.items() if name not in left_out}
 
 
 def loss_configs() -> tuple[type, ...]:
