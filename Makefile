@@ -11,6 +11,8 @@ WEIGHTS_DIR ?=
 WEIGHTS_FLAG := $(if $(WEIGHTS_DIR),--weights_dir $(WEIGHTS_DIR))
 EXP := demo
 DEMO = $(OUTPUT)/results/$(EXP)/best/fashion-mnist-sample
+# A photograph by a trained model that comes with the repository.
+PHOTO = $(OUTPUT)/results/photos/coffee-whole
 PHOTOS = $(OUTPUT)/results/photos-64/best/photos
 # A run that fits 2 CPU cores and a few minutes; the paper's settings are main.py's defaults.
 DEMO_FLAGS ?= --recipe best --batch_size 64 --max_steps 1800
@@ -91,6 +93,12 @@ demo: $(VENV)/.installed
 	$(PY) evaluation.py --metrics l1 ssim psnr $$($(PY) -m utils.weights lpips $(WEIGHTS_DIR)) $(WEIGHTS_FLAG) \
 	  --gt_path $(DEMO)/original/ -g_path $(DEMO)/rec
 	@$(PY) -m utils.report.summary $(DEMO)
+ifneq ($(wildcard modules/pretrained/photos.safetensors),)
+	$(PY) test.py --output_folder $(OUTPUT) --model_name photos --save_codes --images \
+	  $$($(PY) -c 'import os, skimage; print(os.path.dirname(skimage.__file__) + "/data/coffee.png")')
+	$(PY) evaluation.py --metrics ssim psnr --gt_path $(PHOTO)/original -g_path $(PHOTO)/rec
+	@$(PY) -m utils.report.summary $(PHOTO)
+endif
 
 generate: $(VENV)/.installed
 	$(PY) main.py --output_folder $(OUTPUT) --exp_name small --overwrite $(STAGE_FLAGS)

@@ -1,7 +1,8 @@
 """LooC's quantiser for your own models, and the models of its repository.
 
 LooCQuantizer: the quantiser, for latents of any rank. LooCPlugin: the same in a VQGAN. adapters:
-the same in further projects. load_model: an autoencoder from its checkpoint or exported folder.
+the same in further projects. load_model: an autoencoder from its checkpoint or exported folder, or
+a trained one by its name.
 
 Needs torch only. Optional: diffusers for VQGAN, vector-quantize-pytorch for the other quantisers,
 NumPy for the plug-in's remap files.

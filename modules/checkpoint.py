@@ -14,6 +14,7 @@ from torch import Tensor
 from .autoencoder import Autoencoder
 from .config import ModelConfig, implied_flags
 from .options import value_problem
+from .pretrained import listing, locate
 from .quantizers.looc import LooCQuantizer
 from .quantizers.looc.state import as_settings, contradictions
 from .reference import StateDict, describe, from_reference
@@ -36,10 +37,12 @@ Group = TypeVar("Group")
 def load_model(path: str | Path) -> Autoencoder:
     """Load the model of a checkpoint, or of a state dict of the reference, in evaluation mode.
 
-    Raises ValueError if the file is missing, damaged, of another architecture, or would execute
-    code when opened.
+    The name of a model that comes with the package may stand for a path. Raises ValueError if the
+    file is missing, damaged, of another architecture, or would execute code when opened.
     """
-    path = Path(path)
+    path = locate(path)
+    if not path.suffix and not path.exists():
+        raise ValueError(f"checkpoint {path} does not exist{listing()}")
     return rebuild(*read_model(path, read_weights(f"checkpoint {path}", path)))
 
 

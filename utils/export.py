@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.checkpoint import FORMAT
+from modules.pretrained import locate
 from modules.weights import CONFIG, TENSORS
 from utils.checkpoints.checkpoint import read_checkpoint
 from utils.errors import UserError, run
@@ -24,7 +25,7 @@ from utils.packages import need
 def main() -> None:
     if len(sys.argv) != 3:
         raise UserError("usage: python -m utils.export <checkpoint> <folder>")
-    checkpoint = read_checkpoint(sys.argv[1])
+    checkpoint = read_checkpoint(locate(sys.argv[1]))
     folder = Path(sys.argv[2])
     if folder.exists():
         raise UserError(f"{folder} exists: give a folder that does not")

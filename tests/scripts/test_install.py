@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import asdict
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,9 @@ import pytest
 import torch
 
 import modules
+from experiments.pretrained import write_weights
+from modules.checkpoint import FORMAT
+from modules.weights import SUMS
 from tests.conftest import ROOT, write_mnist
 from tests.processes import run_forked
 
@@ -61,6 +66,7 @@ latents, loss, (_, _, tokens) = LooCPlugin(16, 8, beta=0.25)(z)
 assert latents.shape == z.shape and tokens.shape == (2 * 4 * 4 * 2,)
 assert LucidrainsQuantizer(dim=8, codebook_size=16)(z.flatten(2).mT)[0].shape == (2, 16, 8)
 
+assert looc.load_model("tiny").config.hidden_size == 8
 model = looc.load_model(sys.argv[2])
 expected = torch.load(sys.argv[3], weights_only=True)
 with torch.no_grad():
@@ -118,6 +124,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     for name in ("pyproject.toml", "LICENSE", "README.md", "docs/package.md"):
         (tree / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
+    add_pretrained(tree / "modules" / "pretrained")
     sdist = hook("build_sdist", tree)
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -129,12 +136,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     outcome = run_forked(["main.py", *flags.split(), *size.split()], folder)
     assert outcome.code == 0, outcome.err
     checkpoint = folder / "output/models/tiny/best.pt"
-    images = torch.rand(2, 1, 28, 28) * 2 - 1
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 1, 28, 28, generator=random) * 2 - 1
     with torch.no_grad():
         reconstruction = modules.load_model(checkpoint)(images)[0]
     torch.save({"images": images, "reconstruction": reconstruction}, folder / "expected.pt")
     editable = hook("build_editable", tree)
     return Built(folder, sdist, wheel, editable, checkpoint, folder / "expected.pt")
+
+
+def add_pretrained(folder: Path) -> None:
+    """Add a model of random weights to those that come with the package."""
+    config = modules.ModelConfig(hidden_size=8, num_residual_hidden=4)
+    entries = {"format": FORMAT, "model_config": asdict(config)}
+    path = folder / "tiny.safetensors"
+    write_weights(path, entries, modules.VQVAE(config).state_dict(), half=True)
+    with (folder / SUMS).open("a") as sums:
+        sums.write(f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
 
 
 def show_torch(links: Path) -> None:
@@ -189,10 +207,14 @@ def test_the_wheel_is_modules_under_the_name_looc(built: Built) -> None:
         names = set(archive.namelist())
         information = archive.read("looc-0.1.0.dist-info/METADATA").decode()
     sources = {path.relative_to(ROOT / "modules") for path in (ROOT / "modules").rglob("*.py")}
+    own = built.folder / "tree" / "modules" / "pretrained"
+    pretrained = [path for path in own.iterdir() if path.is_file()]
     assert {name for name in names if not name.startswith("looc-0.1.0.dist-info/")} == {
         "looc/py.typed",
         *(f"looc/{path}" for path in sources),
+        *(f"looc/pretrained/{path.name}" for path in pretrained),
     }
+    assert {path.name for path in pretrained} >= {"tiny.safetensors", "SHA256SUMS"}
     required = re.findall(r"^Requires-Dist: (.*)", information, re.M)
     assert [line for line in required if "extra ==" not in line] == ["torch>=2.6"]
     assert "](" not in information.replace("](http", ""), "a link that leads nowhere on PyPI"

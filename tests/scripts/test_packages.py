@@ -14,10 +14,10 @@ from datasets.lsun import read_keys
 from modules import VQVAE, ModelConfig
 from modules.optional import require
 from tests.conftest import ROOT, refusal, run_process
-from utils.checkpoints.unpickle import read_weights
 from utils.codebook.codes.coder import need_coder
 from utils.flags.arguments import build_model_config
 from utils.flags.search import SearchConfig, apply_search
+from utils.packages import need
 
 SCRIPTS = ("main.py", "test.py", "evaluation.py", "generate.py", "experiments/compare.py")
 FAILS = ", whose import fails: ImportError: lib.so.1: cannot open shared object file"
@@ -56,10 +56,7 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     "constriction": (lambda: need_coder("--save_codes"), "--save_codes needs constriction"),
     "faiss": (use_faiss, "--search faiss needs faiss"),
     "lmdb": (lambda: read_keys(Path("x_lmdb")), "x_lmdb needs lmdb"),
-    "safetensors": (
-        lambda: read_weights("--pretrained", Path("x.safetensors")),
-        "--pretrained needs safetensors",
-    ),
+    "safetensors": (lambda: need("safetensors.torch", "export"), "export needs safetensors"),
 }
 
 
@@ -71,7 +68,6 @@ def test_a_broken_package_tells_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("x.safetensors").touch()
     package(name, "raise ImportError('lib.so.1: cannot open shared object file')")
     call, subject = CASES[name]
     assert refusal(call) == subject + FAILS

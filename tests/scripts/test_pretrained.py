@@ -579,13 +579,6 @@ def test_the_refused_class_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "would execute code when opened (omegaconf.Config)" in refused(tmp_path / "m.ckpt")
 
 
-def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "vae.safetensors").touch()
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    message = refused(tmp_path / "vae.safetensors")
-    assert message == "needs safetensors: pip install safetensors"
-
-
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
     (tmp_path / "diffusion_pytorch_model.bin").mkdir()

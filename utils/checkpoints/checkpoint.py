@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from modules import Autoencoder, ModelConfig
+from modules import Autoencoder, ModelConfig, checkpoint, pretrained
 from modules.checkpoint import FORMAT, model_content, read_model, rebuild, stored_flags
 from modules.reference import StateDict
 from utils.checkpoints.unpickle import read_weights
 from utils.errors import UserError, one_line
 from utils.files import check_unicode, whole_file
 from utils.flags.arguments import check_stored
+from utils.logger import log
 
 LARGEST_COUNT = 10**12
 USUAL = ("best.pt", "last.pt")
@@ -61,10 +62,13 @@ class Checkpoint(Stored):
 def load_model(path: str | Path) -> Autoencoder:
     """Load the model of a checkpoint, or of a state dict of the reference, in evaluation mode.
 
-    Raises UserError if the file is missing, damaged, of another architecture, or would execute
-    code when opened.
+    The name of a model that comes with LooC may stand for a path. Raises UserError if the file is
+    missing, damaged, of another architecture, or would execute code when opened.
     """
-    return read_checkpoint(path).model()
+    try:
+        return checkpoint.load_model(path)
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
 
 
 def save_checkpoint(path: Path, model: Autoencoder, content: Mapping[str, Any]) -> None:
@@ -127,7 +131,8 @@ def find_checkpoint(
 ) -> Path:
     """Return <output_folder>/models/<name> or, if there is none, the path `name`.
 
-    Raises UserError for the folder of an experiment, whose usual file it names, and for what does
+    The name of a model that comes with LooC is that of an own experiment or file first. Raises
+    UserError for the folder of any other experiment, whose usual file it names, and for what does
     not exist; then it lists what there is under models, nearest first.
     """
     if not name:
@@ -135,6 +140,11 @@ def find_checkpoint(
         raise UserError(f"{flag} {problem if name is None else 'is empty'}")
     check_unicode(name, flag)
     models = Path(output_folder) / "models"
+    if shipped := pretrained.find(name):
+        own = (models / name, *(models / name / file for file in (usual, *USUAL)), Path(name))
+        path = next((path for path in own if pretrained.holds_model(path)), shipped)
+        log.info("%s %s: %s", flag, name, path)
+        return path
     for path in (models / name, Path(name)):
         for file in (usual, *USUAL):
             if (path / file).is_file():
@@ -142,7 +152,8 @@ def find_checkpoint(
         if path.exists():
             return path
     nowhere = f"{flag} {name} does not exist, neither under {models} nor as a path"
-    raise UserError(f"{nowhere}; there is {known_names(models, name, usual)}")
+    there = known_names(models, name, usual)
+    raise UserError(f"{nowhere}; there is {there}{pretrained.listing()}")
 
 
 def known_names(models: Path, name: str, usual: str) -> str:
@@ -155,8 +166,10 @@ def known_names(models: Path, name: str, usual: str) -> str:
 
 
 def results_name(path: Path, output_folder: str) -> str:
-    """Return the name of a checkpoint under models; of one elsewhere its whole path."""
+    """Return the name of a checkpoint under models or with LooC; of others the whole path."""
     models = Path(output_folder) / "models"
+    if path.parent == pretrained.FOLDER:
+        return path.stem
     if not path.is_relative_to(models) or ".." in path.parts:
         path, models = path.resolve(), models.resolve()
     return str(path.relative_to(models if path.is_relative_to(models) else path.anchor))

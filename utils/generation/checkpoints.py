@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from modules import Autoencoder
+from modules import Autoencoder, pretrained
 from modules.checkpoint import check_tensors
 from modules.options import option
 from modules.priors.config import PriorConfig
@@ -33,7 +33,7 @@ from utils.generation.config import PriorTrainingConfig
 class FirstStage:
     """The autoencoder below a prior, as the prior's checkpoint describes it."""
 
-    path: str = option("", "its checkpoint, an absolute path", flag=False)
+    path: str = option("", "its checkpoint, an absolute path or a name of ours", flag=False)
     digest: str = option("", "SHA-256 of its configuration and weights", flag=False)
     image_size: int = option(28, "side of its images in pixels", minimum=4, flag=False)
 
@@ -87,7 +87,7 @@ class StoredPrior(Stored):
         Raises UserError if it is missing or changed.
         """
         if given is None:
-            path = Path(self.first_stage.path)
+            path = pretrained.find(self.first_stage.path) or Path(self.first_stage.path)
         else:
             path = find_checkpoint("--first_stage", given, output_folder)
         if not path.is_file():

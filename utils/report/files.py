@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from modules import pretrained
 from utils.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import one_line
 from utils.evaluation.extremes import Shown
@@ -72,7 +73,8 @@ def find(results: Path, kept: Mapping[str, Shown] | None = None) -> Found:
         output, name = place
         model, logs = output / "models" / name, output / "logs" / Path(name).parent
         if not model.is_file():
-            model = Path("/", name)  # a checkpoint elsewhere
+            other = Path("/", name)  # a checkpoint elsewhere
+            model = pretrained.find(name.removesuffix(".pt")) or other
     metrics = attempt("metrics.json", lambda: read(results / "metrics.json", Metrics), Metrics())
     values = attempt("metrics.csv", lambda: read_values(results / "metrics.csv"), {})
     return Found(
