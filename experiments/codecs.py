@@ -1,14 +1,13 @@
 """JPEG, WebP and AVIF on the test images: sizes of their files, and the metrics of the models.
 
-A model codes all test images into one file. So does a codec here: it compresses a sheet of them, or
-a file would hold little but its header. Where a side is not a multiple of 16, the largest block of
-JPEG, an image's last row and column are repeated up to one, so that no block has two images.
+Of a small picture most of a file is header, the same in each, where a model has one file of all
+test images. So there are two rates: by whole files, and without the header, for which the file of a
+grey picture stands.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from experiments.runs import evaluate, read_json
 from experiments.tables import Row
 from utils.errors import UserError
 from utils.files import write_json
-from utils.images import padded, save_picture, to_picture
+from utils.images import save_picture, to_picture
 
 CODECS: dict[str, dict[str, Any]] = {  # options of Pillow's save
     "jpeg": {"format": "JPEG", "optimize": True},
@@ -34,8 +33,6 @@ CODECS: dict[str, dict[str, Any]] = {  # options of Pillow's save
     "avif": {"format": "AVIF"},
 }
 QUALITIES = (5, 10, 20, 40, 60, 80, 95)
-BLOCK = 16  # pixels
-SHEET = 4096  # pixels of a side at most, unless an image is larger
 
 
 def measure_codecs(codecs: Sequence[str], settings: Settings, children: Children) -> list[Row]:
@@ -45,12 +42,13 @@ def measure_codecs(codecs: Sequence[str], settings: Settings, children: Children
     """
     check_codecs(codecs)
     points = [(codec, quality) for codec in codecs for quality in QUALITIES]
-    images, rows = open_split(settings, "test"), []
+    images = open_split(settings, "test")
+    rows: list[Row] = []
     try:
         with stopping(children):
             for codec, quality in tqdm(points, unit="codec", disable=not points):
                 if children.seconds_left:
-                    rows.append(codec_row(codec, quality, images, settings, children))
+                    rows += codec_rows(codec, quality, images, settings, children)
     except Failure as error:
         raise UserError(f"--codecs: {error}") from error
     return rows
@@ -69,57 +67,55 @@ def known_formats() -> set[str]:
     return set(Image.SAVE)
 
 
-def codec_row(
+def codec_rows(
     codec: str, quality: int, images: ImageSet, settings: Settings, children: Children
-) -> Row:
-    """Return the figures of one codec at one quality."""
-    name = f"{codec}-q{quality}"
+) -> list[Row]:
+    """Return the figures of one codec at one quality, by whole files and without the header."""
+    name, options = f"{codec}-q{quality}", {**CODECS[codec], "quality": quality}
     folder = settings.output / "codecs" / name
     identity: dict[str, Any] = {"images": settings.images, "pillow": PIL.__version__}
-    identity |= {
-        "sheet": SHEET,
-        "num_test": settings.num_test,
-        "metrics": list(settings.metrics),
-        **CODECS[codec],
-    }
+    identity |= {"num_test": settings.num_test, "metrics": list(settings.metrics), **CODECS[codec]}
     result = read_json(folder / "result.json")
-    if result.get("identity") != identity:
+    if result.get("identity") != identity or "header" not in result:
         pictures = folder / "original", folder / "rec"
         try:
-            bits = encode(images, {**CODECS[codec], "quality": quality}, *pictures)
+            bits = encode(images, options, *pictures)
             evaluation = partial(children.run, folder / "log.txt", "evaluation.py")
             metrics = evaluate(pictures, settings, evaluation)
         finally:
             for place in pictures:
                 shutil.rmtree(place, ignore_errors=True)
-        result = {"identity": identity, "metrics": metrics, "coded": bits}
+        header = header_bits(images, options)
+        result = {"identity": identity, "metrics": metrics, "coded": bits, "header": header}
         write_json(folder / "result.json", result)
-    measured = {"coded": result["coded"], **result["metrics"]}
-    figures = {figure: [value] for figure, value in measured.items() if value is not None}
-    return Row(name, codec, {"quality": quality}, 0.0, (), figures, {}, ())
+    rates = {codec: result["coded"], f"{codec}-bare": result["coded"] - result["header"]}
+    rows = []
+    for family, rate in rates.items():
+        measured = {"coded": rate, **result["metrics"]}
+        figures = {figure: [value] for figure, value in measured.items() if value is not None}
+        name = f"{family}-q{quality}"
+        rows.append(Row(name, family, {"quality": quality}, 0.0, (), figures, {}, ()))
+    return rows
 
 
 def encode(images: ImageSet, options: dict[str, Any], original: Path, rec: Path) -> float:
-    """Write the images, and what is decoded from sheets of them; return files' bits per pixel."""
-    for folder in (original, rec):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    side, bits = images.image_size, 0
-    tile = -(-side // BLOCK) * BLOCK
-    columns = min(max(1, SHEET // tile), math.ceil(len(images) ** 0.5))
-    for start in range(0, len(images), columns**2):
-        numbers = range(start, min(start + columns**2, len(images)))
-        places = [(tile * (i % columns), tile * (i // columns)) for i in range(len(numbers))]
-        file, mode = io.BytesIO(), to_picture(images[start]).mode
-        sheet = Image.new(mode, (columns * tile, places[-1][1] + tile))
-        for number, place in zip(numbers, places):
-            save_picture(original / f"{number:08d}.png", images[number])
-            sheet.paste(to_picture(padded(images[number][None].float(), BLOCK)[0].byte()), place)
-        sheet.save(file, **options)
+    """Write each image, and what is decoded from its file; return the files' bits per pixel."""
+    for place in (original, rec):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+    bits = 0
+    for index in range(len(images)):
+        picture, file = to_picture(images[index]), io.BytesIO()
+        picture.save(file, **options)
         bits += 8 * file.tell()
-        with Image.open(file) as opened:
-            decoded = opened.convert(mode)
-        for number, (x, y) in zip(numbers, places):
-            picture = decoded.crop((x, y, x + side, y + side))
-            picture.save(rec / f"{number:08d}.png", compress_level=1)
-    return bits / (len(images) * side**2)
+        save_picture(original / f"{index:08d}.png", images[index])
+        with Image.open(file) as decoded:
+            decoded.convert(picture.mode).save(rec / f"{index:08d}.png", compress_level=1)
+    return bits / (len(images) * images.image_size**2)
+
+
+def header_bits(images: ImageSet, options: dict[str, Any]) -> float:
+    """Bits per pixel of the file of a grey picture of this size: what every file has."""
+    file, side = io.BytesIO(), images.image_size
+    Image.new(to_picture(images[0]).mode, (side, side), "grey").save(file, **options)
+    return 8 * file.tell() / side**2

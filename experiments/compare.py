@@ -60,6 +60,9 @@ STYLES = {
     "jpeg": Style("JPEG", BLACK, "x", ":"),
     "webp": Style("WebP", BLACK, "+", ":"),
     "avif": Style("AVIF", BLACK, "4", ":"),
+    "jpeg-bare": Style("JPEG without header", BLACK, "x", "-"),
+    "webp-bare": Style("WebP without header", BLACK, "+", "-"),
+    "avif-bare": Style("AVIF without header", BLACK, "4", "-"),
 }
 OURS = [family for family in STYLES if family.startswith("looc")]
 
@@ -77,8 +80,8 @@ family differ in the flags of the last column. Points of a curve are joined in o
 per step, and the core-hours of all steps, are those of runs that shared the machine, as noted
 below. Margins compare upper hulls, over log2 of the rate, of the means over seeds; beyond its last
 point a hull stays level. JPEG, WebP and AVIF, where shown, are Pillow's at the qualities in the
-last column; like a model they code all test images together, on sheets of up to 4,096×4,096
-pixels, and their rate is the size of these files."""
+last column. Their rate is the size of the files, one for each test image, as a whole, and *bare*
+without what the file of a grey picture of this size has: a header that most of a small file is."""
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,8 @@ class Page:
             "lrs": settings.lrs or None,
             "num_test": settings.num_test,
             "only": [row.name for row in self.rows] if self.lacking else None,
-            "codecs": list(dict.fromkeys(row.family for row in self.codecs)) or None,
+            "codecs": [*dict.fromkeys(row.family.removesuffix("-bare") for row in self.codecs)]
+            or None,
             **settings.data,
         }
         return f"{self.experiment.command} {shlex.join(words(options))}"

@@ -65,10 +65,10 @@ def write_missing(
             unknown = unknown or needed is None
     path.unlink(missing_ok=True)
     if table.rows:
-        known = "an unknown time" if unknown else f"about {hours:.1f} core-hours"
-        sum_up = f"{len(table.rows)} results are missing: {trainings} trainings, {known}"
-        write_page(path, "What is missing", f"{sum_up}.", ABOUT, table)
-        log.info("%s (%s); the same command goes on", sum_up, path)
+        known = "?" if unknown else f"{hours:.1f}"
+        sum_up = f"results {len(table.rows)}, trainings {trainings}, core-hours {known}"
+        write_page(path, "What is missing", f"In all: {sum_up}.", ABOUT, table)
+        log.info("missing: %s (%s); the same command goes on", sum_up, path)
 
 
 def seconds_per_step(contender: Contender, settings: Settings) -> float | None:
