@@ -83,8 +83,12 @@ def draw_learning(
             known = [point for point in points if name in point.figures]
             style = replace(styles[points[0].family], label=contender)
             draw_curve(axes[number], known, style, name, "psnr")
-        axes[number].set(xscale="log", xlabel=label, ylabel=METRICS["psnr"].title)
+        axes[number].set(xscale="log", xlabel=label)
         axes[number].xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes[number].xaxis.set_minor_formatter("")
+    lengths = {point.mean("steps") for points in curves.values() for point in points}
+    axes[0].set_xticks(sorted(lengths))
+    axes[0].set_ylabel(METRICS["psnr"].title)
     figure.suptitle(f"PSNR against training\n{what}")
     add_legend(axes[-1])
     save_figure(path, figure)
