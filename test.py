@@ -60,7 +60,9 @@ class TestConfig:
 
     output_folder: str = option("output", "folder of models, logs and results")
     model_name: str | None = option(
-        None, "checkpoint: <exp_name>/best.pt under <output_folder>/models, or a path"
+        None,
+        "checkpoint: <exp_name>/best.pt under <output_folder>/models, a path, or the name of a "
+        "model that comes with LooC",
     )
     batch_size: int = option(16, "images at a time", minimum=1, maximum=2**20)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")

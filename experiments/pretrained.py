@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shlex
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -64,6 +65,8 @@ MODELLED = 200  # images whose codes measure a prior
 # Flags that only say where and how a command ran: of training, and of this program.
 PLACES = {"output_folder", "exp_name", "data_folder", "device", "num_workers", "resume"}
 OWN_PLACES = {"output_folder", "output", "weights_dir"}
+CREDITS = "credits.csv"
+Credits: TypeAlias = list[dict[str, str]]  # rows of that file
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class PretrainedConfig:
         for name in ("name", "data"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is missing")
+        if not re.fullmatch(r"\w[\w-]*", str(self.name)):
+            raise ValueError(f"--name {self.name} is not of letters, digits, - and _")
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ def main() -> None:
     start_logging()
     path = find_checkpoint("--model_name", config.model_name, config.output_folder)
     entries, state_dict = entries_of(path, config), read_stored(path).content["model"]
+    credits = [] if config.credits is None else read_credits(config.credits)
     output = writable_folder(config.output, "--output")
     children = Children(threads=1)
     files, found = {}, {}
@@ -120,8 +126,8 @@ def main() -> None:
             size = (
                 f"{files[kind].stat().st_size:,} bytes, {kind} precision; float32 has {worse:+.4f}"
             )
-            write_files(output, config, files[kind], found[kind])
-            write_card(output, config, entries, found[kind], size, flags)
+            write_files(output, config, files[kind], found[kind], credits)
+            write_card(output, config, entries, found[kind], size, credits, flags)
     except Failure as error:
         raise UserError(f"--model_name {path}: {error}") from error
     sys.stdout.write(f"{output / f'{config.name}.md'}\n")
@@ -236,8 +242,10 @@ def bits_per_pixel(prior: CodeTransformer, first_stage: Autoencoder, side: int) 
 # -------------------------------------------------------------------------------------------- card
 
 
-def write_files(output: Path, config: PretrainedConfig, weights: Path, found: Measured) -> None:
-    """Write weights, picture and SHA256SUMS, each whole."""
+def write_files(
+    output: Path, config: PretrainedConfig, weights: Path, found: Measured, credits: Credits
+) -> None:
+    """Write weights, picture, SHA256SUMS and the credits if there are any, each whole."""
     content = weights.read_bytes()
     listed = {**digests(output), weights.name: sha256(content).hexdigest()}
     with whole_file(output / weights.name) as temporary:
@@ -246,6 +254,11 @@ def write_files(output: Path, config: PretrainedConfig, weights: Path, found: Me
         temporary.write_text("".join(f"{listed[name]}  {name}\n" for name in sorted(listed)))
     with whole_file(output / f"{config.name}.png") as temporary:
         to_picture(found.picture).save(temporary, format="PNG", optimize=True)
+    if credits:
+        with whole_file(output / CREDITS) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, credits[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(credits)
 
 
 def write_card(
@@ -254,23 +267,21 @@ def write_card(
     entries: Mapping[str, Any],
     found: Measured,
     size: str,
+    credits: Credits,
     flags: Mapping[str, Any],
 ) -> None:
-    """Write the card, and the credits of the photographs if there are any."""
+    """Write the card: picture, figures, training, licences."""
     unit = "bits per pixel" if "prior_config" in entries else "dB"
     own = {name: value for name, value in flags.items() if name not in OWN_PLACES}
     own["model_name"] = f"{config.name}/best.pt"
-    licence = "LooC's licence (MIT) applies to the weights."
-    if config.credits:
-        licence += f" {credited(config.credits, output / 'credits.csv')}"
-        own["credits"] = config.credits.name
+    own |= {"credits": CREDITS} if credits else {}
     write_page(
         output / f"{config.name}.md",
         str(config.name),
         f"![{found.caption}]({config.name}.png)",
         Table("Figures", ["", found.images], [*found.figures.items()]),
         Table("Training", ["", ""], [*training(config, entries)]),
-        licence,
+        f"LooC's licence (MIT) applies to the weights. {licences(credits)}".strip(),
         f"Weights: {size} {unit}. This page was written by "
         f"`python experiments/pretrained.py {shlex.join(words(own))}` on {machine_line(machine())}",
     )
@@ -286,21 +297,25 @@ def training(config: PretrainedConfig, entries: Mapping[str, Any]) -> list[tuple
     return [(name, str(value)) for name, value in rows.items() if value is not None]
 
 
-def credited(path: Path, copy: Path) -> str:
-    """Copy the photographs that were trained on, and return licences and authors in a sentence."""
+def read_credits(path: Path) -> Credits:
+    """Read the rows of the photographs that are trained on."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
-    with whole_file(copy) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    licences = Counter(row["licence"] for row in rows).most_common()
-    counts = ", ".join(f"{licence} ({count})" for licence, count in licences)
-    authors = "; ".join(sorted({row["author"] for row in rows}))
+        reader = csv.DictReader(file)
+        if not {"split", "author", "licence"} <= set(reader.fieldnames or ()):
+            raise UserError(f"--credits {path} has no columns split, author and licence")
+        return [row for row in reader if row["split"] == "train"]
+
+
+def licences(credits: Credits) -> str:
+    """Licences and authors of the photographs, in words; empty without photographs."""
+    if not credits:
+        return ""
+    found = Counter(row["licence"] for row in credits).most_common()
+    counts = ", ".join(f"{licence} ({count})" for licence, count in found)
     return (
-        f"It was trained on {len(rows)} photographs, which keep the licences of their authors: "
-        f"{counts}. [{copy.name}]({copy.name}) lists each with author and licence. The authors "
-        f"are: {authors}."
+        f"It was trained on {len(credits)} photographs, which keep the licences of their authors, "
+        f"some of them share-alike: {counts}. [{CREDITS}]({CREDITS}) has author and licence of "
+        f"each. The authors: {'; '.join(sorted({row['author'] for row in credits}))}."
     )
 
 

@@ -231,3 +231,10 @@ def test_a_name_opens_a_model_everywhere(
     assert outcome.code == 2
     assert outcome.err.endswith("no model that comes with LooC is its first stage\n")
     assert not (made / "p.md").exists()
+    (tmp_path / "c.csv").write_text("author,licence\n")
+    again[1] = str(trained / "photos.pt")
+    outcome = script("experiments/pretrained.py", *again, "--credits", "c.csv")
+    message = "--credits c.csv has no columns split, author and licence\n"
+    assert (outcome.code, outcome.err) == (2, f"pretrained.py: error: {message}")
+    outcome = script("experiments/pretrained.py", "--name", "../p", "--data", "d")
+    assert outcome.err.endswith("--name ../p is not of letters, digits, - and _\n")

@@ -57,7 +57,9 @@ class SampleConfig:
     """Samples that are drawn, and where they are written."""
 
     output_folder: str = option("output", "folder of models, logs, results and samples")
-    model_name: str | None = option(None, "a prior's checkpoint, under <output_folder>/models")
+    model_name: str | None = option(
+        None, "a prior's checkpoint, under <output_folder>/models, or the name of one of LooC's own"
+    )
     first_stage: str | None = option(
         None, "checkpoint of the first stage (default: where it was in training)"
     )

@@ -152,9 +152,10 @@ class TrainConfig(LoopConfig):
     )
     pretrained: str | None = option(
         None,
-        "weights to start from: a checkpoint of this repository, which also gives the model flags, "
-        "or a state dict of the reference; or, without the quantiser, a folder of diffusers' "
-        "VQModel or AutoencoderKL, or a checkpoint of taming-transformers or latent-diffusion",
+        "weights to start from: a checkpoint of this repository or the name of a model that comes "
+        "with it, which also gives the model flags, or a state dict of the reference; or, without "
+        "the quantiser, a folder of diffusers' VQModel or AutoencoderKL, or a checkpoint of "
+        "taming-transformers or latent-diffusion",
     )
     new_quantizer: bool = option(
         False, "start with a new quantiser instead of that of --pretrained"
