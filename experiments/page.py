@@ -53,8 +53,9 @@ class Experiment:
         settings, earlier = self.settings, self.earlier()
         check_contenders(selected, settings)
         failures = run_all(self.planned(selected, first=True), settings, children)
-        if settings.within is not None and not children.stopped:
-            failures += run_all(self.planned(selected), settings, children)
+        if settings.within is not None:
+            further = [c for c in self.planned(selected) if c.settings is settings]
+            failures += run_all(further, settings, children)
         rows = self.with_kept(collect(contests(self.contenders, settings), settings), earlier)
         codecs = {row["name"]: Row(**row) for row in earlier.get("codecs", ())}
         codecs |= {row.name: row for row in self.codecs}

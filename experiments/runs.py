@@ -257,6 +257,8 @@ def run_all(found: Sequence[Contest], settings: Settings, children: Children) ->
     A contender is measured as soon as its last training has ended. When the time of the children is
     over they are stopped; the same call goes on from there.
     """
+    if not children.seconds_left:
+        return []
     failures: dict[str, str] = {}
     stages = [contest.stages() for contest in found]
 

@@ -33,7 +33,7 @@ def test_the_smoke_suite_from_end_to_end(tmp_path: Path) -> None:
 def test_a_killed_suite_ends_as_one_that_ran_through(tmp_path: Path) -> None:
     """SIGKILL, then a budget that is too small, then the rest: the same weights and figures."""
     script = str(ROOT / "experiments" / "compare.py")
-    words = [script, "--suite", "smoke", "--only", "looc-m4", "--steps", "700"]
+    words = [script, "--suite", "smoke", "--only", "looc-m4", "--steps", "400"]
     words += ["--weights_dir", str(tmp_path)]
     assert run_process([*words, "--output", "through"], tmp_path).code == 0
     words += ["--output", "killed"]
@@ -48,14 +48,14 @@ def test_a_killed_suite_ends_as_one_that_ran_through(tmp_path: Path) -> None:
     assert outcome.code == 0
     assert "missing: results 1, trainings 1, core-hours ?" in outcome.err
     page = (tmp_path / "killed/docs/compare-smoke-missing.md").read_text()
-    assert "| looc-m4 | 700 | 1 | ? |" in page
+    assert "| looc-m4 | 400 | 1 | ? |" in page
     assert run_process(words, tmp_path).code == 0
     assert not (tmp_path / "killed/docs/compare-smoke-missing.md").exists()
     (run,) = models.iterdir()
     contents = []
     for name in ("through", "killed"):
         best = tmp_path / name / "smoke" / "models" / run.name / "best.pt"
-        content = json.loads((tmp_path / name / "docs" / "compare-smoke-700.json").read_text())
+        content = json.loads((tmp_path / name / "docs" / "compare-smoke-400.json").read_text())
         figures = content["rows"][0]["figures"]
         weights = read_checkpoint(best).content["model"]
         contents.append(

@@ -382,6 +382,24 @@ def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> None
         children.run(tmp_path / "log.txt", "main.py", {})
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_children_of_a_killed_suite_are_asked_to_end(tmp_path: Path) -> None:
+    waits = "import pathlib, signal\npathlib.Path('waits').touch()\n"
+    waits += "assert signal.sigwait({signal.SIGTERM})\npathlib.Path('ended').touch()\n"
+    block = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+    (tmp_path / "child.py").write_text(block + waits)
+    suite = "from pathlib import Path\nfrom experiments import children\n"
+    suite += f"children.ROOT = Path({str(tmp_path)!r})\n"
+    suite += "children.Children(1).run(Path('log'), 'child.py', {})\n"
+    with subprocess.Popen([sys.executable, "-c", suite], cwd=tmp_path) as parent:
+        while not (tmp_path / "waits").exists():
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+    while not (tmp_path / "ended").exists():
+        time.sleep(0.05)
+
+
 def test_contenders_are_chosen_by_name_or_family() -> None:
     contenders = SUITES["fashion-mnist"]
     assert chosen(contenders, []) == contenders
