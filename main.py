@@ -43,7 +43,7 @@ from utils.training.config import PRECISIONS, TrainConfig
 from utils.training.losses import Setting, build_loss_configs, loss_configs, make_losses
 from utils.training.reconstruction import Reconstruction, check_network, prepare
 from utils.training.resume import experiment_folders, resume, start_files
-from utils.training.trainer import Trainer, place
+from utils.training.trainer import Trainer, flags_of, place
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, *loss_configs(), SearchConfig)
 
@@ -138,11 +138,12 @@ def make_task(
     ):
         model = make_model(model_config)
         if settings.pretrained is not None:
-            start = load_pretrained(model, settings.pretrained) + overridden(settings)
+            start = load_pretrained(model, settings.pretrained, settings.flags)
+            start += overridden(settings)
         model = prepare(model, config, training.image_size, device)
     setting = Setting(
         model,
-        settings.flags,
+        flags_of(settings.losses),
         variance=partial(pixel_variance, training, settings.data.skip_bad_images),
         betas=config.adam_betas,
         dtype=PRECISIONS[config.precision],
@@ -183,8 +184,7 @@ def make_trainer(
     parts = num_ranks() * config.accumulate  # validation shall fit wherever training does
     command = this_command(settings.given, num_ranks())
     configs = {"model_config": (settings.model,), "data_config": (data,)}
-    if settings.losses:
-        configs["objective_config"] = settings.losses
+    configs["objective_config"] = settings.losses
     return Trainer(
         task,
         loader(training, config.batch_size, shuffle=True, flip=data.flip, crop=data.crop),

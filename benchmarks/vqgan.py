@@ -32,7 +32,7 @@ from utils.tables import Table, machine, machine_line, write_page
 from utils.training.config import PRECISIONS, TrainConfig
 from utils.training.losses import Setting, build_loss_configs, loss_configs, make_losses
 from utils.training.reconstruction import Reconstruction, prepare
-from utils.training.trainer import Trainer
+from utils.training.trainer import Trainer, flags_of
 
 GROUPS = (ModelConfig, DataConfig, TrainConfig, *loss_configs())
 VARIANTS = {  # flags added to the preset's
@@ -125,9 +125,9 @@ def make_trainer(flags: Mapping[str, Any], folder: Path) -> Trainer:
     device, model_config = resolve_device(config.device), build_model_config(flags, 3)
     seed_everything(SEED, device)
     model = prepare(make_model(model_config), config, size, device)
-    build_loss_configs(flags, model_config, size)
+    losses = flags_of(build_loss_configs(flags, model_config, size))
     setting = Setting(
-        model, flags, variance=Mock(), betas=config.adam_betas, dtype=PRECISIONS[config.precision]
+        model, losses, variance=Mock(), betas=config.adam_betas, dtype=PRECISIONS[config.precision]
     )
     task = Reconstruction(model, make_losses(setting), config)
     images = torch.randint(256, (config.batch_size, 3, size, size), dtype=torch.uint8)

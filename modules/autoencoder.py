@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ class NetworkSpec:
     checks: Sequence[Callable[[ModelConfig], Problems]] = ()
     library: str | None = None  # the optional package that it needs
     losses: frozenset[str] = frozenset({"reconstruction"})  # of those that not all networks have
+    implies: Mapping[str, Any] = field(default_factory=dict)  # its own defaults of losses' flags
 
 
 class Autoencoder(nn.Module, ABC):
@@ -47,6 +48,11 @@ class Autoencoder(nn.Module, ABC):
         super().__init__()
         self.config = config
 
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the decoder's last convolution, whose gradients balance the losses."""
+
     @abstractmethod
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Quantised latents (B, C, H, W) → images (B, in_channels, f·H, f·W)."""
@@ -57,9 +63,15 @@ class Autoencoder(nn.Module, ABC):
         return self.reconstruct(quantized.latents), quantized
 
     def compile_parts(self) -> None:
-        """Compile encoder and decoder (torch.compile) on their first call."""
+        """Compile encoder and decoder (torch.compile) on their first call.
+
+        The decoder's convolutions stay as they are, since gradients of the last one are also needed
+        alone.
+        """
         self.encoder.compile()
-        self.decoder.compile()
+        for part in self.decoder.children():
+            if any(True for _ in part.children()):
+                part.compile()
 
     def encode(self, images: Tensor) -> Tensor:
         """Images → indices (B, H, W, m), int64."""

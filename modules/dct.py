@@ -118,6 +118,15 @@ class DCTAutoencoder(Autoencoder):
                 there.weight[number, number] = size
                 back.weight[number, number, 1, 1] = 1 / size
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the last convolution before the inverse transform, which is fixed.
+
+        The linear part of conv_1 bypasses it, but both add to the same coefficients.
+        """
+        weight: nn.Parameter = self.decoder.conv_2.weight
+        return weight
+
     def reconstruct(self, latents: Tensor) -> Tensor:
         images: Tensor = self.decoder(latents)
         return images

@@ -58,7 +58,6 @@ class VQGAN(Autoencoder):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight of the last convolution, whose gradients balance the losses."""
         weight: nn.Parameter = self.decoder.conv_out.weight
         return weight
 
@@ -114,5 +113,6 @@ SPEC = NetworkSpec(
     lambda config: 2 ** config.channel_multipliers.count(","),
     checks=(check,),
     library=LIBRARY,
-    losses=frozenset({"l1", "perceptual", "adversarial"}),
+    losses=frozenset({"l1"}),
+    implies={"perceptual_weight": 1.0, "disc_weight": 0.8},
 )

@@ -92,6 +92,11 @@ class VQVAE(Autoencoder):
         self.quantizer = config.spec.make(config)
         self.decoder = Decoder(config.channels, config.in_channels, config.hidden_size, *residual)
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        weight: nn.Parameter = self.decoder.conv_trans_2.weight
+        return weight
+
     def reconstruct(self, latents: Tensor) -> Tensor:
         images: Tensor = self.decoder(latents)
         return images

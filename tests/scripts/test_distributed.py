@@ -52,7 +52,7 @@ VQGAN_FLAGS: dict[str, Any] = {
     **{"model": "vqgan", "channel_multipliers": "1,2,2", "num_residual_layers": 1},
     **{"attention_levels": 0, "latent_channels": 8, "num_residual_hidden": 32},
 }
-GAN = AdversarialConfig(disc_start=10, disc_channels=4, disc_layers=2)
+GAN = AdversarialConfig(disc_weight=0.8, disc_start=10, disc_channels=4, disc_layers=2)
 
 
 def together(num_ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:

@@ -21,6 +21,7 @@ import utils.training.reconstruction
 from datasets import BatchLoader, TensorImages
 from modules import VQGAN, LooCQuantizer, ModelConfig, PatchDiscriminator
 from modules.quantizers.registry import QUANTIZERS
+from modules.registry import MODELS, make_model
 from tests.conftest import ROOT, Outcome, refusal
 from utils.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils.devices import seed_everything
@@ -33,15 +34,18 @@ from utils.training.losses import (
     L1,
     Adversarial,
     Loss,
+    MeanSquaredError,
     Perceptual,
     QuantizerLoss,
+    Setting,
     build_loss_configs,
+    make_losses,
 )
 from utils.training.losses.adversarial import AdversarialConfig
 from utils.training.reconstruction import Reconstruction, check_network
 from utils.training.resume import differing_flags
 from utils.training.task import Step
-from utils.training.trainer import Trainer
+from utils.training.trainer import Trainer, flags_of
 from utils.weights.download import Unavailable
 
 pytest.importorskip("diffusers")
@@ -58,7 +62,18 @@ TINY: dict[str, Any] = {
     "in_channels": 3,
 }
 SMALL = ModelConfig(**TINY)
-GAN = AdversarialConfig(disc_start=0, disc_channels=4, disc_layers=2)
+SHARED: dict[str, Any] = {
+    "hidden_size": 8,
+    "latent_channels": 8,
+    "num_embedding": 16,
+    "in_channels": 3,
+}
+NETWORKS = {
+    "vqgan": SMALL,
+    "vqvae": ModelConfig(**SHARED, num_residual_hidden=4),
+    "dct": ModelConfig(**SHARED, num_residual_hidden=4, model="dct"),
+}
+GAN = AdversarialConfig(disc_weight=0.8, disc_start=0, disc_channels=4, disc_layers=2)
 
 
 class Features(nn.Module):
@@ -195,10 +210,14 @@ def test_the_discriminators_start_is_small() -> None:
 
 
 def vqgan_losses(
-    adversary: Adversarial, weight: float = 1.0, dtype: torch.dtype = torch.float32
+    adversary: Adversarial,
+    weight: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    network: str = "vqgan",
 ) -> dict[str, Loss]:
+    pixels: dict[str, Loss] = {"l1": L1()}
     return {
-        "l1": L1(),
+        **(pixels if network == "vqgan" else {"reconstruction": MeanSquaredError(0.25)}),
         "perceptual": Perceptual(Features(), weight, dtype),
         "adversarial": adversary,
         "quantizer": QuantizerLoss(),
@@ -268,10 +287,32 @@ def test_grey_images_are_shown_to_lpips_in_colour() -> None:
     torch.testing.assert_close(losses["l1"].distance(images, others), l1)
 
 
-def test_the_score_is_l1_and_lpips() -> None:
-    model = VQGAN(SMALL)
-    task = Reconstruction(model, vqgan_losses(Adversarial(GAN, model), 2.0), TrainConfig())
-    assert task.score({"psnr": 30, "l1": 0.1, "perceptual": 0.2}) == pytest.approx(-0.5)
+@pytest.mark.parametrize(("network", "expected"), [("vqgan", -0.5), ("vqvae", -0.8)])
+def test_the_score_is_the_weighted_sum(network: str, expected: float) -> None:
+    model = make_model(NETWORKS[network])
+    losses = vqgan_losses(Adversarial(GAN, model), 2.0, network=network)
+    scores = {"psnr": 30, "l1": 0.1, "reconstruction": 0.1, "perceptual": 0.2}
+    assert Reconstruction(model, losses, TrainConfig()).score(scores) == pytest.approx(expected)
+    del losses["perceptual"]
+    expected = -0.1 if network == "vqgan" else 30
+    assert Reconstruction(model, losses, TrainConfig()).score(scores) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("network", "flags", "names"),
+    [
+        ("vqvae", {}, ["reconstruction", "quantizer"]),
+        ("dct", {}, ["reconstruction", "quantizer"]),
+        ("dct", {"disc_weight": 0.5}, ["reconstruction", "adversarial", "quantizer"]),
+        ("vqgan", {"perceptual_weight": 0}, ["l1", "adversarial", "quantizer"]),
+        ("vqgan", {"perceptual_weight": 0, "disc_weight": 0}, ["l1", "quantizer"]),
+    ],
+)
+def test_a_network_has_its_losses(network: str, flags: dict[str, Any], names: list[str]) -> None:
+    config = NETWORKS[network]
+    own = flags_of(build_loss_configs(flags, config, 32))
+    losses = make_losses(Setting(make_model(config), own, variance=lambda: 0.25))
+    assert list(losses) == names
 
 
 @pytest.mark.parametrize(
@@ -292,10 +333,19 @@ def test_images_too_small_are_named(flags: dict[str, Any], size: int, message: s
     assert message in refusal(check)
 
 
-def test_flags_of_vqgan_are_refused_elsewhere() -> None:
-    for name, value in (("disc_start", 5), ("disc_weight", 0.0)):
-        with pytest.raises(UserError, match=f"--{name} {value} has no effect with --model vqvae"):
+def test_flags_without_effect_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value, switch in (
+        ("disc_start", 5, "disc_weight"),
+        ("weights_dir", "w", "perceptual_weight"),
+    ):
+        told = f"--{name} {value} has no effect without --{switch}"
+        with pytest.raises(UserError, match=told):
             build_loss_configs({name: value}, ModelConfig(), 28)
+        build_loss_configs({name: value, switch: 0.0}, ModelConfig(), 28)
+    own = replace(MODELS["vqgan"], losses=frozenset({"l1", "adversarial"}))
+    monkeypatch.setitem(MODELS, "vqgan", own)
+    with pytest.raises(UserError, match=r"--disc_weight 0\.5 has no effect with --model vqvae"):
+        build_loss_configs({"disc_weight": 0.5}, ModelConfig(), 28)
     with pytest.raises(UserError, match="--checkpoint_gradients True has no effect with --model"):
         check_network(ModelConfig(), TrainConfig(checkpoint_gradients=True), 28)
 
@@ -317,16 +367,17 @@ def make(
     folder: Path,
     train: TrainConfig = TRAIN,
     gan: AdversarialConfig = ADVERSARY,
+    network: str = "vqgan",
     **model_flags: Any,
 ) -> Trainer:
     images = torch.randint(256, (26, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     training, validation = images.to(torch.uint8).split([20, 6])
     seed_everything(train.seed, CPU)
-    model = VQGAN(replace(SMALL, **model_flags))
+    model = make_model(replace(NETWORKS[network], **model_flags))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision, torch.float32)
     adversary = Adversarial(gan, model, betas=train.adam_betas, dtype=dtype)
     return Trainer(
-        Reconstruction(model, vqgan_losses(adversary, dtype=dtype), train),
+        Reconstruction(model, vqgan_losses(adversary, dtype=dtype, network=network), train),
         BatchLoader(TensorImages(training), 8, device=CPU, shuffle=True, seed=train.seed),
         BatchLoader(TensorImages(validation), 8, device=CPU),
         train,
@@ -354,13 +405,15 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("stop", [2, 4, 7])
-def test_resumed_equals_uninterrupted(stop: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("network", "stop"), [("vqgan", 2), ("vqgan", 4), ("vqgan", 7), ("vqvae", 7), ("dct", 7)]
+)
+def test_resumed_equals_uninterrupted(network: str, stop: int, tmp_path: Path) -> None:
     """Before the discriminator takes part, at its start, and after; 9 steps in all."""
-    start = everything(make(tmp_path / "start"))
-    whole = make(tmp_path / "whole")
+    start = everything(make(tmp_path / "start", network=network))
+    whole = make(tmp_path / "whole", network=network)
     whole.fit()
-    first = make(tmp_path / "parts")
+    first = make(tmp_path / "parts", network=network)
     step = first.train_step
 
     def stopped(images: Tensor) -> None:
@@ -371,13 +424,15 @@ def test_resumed_equals_uninterrupted(stop: int, tmp_path: Path) -> None:
     first.train_step = stopped  # type: ignore[method-assign]
     with pytest.raises(Stopped):
         first.fit()
-    second = make(tmp_path / "parts")
+    second = make(tmp_path / "parts", network=network)
     second.resume(read_checkpoint(tmp_path / "parts" / "models" / "last.pt"))
     assert second.step == stop
     second.fit()
     end = everything(whole)
     assert equal(end, everything(second))
+    last = whole.model.last_layer
     assert not any(torch.equal(start[name], end[name]) for name in end if "conv_in.weight" in name)
+    assert not any(torch.equal(start[name], last) for name in start if "decoder" in name)
     assert not torch.equal(start["layers.0.weight"], end["layers.0.weight"])
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from modules.quantizers.registry import QUANTIZERS
 from modules.registry import MODELS, make_model
 from tests.conftest import Outcome, refusal
 from tests.scripts.test_cli import error_line, train
-from tests.scripts.test_vqgan import WORDS, write_pictures
+from tests.scripts.test_vqgan import WORDS, Features, write_pictures
 from tests.unit.test_checkpoint import GOLDEN
 from utils.checkpoints.checkpoint import read_checkpoint, save_checkpoint
 from utils.checkpoints.pretrained import load_pretrained
 from utils.flags.arguments import build_model_config, resolve
+from utils.report.files import Found
+from utils.report.tables import trained as trained_rows
 
 Script = Callable[..., Outcome]
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -187,6 +190,62 @@ def test_fine_tuning(script: Script, mnist: Path, tmp_path: Path) -> None:
     assert f"--pretrained {best} contradicts --resume {last}" in told
     assert (tmp_path / best).exists()
     assert "--new_quantizer needs --pretrained" in error_line(script("main.py", "--new_quantizer"))
+
+
+@pytest.mark.parametrize("network", ["vqvae", "dct"])
+def test_lpips_and_a_discriminator_after_the_mean_squared_error(
+    network: str, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is made without its weight; a run that had none is not resumed with one."""
+    write_pictures(tmp_path / "pictures")
+    data = (
+        *("main.py", "--dataset", "folder", "--data_folder", "pictures", "--image_size", "16"),
+        *("--num_workers", "0", "--batch_size", "4"),
+    )
+    words = (*data, *words_of({"model": network, **NETWORKS[network]}), "--exp_name", "plain")
+    monkeypatch.setattr("utils.training.losses.perceptual.lpips_network", None)
+    assert script(*words, "--max_steps", "1").code == 0
+    last = tmp_path / "output/models/plain/last.pt"
+    content = torch.load(last, weights_only=True)
+    assert not {"discriminator", "discriminator_optimizer"} & content.keys()
+    assert labels(last)[-1] == "best validation PSNR"
+    del content["objective_config"]  # as before these networks had such losses
+    torch.save(content, last)
+    switched = ("--max_steps", "2", "--disc_weight", "0.2", "--disc_layers", "1")
+    told = error_line(script(*words, *switched))
+    assert "--disc_weight 0.2 (it has 0.0)" in told
+    outcome = script(*words, "--max_steps", "2")
+    assert "resumed" in outcome.err, outcome.err
+
+    lpips = SimpleNamespace(module=Features())
+    monkeypatch.setattr("utils.training.losses.perceptual.lpips_network", lambda *_, **__: lpips)
+    weights = ("--perceptual_weight", "0.2", "--disc_weight", "0.2", "--disc_layers", "1")
+    tuned = (*data, *weights, "--disc_start", "0", "--disc_channels", "4", "--max_steps", "2")
+    outcome = script(*tuned, "--exp_name", "tuned", "--pretrained", "plain/best.pt")
+    assert outcome.code == 0, outcome.err
+    assert "starting from output/models/plain/best.pt; new: discriminator\n" in outcome.err
+    assert ", reconstruction 0." in outcome.err
+    assert ", perceptual " in outcome.err
+    best = tmp_path / "output/models/tuned/best.pt"
+    assert labels(best)[-1] == "best validation MSE / variance + LPIPS"
+    assert "discriminator" in read_checkpoint(best).content
+    outcome = script(*tuned, "--exp_name", "again", "--pretrained", "tuned/best.pt")
+    assert "starting from output/models/tuned/best.pt\n" in outcome.err, outcome.err
+    begin = ("--exp_name", "without", "--pretrained", "tuned/best.pt")
+    assert script(*data, *begin, "--max_steps", "1").code == 0
+    without = read_checkpoint(tmp_path / "output/models/without/last.pt").content
+    assert "discriminator" not in without
+
+
+def words_of(flags: dict[str, Any]) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def labels(path: Path) -> list[str]:
+    """Names of the report's rows about training."""
+    checkpoint = read_checkpoint(path)
+    found = SimpleNamespace(checkpoint=checkpoint, stored=lambda name: checkpoint.content[name])
+    return [label for label, _, _ in trained_rows(cast(Found, found))]
 
 
 def test_the_discriminator_is_kept(script: Script, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def from_ours(path: Path, content: Mapping[str, Any], given: Mapping[str, Any]) 
         flags = {name: value for name, value in flags.items() if name not in left_out}
         state_dict = {n: v for n, v in state_dict.items() if not n.startswith("quantizer.")}
     further = {}
-    if "discriminator" in content:
+    if "discriminator" in content and has_discriminator(config, given):
         own = asdict(checkpoint.group("objective_config", AdversarialConfig))
         shape = {name: own[name] for name in ("disc_channels", "disc_layers")}
         flags |= shape
@@ -116,16 +116,23 @@ def replaced(config: ModelConfig, given: Mapping[str, Any]) -> set[str]:
     return set()
 
 
-def load_pretrained(model: Autoencoder, pretrained: Pretrained) -> str:
+def has_discriminator(model: ModelConfig, flags: Mapping[str, Any]) -> bool:
+    """Return whether a run with these flags trains a discriminator."""
+    return bool({**model.network.implies, **flags}.get("disc_weight"))
+
+
+def load_pretrained(
+    model: Autoencoder, pretrained: Pretrained, flags: Mapping[str, Any] | None = None
+) -> str:
     """Load the weights into a new model; return what they are, and which parts stay new.
 
-    Raises UserError if they do not fit.
+    flags are those of the run. Raises UserError if they do not fit.
     """
     loaded = fit(pretrained, model.state_dict())
     missing, _ = model.load_state_dict(loaded, strict=False)
     parts = (name.rpartition(".")[0] for name in missing)
     new = list(dict.fromkeys("quantizer" if "quantizer" in part else part for part in parts))
-    if model.config.model == "vqgan" and not pretrained.further:
+    if has_discriminator(model.config, flags or {}) and not pretrained.further:
         new.append("discriminator")
     return f"{pretrained.origin}; new: {', '.join(new)}" if new else pretrained.origin
 

@@ -147,8 +147,10 @@ def trained(found: Found) -> list[tuple[str, str, str]]:
     best, on_test = content.get("best"), config.get("validation") == "test"
     images = "the test images, which is too optimistic" if on_test else "images held out"
     score, value = METRICS["psnr"], float(best) if finite(best) else None
-    if found.checkpoint.model_config.model == "vqgan":  # its score is minus this sum
-        score, value = Metric("L1 + LPIPS"), None if value is None else -value
+    l1 = found.checkpoint.model_config.model == "vqgan"
+    if l1 or found.stored("objective_config").get("perceptual_weight"):  # minus this sum
+        label = "L1 + LPIPS" if l1 else "MSE / variance + LPIPS"
+        score, value = Metric(label), None if value is None else -value
     return [
         ("steps", shown(content.get("step")), f"{shown(content.get('epoch'))} whole epochs"),
         ("seed", f"{config.get('seed', '–')}", ""),

@@ -117,7 +117,7 @@ class Reconstruction(Task):
         return found | {f"codebook/{name}": figure for name, figure in figures.items()}
 
     def score(self, scores: Mapping[str, float]) -> float:
-        """PSNR; with losses that measure distances of images minus their weighted sum."""
+        """PSNR; where more than the mean squared error is minimised, minus the weighted sum."""
         measured = self._measured()
         if not measured:
             return scores["psnr"]
@@ -143,8 +143,9 @@ class Reconstruction(Task):
             term.load(content)
 
     def _measured(self) -> dict[str, Loss]:
-        """The losses that validation measures."""
-        return {name: term for name, term in self.terms.items() if term.measured}
+        """The losses whose weighted sum chooses best.pt; none where PSNR chooses it."""
+        found = {name: term for name, term in self.terms.items() if term.measured}
+        return {} if found.keys() == {"reconstruction"} else found
 
     def _count(self, indices: Tensor) -> None:
         """Count the codevectors of indices (b, H, W, m)."""

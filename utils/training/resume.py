@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ def stored_to_resume(
     if not paths:
         return None, False
     stored = read_first(paths, trainer.task.read)
+    # Older checkpoints without the losses' flags have their defaults.
+    stored = replace(stored, content={"objective_config": {}, **stored.content})
     if not own and pretrained is not None and "train_config" in stored.content:
         before = stored.group("train_config", type(config))
         if getattr(before, "pretrained", None) is None:

@@ -42,20 +42,25 @@ def loss_configs() -> tuple[type, ...]:
 def build_loss_configs(flags: Mapping[str, Any], model: ModelConfig, image_size: int) -> list[Any]:
     """Configurations of the losses that this model has, checked.
 
-    Raises UserError for a flag that has no effect with this model, or images that are too small.
+    Raises UserError for a flag that has no effect, or images that are too small.
     """
-    own = losses_of(model).values()
+    own, known = losses_of(model).values(), {**model.network.implies, **flags}
     configs: list[Any] = []
     for loss in LOSSES.values():
         if loss.config is None:
             continue
-        given = [item.name for item in flag_fields(loss.config) if item.name in flags]
+        given = [
+            f"--{item.name} {flags[item.name]}"
+            for item in flag_fields(loss.config)
+            if item.name in flags
+        ]
+        if given and loss not in own:
+            raise UserError(f"{given[0]} has no effect with --model {model.model}")
+        if given and loss.switch not in {None, *known}:
+            raise UserError(f"{given[0]} has no effect without --{loss.switch}")
         if loss in own:
-            configs.append(build(loss.config, flags))
+            configs.append(build(loss.config, known))
             loss.check(configs[-1], image_size)
-        elif given:
-            name = given[0]
-            raise UserError(f"--{name} {flags[name]} has no effect with --model {model.model}")
     return configs
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules import VQGAN, PatchDiscriminator
+from modules import Autoencoder, PatchDiscriminator
 from modules.checkpoint import check_tensors
 from modules.options import option
 from utils.errors import UserError
@@ -22,11 +22,11 @@ from utils.training.optimizers import make_adam
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """Adversarial loss of --model vqgan."""
+    """Adversarial loss."""
 
     disc_weight: float = option(
-        0.8,
-        "weight of the adversarial loss of --model vqgan, times the adaptive weight (0: none)",
+        0.0,
+        "weight of the adversarial loss, times the adaptive weight (0: none; vqgan: 0.8)",
         minimum=0,
         maximum=1e6,
     )
@@ -61,11 +61,12 @@ class Adversarial(Loss):
     """
 
     config = AdversarialConfig
+    switch = "disc_weight"
 
     def __init__(
         self,
         config: AdversarialConfig,
-        model: VQGAN,
+        model: Autoencoder,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         dtype: torch.dtype = torch.float32,
@@ -88,9 +89,11 @@ class Adversarial(Loss):
             )
 
     @classmethod
-    def make(cls, setting: Setting) -> Adversarial:
+    def make(cls, setting: Setting) -> Adversarial | None:
         config = build(AdversarialConfig, setting.flags)
-        made = cls(config, cast(VQGAN, setting.model), betas=setting.betas, dtype=setting.dtype)
+        if not config.disc_weight:
+            return None
+        made = cls(config, setting.model, betas=setting.betas, dtype=setting.dtype)
         try:
             if setting.start:
                 made.load(setting.start)
@@ -100,7 +103,7 @@ class Adversarial(Loss):
 
     def takes_part(self, step: int) -> bool:
         """Return whether the discriminator takes part in this step; the first is 1."""
-        return self.flags.disc_weight > 0 and step > self.flags.disc_start
+        return step > self.flags.disc_start
 
     def __call__(self, seen: Seen) -> Tensor:
         zero = torch.zeros_like(seen.total)

@@ -39,7 +39,7 @@ class Setting:
     """Everything that the losses of a run are made from."""
 
     model: Autoencoder
-    flags: Mapping[str, Any]  # of all losses
+    flags: Mapping[str, Any]  # of the model's losses, with its own defaults
     variance: Callable[[], float]  # of the training pixels in [0, 1]
     betas: tuple[float, float] = (0.9, 0.999)  # of further optimisers
     dtype: torch.dtype = torch.float32  # of further networks under autocast
@@ -51,11 +51,13 @@ class Loss(ABC):
 
     Class attributes:
         config: dataclass of its flags.
-        measured: whether validation measures its `distance` of each image. best.pt is then chosen
-            by the weighted sum of these, and else by PSNR.
+        switch: the flag without which the others have no effect.
+        measured: whether validation measures its `distance` of each image. best.pt is chosen by
+            the weighted sum of these, or by PSNR where the mean squared error is the only one.
     """
 
     config: ClassVar[type | None] = None
+    switch: ClassVar[str | None] = None
     measured: ClassVar[bool] = False
     weight: float = 1.0
 

@@ -21,10 +21,10 @@ WITHOUT_LPIPS = "name their folder with --weights_dir, or go without: --perceptu
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """Perceptual loss of --model vqgan."""
+    """Perceptual loss."""
 
     perceptual_weight: float = option(
-        1.0, "weight of LPIPS-VGG with --model vqgan (0: none)", minimum=0, maximum=1e6
+        0.0, "weight of LPIPS-VGG (0: none; vqgan: 1)", minimum=0, maximum=1e6
     )
     weights_dir: str | None = option(
         None, "folder of the weights of the LPIPS network (default: torch hub's)"
@@ -41,6 +41,7 @@ class Perceptual(Loss):
     """
 
     config = PerceptualConfig
+    switch = "perceptual_weight"
     measured = True
 
     def __init__(

@@ -6,14 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
+from utils.images import mean_squared_errors
 from utils.training.losses.loss import Loss, Seen, Setting
 
 
 class MeanSquaredError(Loss):
     """mse / variance of the training pixels in [0, 1], as published for the VQ-VAE."""
 
+    measured = True
+
     def __init__(self, data_variance: float) -> None:
         self.data_variance = max(data_variance, 1e-6)  # images of one colour have none
+        self.weight = 1 / self.data_variance
 
     @classmethod
     def make(cls, setting: Setting) -> MeanSquaredError:
@@ -21,6 +25,9 @@ class MeanSquaredError(Loss):
 
     def __call__(self, seen: Seen) -> Tensor:
         return seen.mse / self.data_variance
+
+    def distance(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        return mean_squared_errors(images, reconstruction)
 
     def state(self) -> dict[str, Any]:
         return {"data_variance": self.data_variance}
