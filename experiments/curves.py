@@ -86,7 +86,7 @@ def draw_learning(
         axes[number].set(xscale="log", xlabel=label)
         axes[number].xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes[number].xaxis.set_minor_formatter("")
-    lengths = {point.mean("steps") for points in curves.values() for point in points}
+    lengths = {s for points in curves.values() for row in points for s in row.figures["steps"]}
     axes[0].set_xticks(sorted(lengths))
     axes[0].set_ylabel(METRICS["psnr"].title)
     figure.suptitle(f"PSNR against training\n{what}")

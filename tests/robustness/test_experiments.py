@@ -34,7 +34,7 @@ def test_a_killed_suite_ends_as_one_that_ran_through(tmp_path: Path) -> None:
     """SIGKILL, then a budget that is too small, then the rest: the same weights and figures."""
     script = str(ROOT / "experiments" / "compare.py")
     words = [script, "--suite", "smoke", "--only", "looc-m4", "--steps", "400"]
-    words += ["--weights_dir", str(tmp_path)]
+    words += ["--threads", "1", "--weights_dir", str(tmp_path)]
     assert run_process([*words, "--output", "through"], tmp_path).code == 0
     words += ["--output", "killed"]
     models = tmp_path / "killed" / "smoke" / "models"
