@@ -54,6 +54,7 @@ class PhotosConfig:
     )
     output: Path = option(Path("data/photos"), "folder to create")
     side: int = option(SIDE, "side of a crop in pixels", minimum=1)
+    shorter: int = option(SHORTER, "pixels at most of the shorter side of a photograph", minimum=1)
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def main() -> None:
             files = fetch(config.source, Downloads(Path(downloads)))
         except Unavailable as error:
             raise UserError(one_line(error)) from error
-        counts = write_crops(files, folder, config.side)
+        counts = write_crops(files, folder, config.side, config.shorter)
         if config.source == "debian":
             write_credits(folder / "credits.csv", splits(list(files)))
     for split, count in counts.items():
@@ -102,14 +103,16 @@ def splits(names: list[str]) -> dict[str, list[str]]:
     return {"test": order[:held_out], "train": order[held_out:]}
 
 
-def write_crops(files: Mapping[str, bytes], folder: Path, side: int = SIDE) -> dict[str, int]:
+def write_crops(
+    files: Mapping[str, bytes], folder: Path, side: int = SIDE, shorter: int = SHORTER
+) -> dict[str, int]:
     """Write the crops of all photographs into train and test; return their numbers."""
     counts = dict.fromkeys(("train", "test"), 0)
     with progress(len(files), "photograph", leave=False) as bar:
         for split, names in splits(list(files)).items():
             (folder / split).mkdir()
             for name in names:
-                for position, crop in crops(Image.open(io.BytesIO(files[name])), side):
+                for position, crop in crops(Image.open(io.BytesIO(files[name])), side, shorter):
                     crop.save(folder / split / f"{name}-{position}.png")
                     counts[split] += 1
                 bar.update()
@@ -128,12 +131,14 @@ def write_credits(path: Path, sides: Mapping[str, list[str]]) -> None:
                 writer.writerow((name, split_of[name], version, own, credit.author, credit.licence))
 
 
-def crops(photograph: Image.Image, side: int = SIDE) -> Iterator[tuple[str, Image.Image]]:
+def crops(
+    photograph: Image.Image, side: int = SIDE, shorter: int = SHORTER
+) -> Iterator[tuple[str, Image.Image]]:
     """Yield non-overlapping squares of the smaller photograph, with row and column.
 
-    It is divided by the least whole number, 2 or more, that leaves at most SHORTER pixels.
+    It is divided by the least whole number, 2 or more, that leaves at most `shorter` pixels.
     """
-    factor = max(REDUCTION, math.ceil(min(photograph.size) / SHORTER))
+    factor = max(REDUCTION, math.ceil(min(photograph.size) / shorter))
     smaller = photograph.convert("RGB").reduce(factor)
     for row in range(smaller.height // side):
         for column in range(smaller.width // side):

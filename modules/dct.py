@@ -52,6 +52,22 @@ class ResidualBlock(nn.Module):
         return out
 
 
+class ScaledConv(nn.Conv2d):
+    """A convolution 1×1 whose output channels, of spread one, are multiplied by their scale (C,).
+
+    Its weights are then all of one order, as Adam's steps are.
+    """
+
+    scale: Tensor
+
+    def __init__(self, in_channels: int, scale: Tensor) -> None:
+        super().__init__(in_channels, len(scale), 1)
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
 class Encoder(nn.Module):
     """Images (B, in_channels, f·H, f·W) → coefficients over their spread, and features of them.
 
@@ -77,18 +93,20 @@ class Decoder(nn.Module):
     """Latents (B, C, H, W) → images (B, in_channels, f·H, f·W)."""
 
     synthesis: Tensor
+    scale: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         basis, spread = block_dct(config.in_channels, config.block_size)
         self.stride, self.widths = config.block_size, (len(basis), config.hidden_size)
         self.register_buffer("synthesis", basis * spread[:, None, None, None], persistent=False)
+        self.register_buffer("scale", latent_scale(config)[:, None, None], persistent=False)
         self.conv_1 = nn.Conv2d(config.channels, sum(self.widths), 3, padding=1)
         self.residual_blocks = residual_blocks(config)
         self.conv_2 = nn.Conv2d(config.hidden_size, len(basis), 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        coefficients, x = self.conv_1(latents).split(self.widths, 1)
+        coefficients, x = self.conv_1(latents / self.scale).split(self.widths, 1)
         coefficients = coefficients + self.conv_2(self.residual_blocks(x))
         return F.conv_transpose2d(coefficients, self.synthesis, stride=self.stride)
 
@@ -106,17 +124,17 @@ class DCTAutoencoder(Autoencoder):
         self.encoder = Encoder(config)
         self.quantizer = config.spec.make(config)
         self.decoder = Decoder(config)
-        _, spread = block_dct(config.in_channels, config.block_size)
-        self.pre_vq_conv = nn.Conv2d(len(spread) + config.hidden_size, config.channels, 1)
+        coefficients = config.in_channels * config.block_size**2
+        self.pre_vq_conv = ScaledConv(coefficients + config.hidden_size, latent_scale(config))
         there, back = self.pre_vq_conv, self.decoder.conv_1
         for start in (*there.parameters(), *self.decoder.conv_2.parameters()):
             nn.init.zeros_(start)
         with torch.no_grad():
             for start in back.parameters():
-                start[: len(spread)] = 0
-            for number, size in enumerate(spread[: config.channels]):
-                there.weight[number, number] = size
-                back.weight[number, number, 1, 1] = 1 / size
+                start[:coefficients] = 0
+            kept = range(min(coefficients, config.channels))
+            there.weight[kept, kept] = 1
+            back.weight[kept, kept, 1, 1] = 1
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -130,6 +148,12 @@ class DCTAutoencoder(Autoencoder):
     def reconstruct(self, latents: Tensor) -> Tensor:
         images: Tensor = self.decoder(latents)
         return images
+
+
+def latent_scale(config: ModelConfig) -> Tensor:
+    """Spread of the C largest coefficients, (C,); further channels have that of the smallest."""
+    _, spread = block_dct(config.in_channels, config.block_size)
+    return spread[torch.arange(config.channels).clamp_max(len(spread) - 1)]
 
 
 def residual_blocks(config: ModelConfig) -> nn.Sequential:
