@@ -13,7 +13,7 @@ import io
 import math
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -54,7 +54,14 @@ class PhotosConfig:
     )
     output: Path = option(Path("data/photos"), "folder to create")
     side: int = option(SIDE, "side of a crop in pixels", minimum=1)
-    shorter: int = option(SHORTER, "pixels at most of the shorter side of a photograph", minimum=1)
+    shorter: tuple[int, ...] = option(
+        (SHORTER,), "pixels at most of a photograph's shorter side; several: crops of each size"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.shorter or min(self.shorter) < self.side:
+            sides = ",".join(map(str, self.shorter)) or "nothing"
+            raise ValueError(f"--shorter {sides} is less than --side {self.side}")
 
 
 def main() -> None:
@@ -104,7 +111,7 @@ def splits(names: list[str]) -> dict[str, list[str]]:
 
 
 def write_crops(
-    files: Mapping[str, bytes], folder: Path, side: int = SIDE, shorter: int = SHORTER
+    files: Mapping[str, bytes], folder: Path, side: int = SIDE, sizes: Sequence[int] = (SHORTER,)
 ) -> dict[str, int]:
     """Write the crops of all photographs into train and test; return their numbers."""
     counts = dict.fromkeys(("train", "test"), 0)
@@ -112,9 +119,12 @@ def write_crops(
         for split, names in splits(list(files)).items():
             (folder / split).mkdir()
             for name in names:
-                for position, crop in crops(Image.open(io.BytesIO(files[name])), side, shorter):
-                    crop.save(folder / split / f"{name}-{position}.png")
-                    counts[split] += 1
+                photograph = Image.open(io.BytesIO(files[name]))
+                for size in sizes:
+                    within = f"{size}-" if len(sizes) > 1 else ""
+                    for position, crop in crops(photograph, side, size):
+                        crop.save(folder / split / f"{name}-{within}{position}.png")
+                        counts[split] += 1
                 bar.update()
     return counts
 
