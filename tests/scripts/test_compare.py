@@ -711,6 +711,15 @@ def test_no_photograph_is_on_both_sides(tmp_path: Path) -> None:
     assert photos.splits(list(files)) == photos.splits(list(reversed(files)))
 
 
+def test_crops_of_several_sizes(tmp_path: Path) -> None:
+    counts = photos.write_crops({"photo": jpeg(400, 400, 9)}, tmp_path, 64, (200, 100))
+    assert counts == {"train": 3 * 3 + 1, "test": 0}
+    names = {path.stem for path in (tmp_path / "train").glob("*.png")}
+    assert {"photo-200-0-0", "photo-200-2-2", "photo-100-0-0"} <= names
+    with pytest.raises(ValueError, match="--shorter 540,60 is less than --side 64"):
+        photos.PhotosConfig(shorter=(540, 60))
+
+
 def test_masks_are_no_photographs(tmp_path: Path) -> None:
     import zipfile
 
