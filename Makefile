@@ -93,12 +93,10 @@ demo: $(VENV)/.installed
 	$(PY) evaluation.py --metrics l1 ssim psnr $$($(PY) -m utils.weights lpips $(WEIGHTS_DIR)) $(WEIGHTS_FLAG) \
 	  --gt_path $(DEMO)/original/ -g_path $(DEMO)/rec
 	@$(PY) -m utils.report.summary $(DEMO)
-ifneq ($(wildcard modules/pretrained/photos.safetensors),)
 	$(PY) test.py --output_folder $(OUTPUT) --model_name photos --save_codes --images \
 	  $$($(PY) -c 'import os, skimage; print(os.path.dirname(skimage.__file__) + "/data/coffee.png")')
 	$(PY) evaluation.py --metrics ssim psnr --gt_path $(PHOTO)/original -g_path $(PHOTO)/rec
 	@$(PY) -m utils.report.summary $(PHOTO)
-endif
 
 generate: $(VENV)/.installed
 	$(PY) main.py --output_folder $(OUTPUT) --exp_name small --overwrite $(STAGE_FLAGS)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import utils.training.reconstruction
 from datasets import BatchLoader, TensorImages
-from modules import VQGAN, LooCQuantizer, ModelConfig, PatchDiscriminator, make_model
+from modules import VQGAN, LooCQuantizer, ModelConfig, PatchDiscriminator
 from modules.quantizers.registry import QUANTIZERS
 from modules.registry import MODELS, make_model
 from tests.conftest import ROOT, Outcome, refusal
@@ -672,8 +672,8 @@ PRESET_CODES = {  # per image
     "imagenet-256-f8": 1_024,
     "lsun-256": 12_288,
     "photos-64": 2_048,
-    "photos": 3_072,
-    "photos-small": 768,
+    "photos": 6_144,
+    "photos-small": 3_072,
 }
 
 
