@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import modules
-from modules import VQVAE, ModelConfig
+from modules import VQVAE, ModelConfig, pretrained
 from tests.conftest import Outcome, refusal
 from tests.processes import run_forked
 from utils.checkpoints.checkpoint import (
@@ -327,7 +327,8 @@ def test_a_checkpoint_is_found_by_name_or_path(
     assert find("../models/a/b/last.pt")[1] == "a/b/last.pt"
     assert find("copy.pt") == ("copy.pt", str(tmp_path / "copy.pt").lstrip("/"))
     place = "does not exist, neither under out/models nor as a path; there is"
-    assert refusal(lambda: find("mnie/best.pt")).endswith(f"{place} mine/best.pt, a/b/last.pt")
+    message = refusal(lambda: find("mnie/best.pt"))
+    assert message.endswith(f"{place} mine/best.pt, a/b/last.pt{pretrained.listing()}")
     assert "is a folder: give mine/best.pt" in refusal(lambda: find("mine"))
     assert "is a folder: give a/b/last.pt" in refusal(lambda: find("a/b"))
     assert refusal(lambda: find("")) == "--model_name is empty"
