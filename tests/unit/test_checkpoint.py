@@ -334,5 +334,8 @@ def test_a_checkpoint_is_found_by_name_or_path(
     assert refusal(lambda: find("")) == "--model_name is empty"
     message = refusal(lambda: find_checkpoint("--resume", "mien", "out", "last.pt"))
     assert message.endswith("there is mine/last.pt, a/b/last.pt")
+    assert "does not exist" in refusal(
+        lambda: find_checkpoint("--resume", "photos", "out", "last.pt")
+    )
     message = refusal(lambda: find_checkpoint("--resume", "mine", "out", "last.pt"))
     assert "is a folder: give mine/last.pt" in message

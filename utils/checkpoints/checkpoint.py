@@ -133,14 +133,15 @@ def find_checkpoint(
 
     The name of a model that comes with LooC is that of an own experiment or file first. Raises
     UserError for the folder of any other experiment, whose usual file it names, and for what does
-    not exist; then it lists what there is under models, nearest first.
+    not exist; then it lists what there is under models, nearest first. A last.pt, from which a run
+    goes on, does not come with LooC.
     """
     if not name:
         problem = "is missing: a checkpoint under <output_folder>/models"
         raise UserError(f"{flag} {problem if name is None else 'is empty'}")
     check_unicode(name, flag)
-    models = Path(output_folder) / "models"
-    if shipped := pretrained.find(name):
+    models, resumes = Path(output_folder) / "models", usual == "last.pt"
+    if (shipped := pretrained.find(name)) and not resumes:
         own = (models / name, *(models / name / file for file in (usual, *USUAL)), Path(name))
         path = next((path for path in own if pretrained.holds_model(path)), shipped)
         log.info("%s %s: %s", flag, name, path)
@@ -153,7 +154,7 @@ def find_checkpoint(
             return path
     nowhere = f"{flag} {name} does not exist, neither under {models} nor as a path"
     there = known_names(models, name, usual)
-    raise UserError(f"{nowhere}; there is {there}{pretrained.listing()}")
+    raise UserError(f"{nowhere}; there is {there}{'' if resumes else pretrained.listing()}")
 
 
 def known_names(models: Path, name: str, usual: str) -> str:
