@@ -1,4 +1,4 @@
-"""The DCT network: a transform code, as JPEG is one, whose two halves are then learned."""
+"""The DCT network: it begins as a transform code, like JPEG, and is then trained."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class ResidualBlock(nn.Module):
 
 
 class ScaledConv(nn.Conv2d):
-    """A convolution 1×1 whose output channels, of spread one, are multiplied by their scale (C,).
+    """Convolve 1×1, then multiply each output channel by its scale (C,).
 
-    Its weights are then all of one order, as Adam's steps are.
+    The weights then have one order of magnitude, which suits the steps of Adam.
     """
 
     scale: Tensor
@@ -115,8 +115,8 @@ class DCTAutoencoder(Autoencoder):
     """Autoencoder that begins as a transform code.
 
     The latents of a new network are the C coefficients of f×f blocks that are the largest in
-    photographs, and its decoder inverts the transform. The convolutions learn what a fixed map of
-    each block cannot do. --latent_norm would make all coefficients equally large.
+    photographs, and its decoder inverts the transform. The convolutions can learn what a fixed map
+    of each block cannot do. --latent_norm would make all coefficients equally large.
     """
 
     def __init__(self, config: ModelConfig) -> None:
